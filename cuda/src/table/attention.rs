@@ -1,0 +1,5 @@
+//! Kernels of `cuda/kernels/attention`.
+
+use super::Kernel;
+
+pub(super) const KERNELS: &[Kernel] = &[];
