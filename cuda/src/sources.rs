@@ -1,4 +1,69 @@
 //! The text of every header in `cuda/include`, embedded so that kernels compile without files.
 
+macro_rules! headers {
+    ($($name:literal)*) => {
+        &[
+            // NVRTC has no C library; parameter headers include <stdint.h> because bindgen and C read them too.
+            ("stdint.h", include_str!("../include/nvrtc/stdint.h")),
+            $(($name, include_str!(concat!("../include/", $name))),)*
+        ]
+    };
+}
+
 /// Headers as `(name in #include "…", text)`.
-pub const HEADERS: &[(&str, &str)] = &[];
+///
+/// Names are relative to `cuda/include`, and headers include each other by these names too; only `stdint.h` lies
+/// elsewhere (in `nvrtc/`), so that no other compiler takes it for its own.
+pub const HEADERS: &[(&str, &str)] = headers! {
+    "core.cuh"
+    "types.cuh"
+    "ptx/convert.cuh"
+    "ptx/math.cuh"
+    "ptx/memory.cuh"
+    "ptx/sync.cuh"
+    "tile/status.cuh"
+};
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    use super::*;
+
+    fn files_below(folder: &Path, prefix: &str, found: &mut BTreeSet<String>) {
+        for entry in std::fs::read_dir(folder).expect("cuda/include is readable") {
+            let entry = entry.expect("an entry of cuda/include");
+            let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
+            if entry.path().is_dir() {
+                files_below(&entry.path(), &format!("{name}/"), found);
+            } else {
+                found.insert(name);
+            }
+        }
+    }
+
+    #[test]
+    fn every_header_is_embedded() {
+        let mut files = BTreeSet::new();
+        files_below(&Path::new(env!("CARGO_MANIFEST_DIR")).join("include"), "", &mut files);
+        assert!(files.remove("nvrtc/stdint.h"));
+        files.insert("stdint.h".to_string());
+        let embedded: BTreeSet<_> = HEADERS.iter().map(|(name, _)| name.to_string()).collect();
+        assert_eq!(embedded, files);
+        assert_eq!(embedded.len(), HEADERS.len(), "a header is listed twice");
+    }
+
+    #[test]
+    fn headers_include_only_embedded_headers() {
+        let mut included = 0;
+        for (name, text) in HEADERS {
+            for line in text.lines().filter(|line| line.starts_with("#include ")) {
+                let target = line["#include ".len()..].trim_matches(['"', '<', '>']);
+                assert!(HEADERS.iter().any(|(known, _)| *known == target), "{name}: {line}");
+                included += 1;
+            }
+        }
+        assert!(included > 0, "no header includes another: the search is broken");
+    }
+}
