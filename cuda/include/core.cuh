@@ -23,9 +23,13 @@
 constexpr uint32_t WARP_SIZE = 32;
 constexpr uint32_t FULL_WARP = 0xffffffffu;
 
-constexpr float INFINITY_F32 = __builtin_bit_cast(float, 0x7f800000u);
-constexpr float LOG2_E = 1.44269504088896340736f;  // log2(e): exp(x) = exp2(x · LOG2_E)
-constexpr float LN_2 = 0.69314718055994530942f;    // ln(2): ln(x) = log2(x) · LN_2
+constexpr float LOG2_E = 1.4426950408889634f;  // exp(x) = exp2(x · LOG2_E)
+constexpr float LN_2 = 0.6931471805599453f;    // ln(x) = log2(x) · LN_2
+
+// By their bits: NVRTC has neither <math.h> nor the host compilers' builtins for these.
+constexpr float POSITIVE_INFINITY = __builtin_bit_cast(float, 0x7f800000u);
+constexpr float NEGATIVE_INFINITY = __builtin_bit_cast(float, 0xff800000u);
+constexpr float QUIET_NAN = __builtin_bit_cast(float, 0x7fffffffu);
 
 // The object representation of `value` as a `To`.
 template <typename To, typename From>

@@ -24,7 +24,7 @@ constexpr int DTYPE_F32 = 0;
 constexpr int DTYPE_F16 = 1;
 constexpr int DTYPE_BF16 = 2;
 
-// Storage<DTYPE>::type is the C++ type of a DTYPE constant.
+// StorageOf<DTYPE> is the C++ type of a DTYPE constant.
 template <int DTYPE>
 struct Storage;
 template <>
@@ -39,6 +39,8 @@ template <>
 struct Storage<DTYPE_BF16> {
     using type = bf16;
 };
+template <int DTYPE>
+using StorageOf = typename Storage<DTYPE>::type;
 
 // Exact widening.
 DEVICE float to_f32(float x) { return x; }

@@ -17,10 +17,13 @@ macro_rules! headers {
 pub const HEADERS: &[(&str, &str)] = headers! {
     "core.cuh"
     "types.cuh"
+    "merge_states_params.h"
     "ptx/convert.cuh"
     "ptx/math.cuh"
     "ptx/memory.cuh"
     "ptx/sync.cuh"
+    "tile/last_arriver.cuh"
+    "tile/softmax_state.cuh"
     "tile/status.cuh"
 };
 

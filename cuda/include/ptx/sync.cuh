@@ -9,7 +9,7 @@
 #include "core.cuh"
 
 // ld.acquire.gpu
-DEVICE uint32_t load_acquire(const uint32_t* address) {
+DEVICE uint32_t load_acquire_u32(const uint32_t* address) {
 #ifdef __CUDACC__
     uint32_t value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
@@ -20,7 +20,7 @@ DEVICE uint32_t load_acquire(const uint32_t* address) {
 }
 
 // ld.acquire.gpu
-DEVICE uint64_t load_acquire(const uint64_t* address) {
+DEVICE uint64_t load_acquire_u64(const uint64_t* address) {
 #ifdef __CUDACC__
     uint64_t value;
     asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
@@ -31,7 +31,7 @@ DEVICE uint64_t load_acquire(const uint64_t* address) {
 }
 
 // st.release.gpu
-DEVICE void store_release(uint32_t* address, uint32_t value) {
+DEVICE void store_release_u32(uint32_t* address, uint32_t value) {
 #ifdef __CUDACC__
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 #else
@@ -40,7 +40,7 @@ DEVICE void store_release(uint32_t* address, uint32_t value) {
 }
 
 // st.release.gpu
-DEVICE void store_release(uint64_t* address, uint64_t value) {
+DEVICE void store_release_u64(uint64_t* address, uint64_t value) {
 #ifdef __CUDACC__
     asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 #else
@@ -50,7 +50,7 @@ DEVICE void store_release(uint64_t* address, uint64_t value) {
 
 // Adds `value` and returns the old value; releases what this thread wrote and acquires what earlier adders released: a
 // last arriver that sees count - 1 may read what all others wrote. atom.acq_rel.gpu.add
-DEVICE uint32_t atomic_add_acq_rel(uint32_t* address, uint32_t value) {
+DEVICE uint32_t atomic_add_acq_rel_u32(uint32_t* address, uint32_t value) {
 #ifdef __CUDACC__
     uint32_t old;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(value) : "memory");
@@ -61,7 +61,7 @@ DEVICE uint32_t atomic_add_acq_rel(uint32_t* address, uint32_t value) {
 }
 
 // atom.acq_rel.gpu.add
-DEVICE uint64_t atomic_add_acq_rel(uint64_t* address, uint64_t value) {
+DEVICE uint64_t atomic_add_acq_rel_u64(uint64_t* address, uint64_t value) {
 #ifdef __CUDACC__
     uint64_t old;
     asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;" : "=l"(old) : "l"(address), "l"(value) : "memory");
@@ -72,7 +72,7 @@ DEVICE uint64_t atomic_add_acq_rel(uint64_t* address, uint64_t value) {
 }
 
 // Adds `value` and returns the old value, releasing what this thread wrote, acquiring nothing. atom.release.gpu.add
-DEVICE uint32_t atomic_add_release(uint32_t* address, uint32_t value) {
+DEVICE uint32_t atomic_add_release_u32(uint32_t* address, uint32_t value) {
 #ifdef __CUDACC__
     uint32_t old;
     asm volatile("atom.release.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(value) : "memory");
@@ -83,7 +83,7 @@ DEVICE uint32_t atomic_add_release(uint32_t* address, uint32_t value) {
 }
 
 // Stores `desired` if the word holds `expected`; returns the old value either way. atom.acq_rel.gpu.cas
-DEVICE uint32_t atomic_cas_acq_rel(uint32_t* address, uint32_t expected, uint32_t desired) {
+DEVICE uint32_t atomic_cas_acq_rel_u32(uint32_t* address, uint32_t expected, uint32_t desired) {
 #ifdef __CUDACC__
     uint32_t old;
     asm volatile("atom.acq_rel.gpu.global.cas.b32 %0, [%1], %2, %3;"
@@ -97,7 +97,7 @@ DEVICE uint32_t atomic_cas_acq_rel(uint32_t* address, uint32_t expected, uint32_
 }
 
 // atom.acq_rel.gpu.cas
-DEVICE uint64_t atomic_cas_acq_rel(uint64_t* address, uint64_t expected, uint64_t desired) {
+DEVICE uint64_t atomic_cas_acq_rel_u64(uint64_t* address, uint64_t expected, uint64_t desired) {
 #ifdef __CUDACC__
     uint64_t old;
     asm volatile("atom.acq_rel.gpu.global.cas.b64 %0, [%1], %2, %3;"

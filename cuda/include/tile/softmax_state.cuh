@@ -9,10 +9,6 @@
 #include "ptx/memory.cuh"
 #include "types.cuh"
 
-constexpr float LOG2_E = 1.4426950408889634f;
-constexpr float LN_2 = 0.6931471805599453f;
-constexpr float NEGATIVE_INFINITY = -__builtin_huge_valf();
-
 // exp(x − m) for a finite m; x = −inf gives 0.
 DEVICE float exp_relative(float x, float m) { return exp2_approx((x - m) * LOG2_E); }
 
@@ -78,7 +74,7 @@ DEVICE SoftmaxState fold_states(const States& states, uint32_t first, uint32_t e
         nan |= m != m;
         state.m = fmaxf(state.m, m);
     }
-    if (nan) state.m = state.l = __builtin_nanf("");  // fmaxf drops NaN, which must never pass for a number
+    if (nan) state.m = state.l = QUIET_NAN;  // fmaxf drops NaN, which must never pass for a number
     if (state.m == NEGATIVE_INFINITY) return state;
 #pragma unroll 4
     for (uint32_t s = first; s < end; s += step) {

@@ -9,6 +9,6 @@
 #include "ptx/sync.cuh"
 
 // Reports `code` (not 0) for row `index`. `status` may be null: then nothing is reported.
-DEVICE void report_status(uint64_t* status, uint32_t code, uint32_t index) {
-    if (status != nullptr) atomic_cas_acq_rel(status, 0, static_cast<uint64_t>(code) << 32 | index);
+DEVICE void report_fault(uint64_t* status, uint32_t code, uint32_t index) {
+    if (status != nullptr) atomic_cas_acq_rel_u64(status, 0, static_cast<uint64_t>(code) << 32 | index);
 }
