@@ -2,6 +2,8 @@
 //
 // Device code is compiled twice: by NVRTC for a GPU, and by the host's C++ compiler for the emulator, which includes the
 // kernel inside a namespace of its own and has declared the CUDA vocabulary before (`emulator.h`). `__CUDACC__` tells the two apart.
+//
+// A kernel's constants arrive as UPPER_CASE macros, so headers name their template parameters in CamelCase.
 #pragma once
 
 #include <stdint.h>

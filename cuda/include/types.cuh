@@ -25,7 +25,7 @@ constexpr int DTYPE_F16 = 1;
 constexpr int DTYPE_BF16 = 2;
 
 // StorageOf<DTYPE> is the C++ type of a DTYPE constant.
-template <int DTYPE>
+template <int Dtype>
 struct Storage;
 template <>
 struct Storage<DTYPE_F32> {
@@ -39,8 +39,8 @@ template <>
 struct Storage<DTYPE_BF16> {
     using type = bf16;
 };
-template <int DTYPE>
-using StorageOf = typename Storage<DTYPE>::type;
+template <int Dtype>
+using StorageOf = typename Storage<Dtype>::type;
 
 // Exact widening.
 DEVICE float to_f32(float x) { return x; }

@@ -14,11 +14,11 @@ namespace software {
 
 // |x| (f32 bits without sign, finite) rounded to a format with the given exponent bias and mantissa width. The result may
 // run over into the exponent of infinity, or past the largest finite fp8; the caller decides what that means.
-template <int BIAS, int MANTISSA>
+template <int Bias, int Mantissa>
 DEVICE constexpr uint32_t narrow(uint32_t magnitude) {
-    const int exponent = static_cast<int>(magnitude >> 23) - 127 + BIAS;
+    const int exponent = static_cast<int>(magnitude >> 23) - 127 + Bias;
     uint32_t value = 0;
-    int shift = 23 - MANTISSA;
+    int shift = 23 - Mantissa;
     if (exponent > 0) {
         value = static_cast<uint32_t>(exponent) << 23 | (magnitude & 0x7fffff);
     } else {

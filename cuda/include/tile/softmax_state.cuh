@@ -38,18 +38,18 @@ struct SoftmaxState {
 };
 
 // Normalised states of one row in memory: out [splits, V_DIM] f32 at 16-byte boundaries, lse [splits] f32, natural log.
-template <int V_DIM>
+template <int VDim>
 struct NormalisedStates {
     const float* out;
     const float* lse;
 
     DEVICE float m(uint32_t s) const { return load_f32(lse + s); }
     DEVICE float l(uint32_t) const { return 1.0f; }
-    DEVICE float4 acc(uint32_t s, uint32_t channel) const { return load_f32x4(out + (uint64_t)s * V_DIM + channel); }
+    DEVICE float4 acc(uint32_t s, uint32_t channel) const { return load_f32x4(out + (uint64_t)s * VDim + channel); }
 };
 
 // Raw states of one row in memory: acc [splits, V_DIM] f32 at 16-byte boundaries, ml [splits, 2] f32.
-template <int V_DIM>
+template <int VDim>
 struct RawStates {
     const float* acc_rows;
     const float* ml;
@@ -57,7 +57,7 @@ struct RawStates {
     DEVICE float m(uint32_t s) const { return ml[2 * (uint64_t)s]; }
     DEVICE float l(uint32_t s) const { return ml[2 * (uint64_t)s + 1]; }
     DEVICE float4 acc(uint32_t s, uint32_t channel) const {
-        return *reinterpret_cast<const float4*>(acc_rows + (uint64_t)s * V_DIM + channel);
+        return *reinterpret_cast<const float4*>(acc_rows + (uint64_t)s * VDim + channel);
     }
 };
 
