@@ -67,7 +67,7 @@ merge_states_last_arriver(const float* partial_out, const float* partial_lse, co
     grid_dependency_wait();
     uint32_t splits = num_splits ? num_splits[row] : params.max_splits;
     if (splits > params.max_splits) {
-        if (chunk == 0 && threadIdx.x == 0) report_fault(status, FAULT_BAD_SPLITS, row);
+        if (chunk == 0 && threadIdx.x == 0) report_fault(status, STATUS_BAD_SPLITS, row);
         splits = 0;
     }
 
