@@ -1,0 +1,230 @@
+//! One test body for the emulator and for a GPU.
+//!
+//! A device test is written once against [`Rig`]; [`device_test!`](crate::device_test) makes two `#[test]`s of it:
+//! `emulator`, which runs the body in every [`Order`] of warps and lanes, and `gpu`, which runs it on the first GPU. Where
+//! there is no GPU the latter prints `SKIPPED` with the reason; with `REQUIRE_GPU=1` that is a failure.
+
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use bytemuck::Pod;
+use cuda::cudarc::driver::{CudaContext, CudaSlice, CudaStream};
+use cuda::driver::Gpu;
+use cuda::launch::{Device, Function};
+use cuda::memory::{Space, View, ViewMut};
+
+use crate::{Emulator, Order, Queue};
+
+/// Where a device test runs: a device, a queue on it, and buffers that both the test and the kernels can reach.
+pub trait Rig {
+    /// What loads the kernels.
+    type Device: Device<Function = Self::Function>;
+    /// A loaded kernel.
+    type Function: Function;
+    /// Memory of the device.
+    type Buffer<T: Pod>;
+
+    /// The device.
+    fn device(&self) -> &Self::Device;
+    /// The queue that launches go to.
+    fn queue(&self) -> &<Self::Function as Function>::Queue;
+    /// Copies `host` to the device.
+    fn upload<T: Pod>(&self, host: &[T]) -> Self::Buffer<T>;
+    /// Waits for the queue and copies a buffer back.
+    fn download<T: Pod>(&self, buffer: &Self::Buffer<T>) -> Vec<T>;
+    /// A buffer as a kernel argument that is read.
+    fn view<'a, T: Pod>(&self, buffer: &'a Self::Buffer<T>) -> View<'a, T>;
+    /// A buffer as a kernel argument that is written.
+    fn view_mut<'a, T: Pod>(&self, buffer: &'a mut Self::Buffer<T>) -> ViewMut<'a, T>;
+    /// Repetitions for a stress test: many on a GPU, few in the emulator.
+    fn stress_launches(&self) -> usize;
+    /// Where the test runs, for messages.
+    fn name(&self) -> String;
+
+    /// A buffer of `len` elements whose bytes are all 0xFF: NaN as floating point, and never a plausible result.
+    fn poisoned<T: Pod>(&self, len: usize) -> Self::Buffer<T> {
+        let mut host = vec![T::zeroed(); len];
+        bytemuck::cast_slice_mut::<T, u8>(&mut host).fill(0xff);
+        self.upload(&host)
+    }
+
+    /// A buffer of `len` elements whose bytes are all zero.
+    fn zeroed<T: Pod>(&self, len: usize) -> Self::Buffer<T> {
+        self.upload(&vec![T::zeroed(); len])
+    }
+}
+
+/// The emulator with one order of warps and lanes.
+#[derive(Debug)]
+pub struct EmulatorRig {
+    emulator: Emulator,
+    queue: Queue,
+}
+
+impl EmulatorRig {
+    /// A rig that runs in `order`.
+    pub fn new(order: Order) -> Self {
+        Self { emulator: Emulator::new(), queue: Queue::new(order) }
+    }
+}
+
+impl Rig for EmulatorRig {
+    type Device = Emulator;
+    type Function = <Emulator as Device>::Function;
+    type Buffer<T: Pod> = Vec<T>;
+
+    fn device(&self) -> &Emulator {
+        &self.emulator
+    }
+
+    fn queue(&self) -> &Queue {
+        &self.queue
+    }
+
+    fn upload<T: Pod>(&self, host: &[T]) -> Vec<T> {
+        host.to_vec()
+    }
+
+    fn download<T: Pod>(&self, buffer: &Vec<T>) -> Vec<T> {
+        buffer.clone()
+    }
+
+    fn view<'a, T: Pod>(&self, buffer: &'a Vec<T>) -> View<'a, T> {
+        View::host(buffer)
+    }
+
+    fn view_mut<'a, T: Pod>(&self, buffer: &'a mut Vec<T>) -> ViewMut<'a, T> {
+        ViewMut::host(buffer)
+    }
+
+    fn stress_launches(&self) -> usize {
+        20
+    }
+
+    fn name(&self) -> String {
+        format!("emulator, {:?}", self.queue.order())
+    }
+}
+
+/// The first GPU and its default stream.
+#[derive(Debug)]
+pub struct GpuRig {
+    gpu: Gpu,
+    stream: Arc<CudaStream>,
+}
+
+/// Device memory of a [`GpuRig`], kept as bytes so that any plain type fits.
+#[derive(Debug)]
+pub struct GpuBuffer<T> {
+    bytes: CudaSlice<u8>,
+    address: u64,
+    len: usize,
+    _element: PhantomData<T>,
+}
+
+impl GpuRig {
+    /// The first GPU.
+    ///
+    /// # Errors
+    /// The reason why there is none.
+    pub fn new() -> Result<Self, String> {
+        cuda::probe::driver().map_err(|reason| reason.to_string())?;
+        let context = CudaContext::new(0).map_err(|error| format!("CUDA error {}", error.0 as u32))?;
+        let stream = context.default_stream();
+        let gpu = Gpu::new(context).map_err(|error| error.to_string())?;
+        Ok(Self { gpu, stream })
+    }
+}
+
+impl Rig for GpuRig {
+    type Device = Gpu;
+    type Function = <Gpu as Device>::Function;
+    type Buffer<T: Pod> = GpuBuffer<T>;
+
+    fn device(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    fn queue(&self) -> &<Self::Function as Function>::Queue {
+        &self.stream
+    }
+
+    fn upload<T: Pod>(&self, host: &[T]) -> GpuBuffer<T> {
+        use cuda::cudarc::driver::DevicePtr;
+        let bytes: &[u8] = bytemuck::cast_slice(host);
+        // A buffer without elements still needs an address.
+        let bytes = if bytes.is_empty() { &[0u8] } else { bytes };
+        let bytes = self.stream.clone_htod(bytes).expect("copy to the device");
+        let address = bytes.device_ptr(&self.stream).0;
+        GpuBuffer { bytes, address, len: host.len(), _element: PhantomData }
+    }
+
+    fn download<T: Pod>(&self, buffer: &GpuBuffer<T>) -> Vec<T> {
+        let bytes = self.stream.clone_dtoh(&buffer.bytes).expect("copy from the device");
+        self.stream.synchronize().expect("the queue ran without a fault");
+        let mut host = vec![T::zeroed(); buffer.len];
+        let size = buffer.len * size_of::<T>();
+        bytemuck::cast_slice_mut::<T, u8>(&mut host).copy_from_slice(&bytes[..size]);
+        host
+    }
+
+    fn view<'a, T: Pod>(&self, buffer: &'a GpuBuffer<T>) -> View<'a, T> {
+        let space = Space::Device(self.stream.context().ordinal());
+        // SAFETY: the borrow keeps the allocation alive, and all work of this rig is ordered by its one stream.
+        unsafe { View::from_raw(buffer.address, buffer.len, space) }
+    }
+
+    fn view_mut<'a, T: Pod>(&self, buffer: &'a mut GpuBuffer<T>) -> ViewMut<'a, T> {
+        let space = Space::Device(self.stream.context().ordinal());
+        // SAFETY: the borrow keeps the allocation alive and exclusive, and all work of this rig is ordered by its one stream.
+        unsafe { ViewMut::from_raw(buffer.address, buffer.len, space) }
+    }
+
+    fn stress_launches(&self) -> usize {
+        100_000
+    }
+
+    fn name(&self) -> String {
+        format!("device {}", self.stream.context().ordinal())
+    }
+}
+
+/// The GPU of a `gpu` test, or `None` after printing why the test is skipped.
+///
+/// # Panics
+/// If there is no usable GPU although `REQUIRE_GPU=1` demands one.
+pub fn gpu_or_skip(test: &str) -> Option<GpuRig> {
+    match GpuRig::new() {
+        Ok(rig) => Some(rig),
+        Err(reason) if std::env::var_os("REQUIRE_GPU").is_some_and(|v| v == "1") => {
+            panic!("{test}: REQUIRE_GPU=1, but {reason}")
+        }
+        Err(reason) => {
+            println!("SKIPPED {test}: {reason}");
+            None
+        }
+    }
+}
+
+/// Makes an `emulator` and a `gpu` test of one generic body `fn name<R: Rig>(rig: &R)`.
+#[macro_export]
+macro_rules! device_test {
+    ($($name:ident),+ $(,)?) => {$(
+        mod $name {
+            #[test]
+            fn emulator() {
+                $crate::emulator_or_skip!();
+                for order in $crate::Order::ALL {
+                    super::$name(&$crate::rig::EmulatorRig::new(order));
+                }
+            }
+
+            #[test]
+            fn gpu() {
+                if let Some(rig) = $crate::rig::gpu_or_skip(stringify!($name)) {
+                    super::$name(&rig);
+                }
+            }
+        }
+    )+};
+}
