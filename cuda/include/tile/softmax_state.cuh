@@ -43,7 +43,7 @@ struct NormalisedStates {
     const float* out;
     const float* lse;
 
-    DEVICE float m(uint32_t s) const { return load_f32(lse + s); }
+    DEVICE float m(uint32_t s) const { return lse[s]; }  // read by every thread of the row, twice: worth its place in L1
     DEVICE float l(uint32_t) const { return 1.0f; }
     DEVICE float4 acc(uint32_t s, uint32_t channel) const { return load_f32x4(out + (uint64_t)s * VDim + channel); }
 };
@@ -67,17 +67,21 @@ struct RawStates {
 // with m = −inf are skipped without reading acc, which may hold anything.
 template <class States>
 DEVICE SoftmaxState fold_states(const States& states, uint32_t first, uint32_t end, uint32_t step, uint32_t channel) {
+    // Counting in ones, not in steps, lets the compiler unroll: it knows that the counter cannot wrap.
+    const uint32_t count = first < end ? ceil_div(end - first, step) : 0;
     SoftmaxState state;
     bool nan = false;
-    for (uint32_t s = first; s < end; s += step) {
-        const float m = states.m(s);
+#pragma unroll 4
+    for (uint32_t i = 0; i < count; i++) {
+        const float m = states.m(first + i * step);
         nan |= m != m;
         state.m = fmaxf(state.m, m);
     }
-    if (nan) state.m = state.l = QUIET_NAN;  // fmaxf drops NaN, which must never pass for a number
+    if (nan) state.m = QUIET_NAN;  // fmaxf drops NaN, which must never pass for a number
     if (state.m == NEGATIVE_INFINITY) return state;
 #pragma unroll 4
-    for (uint32_t s = first; s < end; s += step) {
+    for (uint32_t i = 0; i < count; i++) {
+        const uint32_t s = first + i * step;
         const float m = states.m(s);
         if (m == NEGATIVE_INFINITY) continue;
         state.add(exp_relative(m, state.m), states.l(s), states.acc(s, channel));

@@ -7,11 +7,11 @@
 // num_splits  [rows] u32, or null: max_splits in every row      status: first fault of the launch
 //
 // An empty state has lse −inf and its partial_out is not read; a row of empty states gives out 0 and lse −inf. A row with
-// num_splits > max_splits gives the same and is reported as STATUS_BAD_SPLITS with its index.
+// num_splits > max_splits gives the same and is reported as FAULT_BAD_SPLITS with its index.
 //
 // Arch:    sm_80 and later.
 // Mapping: V_DIM/4 threads per row, four channels each; as many whole rows per block of 128 threads as fit.
-// Budget:  40 registers, no shared memory.
+// Budget:  48 registers, no shared memory.
 // Limit:   bytes: rows·splits·(4·V_DIM + 4) read once, in fixed order, so that runs are bitwise equal.
 #include "merge_states_params.h"
 #include "status_params.h"
@@ -37,7 +37,7 @@ merge_states(const float* partial_out, const float* partial_lse, const uint32_t*
     grid_dependency_wait();
     uint32_t splits = num_splits ? num_splits[row] : params.max_splits;
     if (splits > params.max_splits) {
-        if (channel == 0) report_fault(status, STATUS_BAD_SPLITS, row);
+        if (channel == 0) report_fault(status, FAULT_BAD_SPLITS, row);
         splits = 0;
     }
     const uint64_t first = (uint64_t)row * params.max_splits;

@@ -11,7 +11,7 @@
 // Arch:    sm_80 and later.
 // Mapping: block (row, chunk) with chunks = ceil(max_splits / splits_per_block); V_DIM/4 threads by GROUPS, which take the
 //          chunk's states in turn and meet in shared memory. Which block comes last does not change the order of any sum.
-// Budget:  48 registers, 2.1 KB of shared memory.
+// Budget:  56 registers, 2.1 KB of shared memory.
 // Limit:   bytes: rows·splits·(4·V_DIM + 4) read once, plus the chunk states written and read once through L2.
 #include "merge_states_params.h"
 #include "status_params.h"
@@ -67,7 +67,7 @@ merge_states_last_arriver(const float* partial_out, const float* partial_lse, co
     grid_dependency_wait();
     uint32_t splits = num_splits ? num_splits[row] : params.max_splits;
     if (splits > params.max_splits) {
-        if (chunk == 0 && threadIdx.x == 0) report_fault(status, STATUS_BAD_SPLITS, row);
+        if (chunk == 0 && threadIdx.x == 0) report_fault(status, FAULT_BAD_SPLITS, row);
         splits = 0;
     }
 
