@@ -3,7 +3,8 @@
 // PTX ISA, "Memory Consistency Model": a release store or atomic makes everything its thread wrote before (and, through a
 // block barrier before it, everything the block wrote) visible to whoever acquires the value, anywhere on the GPU. These
 // wrappers are the only way for blocks to exchange data: the emulator reports a read of another block's word that was not
-// released to the reader.
+// released to the reader. There is no fence here on purpose: a fence does not say which word carries the order, so that
+// nothing could check its use.
 #pragma once
 
 #include "core.cuh"
@@ -71,7 +72,8 @@ DEVICE uint64_t atomic_add_acq_rel_u64(uint64_t* address, uint64_t value) {
 #endif
 }
 
-// Adds `value` and returns the old value, releasing what this thread wrote, acquiring nothing. atom.release.gpu.add
+// Adds `value` and returns the old value, releasing what this thread wrote, acquiring nothing: whoever needs the others'
+// writes follows with load_acquire_u32 on the same word. atom.release.gpu.add
 DEVICE uint32_t atomic_add_release_u32(uint32_t* address, uint32_t value) {
 #ifdef __CUDACC__
     uint32_t old;
@@ -107,15 +109,6 @@ DEVICE uint64_t atomic_cas_acq_rel_u64(uint64_t* address, uint64_t expected, uin
     return old;
 #else
     return emulator::atomic_cas_acq_rel_u64(address, expected, desired);
-#endif
-}
-
-// Orders this thread's earlier accesses before its later ones, for every observer on the GPU. fence.acq_rel.gpu
-DEVICE void fence_acq_rel_gpu() {
-#ifdef __CUDACC__
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
-#else
-    emulator::fence_acq_rel_gpu();
 #endif
 }
 
