@@ -1,6 +1,7 @@
 //! The one error type of this crate.
 
-use crate::probe::Unavailable;
+use crate::probe::{Unavailable, Version};
+use crate::table::Arch;
 
 /// What can go wrong between a kernel's source and its launch.
 ///
@@ -80,12 +81,72 @@ pub enum Error {
     },
 
     /// An NVRTC call failed for a reason other than the source.
-    #[error("{call} failed with NVRTC error {code}")]
+    #[error("{call} failed with NVRTC error {code}{}{log}", if .log.is_empty() { "" } else { ":\n" })]
     Nvrtc {
         /// Name of the NVRTC function.
         call: &'static str,
         /// The raw `nvrtcResult`.
         code: i32,
+        /// NVRTC's log, where there is one.
+        log: String,
+    },
+
+    /// This NVRTC is older than the architecture.
+    #[error(
+        "NVRTC {version} cannot compile for {arch}, it knows {known:?}: use a newer NVRTC or prebuilt cubins"
+    )]
+    NvrtcArch {
+        /// The architecture asked for.
+        arch: Arch,
+        /// NVRTC's version.
+        version: Version,
+        /// The architectures it knows, as `major * 10 + minor`.
+        known: Vec<u32>,
+    },
+
+    /// A folder of prebuilt cubins cannot be used: its manifest is missing or damaged, or a file in it is.
+    #[error("prebuilt cubins in {folder}: {reason}")]
+    Prebuilt {
+        /// The folder.
+        folder: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// A prebuilt cubin was made from other sources than this crate's.
+    #[error(
+        "{kernel} for {arch} in {folder} was built from other sources (digest {found}, this crate has {expected})"
+    )]
+    Stale {
+        /// The kernel and its constants.
+        kernel: String,
+        /// Target architecture.
+        arch: String,
+        /// The folder of prebuilt cubins.
+        folder: String,
+        /// Digest of this crate's sources for the kernel.
+        expected: String,
+        /// Digest in the manifest.
+        found: String,
+    },
+
+    /// The driver refuses a cubin.
+    #[error(
+        "{call} refuses {kernel} for {arch} ({origin}) with CUDA error {code}; the driver supports CUDA {driver}"
+    )]
+    Load {
+        /// Name of the driver function.
+        call: &'static str,
+        /// The raw `CUresult`.
+        code: u32,
+        /// The kernel and its constants.
+        kernel: String,
+        /// Architecture of the cubin.
+        arch: String,
+        /// Where the cubin came from.
+        origin: String,
+        /// CUDA version of the driver; a compiler of a later major version makes cubins that it cannot read.
+        driver: Version,
     },
 
     /// The emulator found the kernel at fault.
@@ -104,7 +165,12 @@ impl Error {
     /// True for illegal addresses and instructions, misaligned addresses, launch timeouts and failures, hardware stack
     /// errors, ECC errors and device-side asserts.
     pub fn is_fatal(&self) -> bool {
-        matches!(self, Error::Driver { code, .. } if matches!(code, 214 | 700 | 702 | 710 | 714..=719 | 721))
+        match self {
+            Error::Driver { code, .. } | Error::Load { code, .. } => {
+                matches!(code, 214 | 700 | 702 | 710 | 714..=719 | 721)
+            }
+            _ => false,
+        }
     }
 
     /// Shorthand for [`Error::Argument`].

@@ -1,12 +1,19 @@
 //! CUDA device code of the longkv kernels and the runtime that compiles, caches and launches it.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+pub mod cache;
+pub mod compile;
+pub mod digest;
 mod error;
 pub mod kernels;
 pub mod launch;
 pub mod memory;
+pub mod nvrtc;
+pub mod params;
+pub mod prebuilt;
 pub mod probe;
 pub mod sources;
+pub mod storage;
 pub mod table;
 
 pub use error::Error;

@@ -1,2 +1,83 @@
-//! Developer commands.
-fn main() {}
+//! Developer commands: `cargo xtask <command>`.
+
+#[cfg(feature = "bindings")]
+mod bindings;
+#[cfg(feature = "kernels")]
+mod kernels;
+mod toolkit;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+cargo xtask <command>
+
+toolkit [--nvrtc 12.8]
+    Installs NVRTC, the disassembler and libclang from their pinned wheels into target/toolkit.
+
+kernels [FILTER…] [--arch sm_90a] [--all] [--nvrtc 12.8] [--sass] [--prebuilt DIR]
+    Compiles the shipped rows of the kernel table for every architecture of the gate and holds them to their budgets.
+    FILTER       only rows whose label contains one of the texts
+    --arch       only this architecture
+    --all        every allowed combination of constants, not only the shipped rows
+    --nvrtc      another NVRTC than 13.0; architectures that it does not know are skipped
+    --sass       prints the machine code of each row
+    --prebuilt   writes the cubins and their manifest to DIR
+
+bindings [--check]
+    Generates cuda/src/params.rs from cuda/include/*_params.h, or checks that it is fresh.
+";
+
+/// Commands fail with a sentence for the person who typed them.
+type Result<T = ()> = std::result::Result<T, String>;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let outcome = match arguments.split_first() {
+        Some((command, rest)) => match command.as_str() {
+            "toolkit" => toolkit::command(rest),
+            #[cfg(feature = "kernels")]
+            "kernels" => kernels::command(rest),
+            #[cfg(feature = "bindings")]
+            "bindings" => bindings::command(rest),
+            #[cfg(not(feature = "kernels"))]
+            "kernels" => with_feature("kernels", rest, None),
+            #[cfg(not(feature = "bindings"))]
+            "bindings" => toolkit::LIBCLANG
+                .install()
+                .and_then(|folder| with_feature("bindings", rest, Some(("LIBCLANG_PATH", folder)))),
+            "help" | "--help" | "-h" => {
+                print!("{USAGE}");
+                Ok(())
+            }
+            other => Err(format!("there is no command {other}\n\n{USAGE}")),
+        },
+        None => Err(USAGE.to_string()),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("{}", message.trim_end());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs a command in a build of this program that has the feature it needs.
+#[cfg(not(all(feature = "kernels", feature = "bindings")))]
+fn with_feature(command: &str, arguments: &[String], variable: Option<(&str, PathBuf)>) -> Result {
+    let status = std::process::Command::new(env!("CARGO"))
+        .args(["run", "--quiet", "--package", "xtask", "--no-default-features", "--features", command])
+        .args(["--", command])
+        .args(arguments)
+        .envs(variable)
+        .status()
+        .map_err(|error| format!("cargo does not start: {error}"))?;
+    // What went wrong has been said.
+    if status.success() { Ok(()) } else { std::process::exit(status.code().unwrap_or(1)) }
+}
+
+/// Root of the workspace.
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace").to_path_buf()
+}

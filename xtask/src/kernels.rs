@@ -1,0 +1,259 @@
+//! `cargo xtask kernels`: the compile gate.
+//!
+//! Every row is compiled with the function that the run time calls, then once more for ptxas's report.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use cuda::Error;
+use cuda::compile::{self, Cubin, Resources};
+use cuda::nvrtc::Nvrtc;
+use cuda::prebuilt::PrebuiltWriter;
+use cuda::table::{self, Arch, Instance, Row};
+
+use crate::{Result, toolkit};
+
+#[derive(Default)]
+struct Arguments {
+    filters: Vec<String>,
+    arch: Option<String>,
+    all: bool,
+    nvrtc: Option<String>,
+    sass: bool,
+    prebuilt: Option<PathBuf>,
+}
+
+fn parse(arguments: &[String]) -> Result<Arguments> {
+    let mut parsed = Arguments::default();
+    let mut rest = arguments.iter();
+    while let Some(argument) = rest.next() {
+        let mut value = || rest.next().cloned().ok_or_else(|| format!("{argument} needs a value"));
+        match argument.as_str() {
+            "--arch" => parsed.arch = Some(value()?),
+            "--all" => parsed.all = true,
+            "--nvrtc" => parsed.nvrtc = Some(value()?),
+            "--sass" => parsed.sass = true,
+            "--prebuilt" => parsed.prebuilt = Some(value()?.into()),
+            option if option.starts_with('-') => return Err(format!("there is no option {option}")),
+            filter => parsed.filters.push(filter.to_string()),
+        }
+    }
+    Ok(parsed)
+}
+
+pub(crate) fn command(arguments: &[String]) -> Result {
+    let arguments = parse(arguments)?;
+    let folder = toolkit::nvrtc(arguments.nvrtc.as_deref().unwrap_or("13.0"))?.install()?;
+    let nvrtc = Nvrtc::open(&folder).map_err(|error| error.to_string())?;
+    let (jobs, skipped) = jobs(&arguments, nvrtc);
+    if jobs.is_empty() {
+        return Err("no row matches".to_string());
+    }
+    let mut prebuilt = match &arguments.prebuilt {
+        Some(folder) => Some(PrebuiltWriter::create(folder).map_err(|error| error.to_string())?),
+        None => None,
+    };
+
+    let width = jobs.iter().map(|job| job.instance.label().len()).max().unwrap_or(0).max("kernel".len());
+    println!("NVRTC {}", nvrtc.version());
+    println!(
+        "{:width$}  {:7}  {:>9}  {:>6}  {:>6}  {:>5}  {:>7}  {:>5}",
+        "kernel", "arch", "registers", "shared", "spills", "stack", "cubin", "ms"
+    );
+    let started = Instant::now();
+    let mut faults = 0;
+    let mut shown = Ok(());
+    run(&jobs, nvrtc, |job, outcome| {
+        let label = job.instance.label();
+        let arch = job.arch.to_string();
+        match &outcome {
+            Ok(built) => {
+                let r = &built.resources;
+                println!(
+                    "{label:width$}  {arch:7}  {:>9}  {:>6}  {:>6}  {:>5}  {:>7}  {:>5}",
+                    r.registers,
+                    r.shared,
+                    r.spill_stores + r.spill_loads,
+                    r.stack,
+                    built.cubin.bytes.len(),
+                    built.time.as_millis(),
+                );
+                for line in built.cubin.log.lines() {
+                    println!("    {line}");
+                }
+                for fault in over_budget(job, r) {
+                    faults += 1;
+                    println!("    FAILED: {fault}");
+                }
+                if shown.is_ok() && arguments.sass {
+                    shown = print_sass(&built.cubin);
+                }
+                if shown.is_ok()
+                    && let Some(prebuilt) = &mut prebuilt
+                {
+                    shown = prebuilt
+                        .add(&job.instance, job.arch, &built.cubin)
+                        .map_err(|error| error.to_string());
+                }
+            }
+            Err(error) => {
+                faults += 1;
+                println!("{label:width$}  {arch:7}  FAILED: {error}");
+            }
+        }
+    });
+    shown?;
+    for (arch, rows) in &skipped {
+        println!("skipped {rows} rows for {arch}: NVRTC {} does not know it", nvrtc.version());
+    }
+    println!("{} compiles in {:.1} s, {faults} faults", jobs.len(), started.elapsed().as_secs_f32());
+    if faults > 0 {
+        return Err(format!("{faults} faults"));
+    }
+    if let Some(prebuilt) = prebuilt {
+        let path = prebuilt.finish(nvrtc.version()).map_err(|error| error.to_string())?;
+        println!("wrote {}", path.display());
+    }
+    Ok(())
+}
+
+struct Job {
+    instance: Instance,
+    /// None for instances that are allowed but not shipped: they have no budget.
+    row: Option<&'static Row>,
+    arch: Arch,
+}
+
+/// What is to be compiled, and how many rows are left out per architecture that NVRTC does not know.
+fn jobs(arguments: &Arguments, nvrtc: &Nvrtc) -> (Vec<Job>, BTreeMap<Arch, usize>) {
+    let instances: Vec<_> = if arguments.all {
+        table::kernels().flat_map(allowed).map(|instance| (instance.row(), instance)).collect()
+    } else {
+        table::shipped().map(|(instance, row)| (Some(row), instance)).collect()
+    };
+    let mut skipped = BTreeMap::new();
+    let mut jobs = Vec::new();
+    for (row, instance) in instances {
+        let label = instance.label();
+        if !arguments.filters.is_empty() && !arguments.filters.iter().any(|filter| label.contains(filter)) {
+            continue;
+        }
+        for &arch in instance.kernel.arch.gate() {
+            if arguments.arch.as_ref().is_some_and(|wanted| *wanted != arch.to_string()) {
+                continue;
+            }
+            if nvrtc.supports(arch) {
+                jobs.push(Job { instance: instance.clone(), row, arch });
+            } else {
+                *skipped.entry(arch).or_insert(0) += 1;
+            }
+        }
+    }
+    (jobs, skipped)
+}
+
+/// Every combination of a kernel's allowed constants.
+fn allowed(kernel: &'static table::Kernel) -> impl Iterator<Item = Instance> {
+    let combinations: usize = kernel.constants.iter().map(|constant| constant.allowed.len()).product();
+    (0..combinations).map(move |mut combination| {
+        let values = kernel.constants.iter().map(|constant| {
+            let value = constant.allowed[combination % constant.allowed.len()];
+            combination /= constant.allowed.len();
+            value
+        });
+        Instance { kernel, values: values.collect() }
+    })
+}
+
+struct Built {
+    cubin: Cubin,
+    resources: Resources,
+    /// Of the run time's compile alone.
+    time: Duration,
+}
+
+/// Compiles on two threads and hands the outcomes over in the jobs' order.
+fn run(jobs: &[Job], nvrtc: &'static Nvrtc, mut each: impl FnMut(&Job, std::result::Result<Built, Error>)) {
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        let (sender, receiver) = mpsc::channel();
+        for _ in 0..2 {
+            let (sender, next) = (sender.clone(), &next);
+            scope.spawn(move || {
+                loop {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(job) = jobs.get(index) else { return };
+                    // The receiver only goes away if the other side panicked.
+                    if sender.send((index, build(job, nvrtc))).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop(sender);
+        let mut waiting = BTreeMap::new();
+        let mut shown = 0;
+        for (index, outcome) in receiver {
+            waiting.insert(index, outcome);
+            while let Some(outcome) = waiting.remove(&shown) {
+                each(&jobs[shown], outcome);
+                shown += 1;
+            }
+        }
+    });
+}
+
+fn build(job: &Job, nvrtc: &Nvrtc) -> std::result::Result<Built, Error> {
+    let started = Instant::now();
+    let cubin = compile::compile(nvrtc, &job.instance, job.arch)?;
+    let time = started.elapsed();
+    Ok(Built { cubin, resources: compile::resources(nvrtc, &job.instance, job.arch)?, time })
+}
+
+/// What a compiled row uses too much of.
+fn over_budget(job: &Job, used: &Resources) -> Vec<String> {
+    let mut faults = Vec::new();
+    if used.spill_stores + used.spill_loads > 0 {
+        faults.push(format!(
+            "spills {} bytes of stores and {} bytes of loads",
+            used.spill_stores, used.spill_loads
+        ));
+    }
+    if let Some(row) = job.row {
+        if used.registers > row.registers {
+            faults.push(format!("{} registers, the budget is {}", used.registers, row.registers));
+        }
+        if used.shared > row.shared {
+            faults
+                .push(format!("{} bytes of static shared memory, the budget is {}", used.shared, row.shared));
+        }
+    }
+    faults
+}
+
+fn print_sass(cubin: &Cubin) -> Result {
+    let tools = toolkit::DISASSEMBLER.install()?;
+    let file = tempfile::Builder::new().suffix(".cubin").tempfile().map_err(|error| error.to_string())?;
+    std::fs::write(file.path(), &cubin.bytes).map_err(|error| error.to_string())?;
+    // cuobjdump runs nvdisasm by name.
+    let path = std::env::join_paths(
+        std::iter::once(tools.clone())
+            .chain(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())),
+    )
+    .map_err(|error| error.to_string())?;
+    let output = Command::new(tools.join("cuobjdump"))
+        .arg("--dump-sass")
+        .arg(file.path())
+        .env("PATH", path)
+        .output()
+        .map_err(|error| format!("cuobjdump does not start: {error}"))?;
+    if !output.status.success() {
+        return Err(format!("cuobjdump failed:\n{}", String::from_utf8_lossy(&output.stderr)));
+    }
+    println!("{}", String::from_utf8_lossy(&output.stdout));
+    Ok(())
+}
