@@ -2,8 +2,8 @@
 //!
 //! One function serves decoding (a few new tokens over a long cache) and prefill. Work is cut into blocks of queries and,
 //! when queries are few, into splits of keys that are merged in order. The cuts depend on the shape alone, never on the
-//! number of threads, so runs are bitwise equal whatever the thread pool. `reference` is what it is
-//! checked against.
+//! number of threads, so runs are bitwise equal whatever the thread pool. [`reference`](crate::reference)
+//! is what it is checked against.
 
 use std::ops::Range;
 

@@ -5,9 +5,13 @@
 //! | [`HeadShape`], [`Score`], [`Mask`], [`AttentionSpec`] | what a layer computes: heads and sizes, scale and soft-cap, visible keys |
 //! | [`Element`], [`DType`] | storage types: f32, f16, bf16 |
 //! | [`HeadsView`] | contiguous vectors `[tokens, heads, dim]` or `[heads, tokens, dim]`, at any stride |
+//! | [`RaggedView`], [`RaggedKv`], [`PagedKv`], [`PageStore`], [`BlockTable`] | batches of packed sequences, and paged KV caches |
+//! | [`page_pool`] | reference-counted byte pages with copy-on-write, and sequences over them |
 //! | [`rope`] | rotary position embedding and its context extensions |
 //! | [`softmax_state`] | partial states `(out, lse)` and `(m, l, o)`, and their merge |
+//! | [`reference`] | the oracle: attention and the merge of states in f64, in plain loops |
 //! | [`cpu`] | dense attention in f32, for an engine without a GPU |
+//! | `testing` (feature `testing`) | inputs, tolerances and comparisons that every crate's tests share |
 //!
 //! # Conventions
 //!
@@ -52,16 +56,28 @@
 pub mod cpu;
 mod element;
 mod error;
+mod fault;
 mod heads;
+mod kv;
 mod mask;
+pub mod page_pool;
+mod paged;
+mod ragged;
+pub mod reference;
 pub mod rope;
 mod score;
 mod shape;
 pub mod softmax_state;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use element::{DType, Element};
 pub use error::Error;
+pub use fault::{Fault, FaultCode};
 pub use heads::HeadsView;
+pub use kv::KeyValues;
 pub use mask::{KeyRanges, Mask, query_position};
+pub use paged::{BlockTable, PageLayout, PageStore, PagedKv, PagedLengths};
+pub use ragged::{RaggedKv, RaggedView};
 pub use score::{AttentionSpec, Score};
 pub use shape::HeadShape;

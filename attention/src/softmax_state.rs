@@ -14,6 +14,8 @@
 use std::fmt::Debug;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Sub};
 
+use crate::Score;
+
 mod sealed {
     pub trait Sealed {}
     impl Sealed for f32 {}
@@ -48,6 +50,8 @@ pub trait Real:
     fn ln(self) -> Self;
     /// The larger of two numbers; NaN if either is.
     fn max_or_nan(self, other: Self) -> Self;
+    /// This dot product as a score: scaled, then soft-capped.
+    fn scored(self, score: &Score) -> Self;
     /// Rounds an f64.
     fn from_f64(value: f64) -> Self;
     /// Exact.
@@ -55,7 +59,7 @@ pub trait Real:
 }
 
 macro_rules! real {
-    ($type:ty) => {
+    ($type:ty, $apply:ident) => {
         impl Real for $type {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
@@ -73,6 +77,10 @@ macro_rules! real {
                 if self.is_nan() || self > other { self } else { other }
             }
             #[inline]
+            fn scored(self, score: &Score) -> Self {
+                score.$apply(self)
+            }
+            #[inline]
             fn from_f64(value: f64) -> Self {
                 value as $type
             }
@@ -83,8 +91,8 @@ macro_rules! real {
         }
     };
 }
-real!(f32);
-real!(f64);
+real!(f32, apply_f32);
+real!(f64, apply_f64);
 
 /// A normalised partial state of one row.
 #[derive(Debug, Clone, PartialEq)]

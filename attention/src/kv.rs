@@ -1,0 +1,21 @@
+//! What the oracle asks of a KV cache.
+
+use crate::{Error, Fault, HeadShape};
+
+/// Keys and values of a batch of sequences, wherever they are stored.
+pub trait KeyValues<T>: Sync {
+    /// Sequences in the batch.
+    fn sequences(&self) -> usize;
+
+    /// Checks that heads and vector sizes are those of a shape.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when they are not.
+    fn check(&self, shape: &HeadShape) -> Result<(), Error>;
+
+    /// Key `[qk_dim]` and value `[v_dim]` of every token that one KV head keeps of a sequence, in order.
+    ///
+    /// # Errors
+    /// A [`Fault`] when the row's lengths or page ids make no sense; a kernel would skip it.
+    fn tokens(&self, sequence: usize, kv_head: usize) -> Result<Vec<(&[T], &[T])>, Fault>;
+}
