@@ -4,6 +4,8 @@
 pub mod cache;
 pub mod compile;
 pub mod digest;
+#[cfg(feature = "driver")]
+pub mod driver;
 mod error;
 pub mod kernels;
 pub mod launch;
@@ -13,8 +15,10 @@ pub mod params;
 pub mod prebuilt;
 pub mod probe;
 pub mod sources;
+pub mod status;
 pub mod storage;
 pub mod table;
+pub mod workspace;
 
 pub use error::Error;
 

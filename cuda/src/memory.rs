@@ -191,7 +191,7 @@ mod device {
         /// Device memory (`CudaSlice` or `CudaView`), read on `stream`.
         pub fn device(slice: &'a impl DevicePtr<T>, stream: &'a CudaStream) -> Self {
             let len = slice.len();
-            let space = Space::Device(stream.context().ordinal());
+            let space = Space::Device(slice.stream().context().ordinal());
             let (address, guard) = slice.device_ptr(stream);
             Self { address, len, space, _guard: Some(guard), _borrow: PhantomData }
         }
@@ -201,7 +201,7 @@ mod device {
         /// Device memory (`CudaSlice` or `CudaViewMut`), read and written on `stream`.
         pub fn device(slice: &'a mut impl DevicePtrMut<T>, stream: &'a CudaStream) -> Self {
             let len = slice.len();
-            let space = Space::Device(stream.context().ordinal());
+            let space = Space::Device(slice.stream().context().ordinal());
             let (address, guard) = slice.device_ptr_mut(stream);
             Self { address, len, space, _guard: Some(guard), _borrow: PhantomData }
         }

@@ -4,10 +4,111 @@
 
 /// Digests of the headers that this file was generated from.
 pub const HEADER_DIGESTS: &[(&str, &str)] = &[
+    ("decode_params.h", "549968e16df86614bfc18febb9e8a134b45a2341d7ec89cffc90efeaa94a6fee"),
     ("merge_states_params.h", "a1ca4ca86a37067ead0a7fdbb4a70c68ff2be74458bddc317fa12c2d18667ee8"),
     ("status_params.h", "4f7980c429bc31cb21feb31a9a1840964bf406b48721d9a745514ad009959d99"),
 ];
 
+#[doc = " Tokens of a tile, the granule of the decode kernels' work."]
+pub const DECODE_TILE: DecodeConstants = 64;
+#[doc = " Constants of the decode kernels."]
+pub type DecodeConstants = ::core::ffi::c_uint;
+#[doc = " Shape, layout and split of one decode step."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct DecodeParams {
+    #[doc = " Elements between two pages of K, or 0 where K is not paged."]
+    pub k_page_stride: i64,
+    #[doc = " Elements between two tokens of K."]
+    pub k_token_stride: i64,
+    #[doc = " Elements between two heads of K."]
+    pub k_head_stride: i64,
+    #[doc = " Elements between two pages of V, or 0 where V is not paged."]
+    pub v_page_stride: i64,
+    #[doc = " Elements between two tokens of V."]
+    pub v_token_stride: i64,
+    #[doc = " Elements between two heads of V."]
+    pub v_head_stride: i64,
+    #[doc = " Entries between two sequences of the block table."]
+    pub table_batch_stride: i64,
+    #[doc = " Entries between two KV heads of the block table; 0 where all heads share it."]
+    pub table_head_stride: i64,
+    #[doc = " Sequences."]
+    pub batch: u32,
+    #[doc = " Queries of each sequence, aligned to the end of its keys."]
+    pub q_len: u32,
+    #[doc = " KV heads."]
+    pub kv_heads: u32,
+    #[doc = " Query heads that read one KV head."]
+    pub group: u32,
+    #[doc = " Blocks of columns that the q_len * group queries of one KV head need."]
+    pub column_blocks: u32,
+    #[doc = " log2 of the tokens in a page."]
+    pub page_shift: u32,
+    #[doc = " Pages that the block table holds for one sequence."]
+    pub max_pages: u32,
+    #[doc = " Pages in the pool; a page id is below this."]
+    pub num_pages: u32,
+    #[doc = " Tokens in a contiguous cache."]
+    pub num_tokens: u32,
+    #[doc = " Largest length that the plan allows."]
+    pub max_kv_len: u32,
+    #[doc = " Keys that a query sees, itself included; 0 for all."]
+    pub window: u32,
+    #[doc = " Tiles of one unit of work: 1 for balanced splits; a fixed number for splits that no other sequence changes."]
+    pub unit_tiles: u32,
+    #[doc = " 1 where each unit is a part of its own, 0 where a block's units of one item are one part."]
+    pub fixed_parts: u32,
+    #[doc = " Units below which a block does not split further."]
+    pub min_units: u32,
+    #[doc = " Softmax scale."]
+    pub scale: f32,
+    #[doc = " Soft-cap of the scaled scores; read only where the kernel is compiled with it."]
+    pub soft_cap: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of DecodeParams"][::core::mem::size_of::<DecodeParams>() - 128usize];
+    ["Alignment of DecodeParams"][::core::mem::align_of::<DecodeParams>() - 8usize];
+    ["Offset of field: DecodeParams::k_page_stride"]
+        [::core::mem::offset_of!(DecodeParams, k_page_stride) - 0usize];
+    ["Offset of field: DecodeParams::k_token_stride"]
+        [::core::mem::offset_of!(DecodeParams, k_token_stride) - 8usize];
+    ["Offset of field: DecodeParams::k_head_stride"]
+        [::core::mem::offset_of!(DecodeParams, k_head_stride) - 16usize];
+    ["Offset of field: DecodeParams::v_page_stride"]
+        [::core::mem::offset_of!(DecodeParams, v_page_stride) - 24usize];
+    ["Offset of field: DecodeParams::v_token_stride"]
+        [::core::mem::offset_of!(DecodeParams, v_token_stride) - 32usize];
+    ["Offset of field: DecodeParams::v_head_stride"]
+        [::core::mem::offset_of!(DecodeParams, v_head_stride) - 40usize];
+    ["Offset of field: DecodeParams::table_batch_stride"]
+        [::core::mem::offset_of!(DecodeParams, table_batch_stride) - 48usize];
+    ["Offset of field: DecodeParams::table_head_stride"]
+        [::core::mem::offset_of!(DecodeParams, table_head_stride) - 56usize];
+    ["Offset of field: DecodeParams::batch"][::core::mem::offset_of!(DecodeParams, batch) - 64usize];
+    ["Offset of field: DecodeParams::q_len"][::core::mem::offset_of!(DecodeParams, q_len) - 68usize];
+    ["Offset of field: DecodeParams::kv_heads"][::core::mem::offset_of!(DecodeParams, kv_heads) - 72usize];
+    ["Offset of field: DecodeParams::group"][::core::mem::offset_of!(DecodeParams, group) - 76usize];
+    ["Offset of field: DecodeParams::column_blocks"]
+        [::core::mem::offset_of!(DecodeParams, column_blocks) - 80usize];
+    ["Offset of field: DecodeParams::page_shift"]
+        [::core::mem::offset_of!(DecodeParams, page_shift) - 84usize];
+    ["Offset of field: DecodeParams::max_pages"][::core::mem::offset_of!(DecodeParams, max_pages) - 88usize];
+    ["Offset of field: DecodeParams::num_pages"][::core::mem::offset_of!(DecodeParams, num_pages) - 92usize];
+    ["Offset of field: DecodeParams::num_tokens"]
+        [::core::mem::offset_of!(DecodeParams, num_tokens) - 96usize];
+    ["Offset of field: DecodeParams::max_kv_len"]
+        [::core::mem::offset_of!(DecodeParams, max_kv_len) - 100usize];
+    ["Offset of field: DecodeParams::window"][::core::mem::offset_of!(DecodeParams, window) - 104usize];
+    ["Offset of field: DecodeParams::unit_tiles"]
+        [::core::mem::offset_of!(DecodeParams, unit_tiles) - 108usize];
+    ["Offset of field: DecodeParams::fixed_parts"]
+        [::core::mem::offset_of!(DecodeParams, fixed_parts) - 112usize];
+    ["Offset of field: DecodeParams::min_units"][::core::mem::offset_of!(DecodeParams, min_units) - 116usize];
+    ["Offset of field: DecodeParams::scale"][::core::mem::offset_of!(DecodeParams, scale) - 120usize];
+    ["Offset of field: DecodeParams::soft_cap"][::core::mem::offset_of!(DecodeParams, soft_cap) - 124usize];
+};
 #[doc = " Shape of one merge of partial attention states."]
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
