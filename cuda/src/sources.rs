@@ -17,6 +17,7 @@ macro_rules! headers {
 pub const HEADERS: &[(&str, &str)] = headers! {
     "core.cuh"
     "types.cuh"
+    "decode_params.h"
     "merge_states_params.h"
     "status_params.h"
     "ptx/bulk_copy.cuh"
@@ -35,6 +36,7 @@ pub const HEADERS: &[(&str, &str)] = headers! {
     "tile/fragment.cuh"
     "tile/last_arriver.cuh"
     "tile/softmax_state.cuh"
+    "tile/split_plan.cuh"
     "tile/status.cuh"
     "tile/swizzle.cuh"
 };

@@ -9,7 +9,49 @@ const fn merge_row(values: &'static [i64], registers: u32, shared: u32) -> Row {
     Row { values, registers, shared, emulated: true }
 }
 
+const DECODE_CONSTANTS: &[Constant] = &[
+    Constant { name: "QK_DIM", allowed: &[64, 128, 192, 256] },
+    Constant { name: "V_DIM", allowed: &[64, 128, 192, 256] },
+    Constant { name: "COLUMN_TILES", allowed: &[1, 2] },
+    Constant { name: "KV_DTYPE", allowed: &[dtype::F16, dtype::BF16] },
+    Constant { name: "PAGED", allowed: &[0, 1] },
+    Constant { name: "SOFT_CAP", allowed: &[0, 1] },
+];
+
+/// Queries of 16 rows, four rings of 16 KiB and the tail of two column tiles.
+const fn decode_row(values: &'static [i64], registers: u32) -> Row {
+    Row { values, registers, shared: 16 * values[0] as u32 * 2 + 4 * 16 * 1024 + 516, emulated: true }
+}
+
 pub(super) const KERNELS: &[Kernel] = &[
+    Kernel {
+        name: "decode_plan",
+        group: "attention",
+        source: include_str!("../../kernels/attention/decode_plan.cu"),
+        constants: &[],
+        arch: ArchClass::Portable,
+        threads: 128,
+        rows: &[Row { values: &[], registers: 40, shared: 64, emulated: true }],
+    },
+    Kernel {
+        name: "decode",
+        group: "attention",
+        source: include_str!("../../kernels/attention/decode.cu"),
+        constants: DECODE_CONSTANTS,
+        arch: ArchClass::Portable,
+        threads: 128,
+        rows: &[
+            decode_row(&[64, 64, 1, dtype::F16, 1, 0], 168),
+            decode_row(&[64, 64, 2, dtype::BF16, 0, 1], 168),
+            decode_row(&[128, 128, 1, dtype::BF16, 1, 0], 168),
+            decode_row(&[128, 128, 2, dtype::BF16, 1, 0], 168),
+            decode_row(&[128, 128, 1, dtype::F16, 0, 0], 168),
+            decode_row(&[128, 128, 2, dtype::F16, 1, 1], 168),
+            decode_row(&[192, 128, 1, dtype::BF16, 1, 0], 255),
+            decode_row(&[256, 256, 1, dtype::BF16, 1, 1], 255),
+            decode_row(&[256, 256, 2, dtype::BF16, 0, 0], 255),
+        ],
+    },
     Kernel {
         name: "merge_states",
         group: "attention",

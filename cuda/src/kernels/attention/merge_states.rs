@@ -50,9 +50,10 @@ impl<O: Storage> MergeStatesArgs<'_, '_, O> {
     /// Checks every argument and gives the kernel's parameters.
     fn check(&self, kernel: &str, v_dim: usize, splits_per_block: usize) -> Result<MergeStatesParams, Error> {
         let count = |argument, value: usize| {
-            u32::try_from(value).ok().filter(|v| *v <= i32::MAX as u32).ok_or_else(|| {
-                Error::argument(kernel, argument, format_args!("at most {}", i32::MAX), value)
-            })
+            u32::try_from(value)
+                .ok()
+                .filter(|v| *v <= i32::MAX as u32)
+                .ok_or_else(|| Error::argument(kernel, argument, format_args!("at most {}", i32::MAX), value))
         };
         let params = MergeStatesParams {
             rows: count("rows", self.rows)?,
@@ -154,9 +155,10 @@ impl<F: Function, O: Storage> MergeStatesLastArriver<F, O> {
         let params = args.check(KERNEL, self.v_dim, splits_per_block)?;
         let chunks = args.max_splits.div_ceil(splits_per_block);
         let blocks = args.rows * chunks;
-        let grid = u32::try_from(blocks).ok().filter(|blocks| *blocks <= i32::MAX as u32).ok_or_else(|| {
-            Error::argument(KERNEL, "rows", format_args!("at most {} blocks", i32::MAX), blocks)
-        })?;
+        let grid =
+            u32::try_from(blocks).ok().filter(|blocks| *blocks <= i32::MAX as u32).ok_or_else(|| {
+                Error::argument(KERNEL, "rows", format_args!("at most {} blocks", i32::MAX), blocks)
+            })?;
         scratch.chunk_acc.check(KERNEL, "chunk_acc", blocks * self.v_dim, 16)?;
         scratch.chunk_ml.check(KERNEL, "chunk_ml", blocks * 2, 4)?;
         scratch.arrivals.check(KERNEL, "arrivals", args.rows, 4)?;

@@ -1,0 +1,348 @@
+//! Split-KV decode attention: `decode_plan` and `decode`.
+
+use std::marker::PhantomData;
+
+use crate::Error;
+use crate::launch::{Arg, Device, Function, LaunchConfig};
+use crate::memory::{View, ViewMut};
+use crate::params::{DECODE_TILE, DecodeParams};
+use crate::storage::Storage;
+use crate::table::Instance;
+
+const THREADS: u32 = 128;
+const WARPS: usize = 4;
+const WARP_RING: usize = 16 * 1024;
+
+/// Query columns that one block of [`Decode`] serves, for `column_tiles` tiles of eight.
+pub const fn columns(column_tiles: usize) -> usize {
+    8 * column_tiles
+}
+
+/// Checks what both kernels read from [`DecodeParams`]; everything else follows from buffers and strides.
+fn check_params(kernel: &str, params: &DecodeParams, paged: bool) -> Result<(), Error> {
+    let at_least_1 = [
+        ("batch", params.batch),
+        ("q_len", params.q_len),
+        ("kv_heads", params.kv_heads),
+        ("group", params.group),
+        ("column_blocks", params.column_blocks),
+        ("unit_tiles", params.unit_tiles),
+        ("min_units", params.min_units),
+    ];
+    for (argument, value) in at_least_1 {
+        if value == 0 {
+            return Err(Error::argument(kernel, argument, "at least 1", value));
+        }
+    }
+    if paged && !(3..=30).contains(&params.page_shift) {
+        return Err(Error::argument(kernel, "page_shift", "3 to 30: pages of 8 tokens or more", params.page_shift));
+    }
+    // Token numbers and sums of units are 32-bit on the device.
+    let tiles = u64::from(params.max_kv_len).div_ceil(u64::from(DECODE_TILE)).max(1);
+    if u64::from(params.batch) * tiles > i32::MAX as u64 || params.max_kv_len > i32::MAX as u32 {
+        return Err(Error::argument(
+            kernel,
+            "max_kv_len",
+            format_args!("at most {} tiles of {DECODE_TILE} tokens over the batch", i32::MAX),
+            format_args!("{} tokens in each of {} sequences", params.max_kv_len, params.batch),
+        ));
+    }
+    Ok(())
+}
+
+/// Elements of a block table that the strides of `params` can reach.
+fn table_len(params: &DecodeParams) -> usize {
+    let last = |count: u32, stride: i64| (count as usize - 1) * stride as usize;
+    let heads = if params.table_head_stride == 0 { 1 } else { params.kv_heads };
+    last(heads, params.table_head_stride)
+        + last(params.batch, params.table_batch_stride)
+        + params.max_pages as usize
+}
+
+/// `decode_plan`: checks lengths and page ids on the device and sums up the work of a step.
+#[derive(Debug, Clone)]
+pub struct DecodePlan<F> {
+    function: F,
+}
+
+/// Arguments of [`DecodePlan`].
+#[derive(Debug)]
+pub struct DecodePlanArgs<'a, 'v> {
+    /// Shape, layout and split; both kernels of a step get the same.
+    pub params: &'a DecodeParams,
+    /// Keys of each sequence `[batch]`, the step's own included.
+    pub kv_len: &'a View<'v, u32>,
+    /// First token of each sequence in a contiguous cache `[batch]`; exactly one of this and `block_table` is given.
+    pub kv_start: Option<&'a View<'v, u32>>,
+    /// Page ids, by the table strides of `params`.
+    pub block_table: Option<&'a View<'v, u32>>,
+    /// Out: `kv_len`, or 0 for a sequence that cannot be read `[batch]`.
+    pub valid_len: &'a mut ViewMut<'v, u32>,
+    /// Out: units of work per item, summed over the sequences before `[batch + 1]`.
+    pub first_unit: &'a mut ViewMut<'v, u32>,
+    /// One counter, zero before the first launch.
+    pub arrivals: &'a mut ViewMut<'v, u32>,
+    /// Status word.
+    pub status: &'a mut ViewMut<'v, u64>,
+}
+
+impl<F: Function> DecodePlan<F> {
+    /// Compiles and loads the kernel.
+    pub fn prepare<D: Device<Function = F>>(device: &D) -> Result<Self, Error> {
+        Ok(Self { function: device.load(&Instance::new("decode_plan", &[])?)? })
+    }
+
+    /// Enqueues the plan of one step.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] names an argument that is too short, misaligned, missing or in the wrong space.
+    pub fn launch(&self, queue: &F::Queue, args: DecodePlanArgs<'_, '_>) -> Result<(), Error> {
+        const KERNEL: &str = "decode_plan";
+        let params = args.params;
+        check_params(KERNEL, params, args.block_table.is_some())?;
+        let batch = params.batch as usize;
+        match (args.block_table, args.kv_start) {
+            (Some(table), None) => table.check(KERNEL, "block_table", table_len(params), 4)?,
+            (None, Some(start)) => start.check(KERNEL, "kv_start", batch, 4)?,
+            (table, _) => {
+                let found = if table.is_some() { "both" } else { "neither" };
+                return Err(Error::argument(KERNEL, "block_table", "either block_table or kv_start", found));
+            }
+        }
+        args.kv_len.check(KERNEL, "kv_len", batch, 4)?;
+        args.valid_len.check(KERNEL, "valid_len", batch, 4)?;
+        args.first_unit.check(KERNEL, "first_unit", batch + 1, 4)?;
+        args.arrivals.check(KERNEL, "arrivals", 1, 4)?;
+        args.status.check(KERNEL, "status", 1, 8)?;
+
+        let shared = (WARPS + 2) * size_of::<u32>();
+        let config = LaunchConfig::new(params.batch, THREADS).shared(shared as u32);
+        let kernel_args = [
+            Arg::read("kv_len", args.kv_len),
+            Arg::read_optional("kv_start", args.kv_start),
+            Arg::read_optional("block_table", args.block_table),
+            Arg::write("valid_len", args.valid_len),
+            Arg::write("first_unit", args.first_unit),
+            Arg::write("arrivals", args.arrivals),
+            Arg::write("status", args.status),
+            Arg::value("params", params),
+        ];
+        // SAFETY: the arguments are the kernel's parameters in order and type; the checks above made every buffer as long as
+        // one block per sequence reads and writes, and the shared memory is the kernel's `Shared`.
+        unsafe { self.function.launch(queue, &config, &kernel_args) }
+    }
+}
+
+/// What a [`Decode`] kernel is compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct DecodeVariant {
+    /// Channels of q and K.
+    pub qk_dim: usize,
+    /// Channels of V and the output.
+    pub v_dim: usize,
+    /// Tiles of eight query columns per block: 1 or 2.
+    pub column_tiles: usize,
+    /// Whether K and V lie in pages.
+    pub paged: bool,
+    /// Whether scores are soft-capped.
+    pub soft_cap: bool,
+}
+
+impl DecodeVariant {
+    /// Dynamic shared memory of a block, in bytes: the queries, four rings and the tail.
+    pub fn shared_bytes(&self) -> usize {
+        let columns = columns(self.column_tiles);
+        16 * self.qk_dim * 2 + WARPS * WARP_RING + (WARPS * columns * 2 + 1) * size_of::<f32>()
+    }
+}
+
+/// `decode`: attention of a few queries per sequence over its KV cache. `E` is the storage type of q, K, V and the output.
+#[derive(Debug, Clone)]
+pub struct Decode<F, E> {
+    function: F,
+    variant: DecodeVariant,
+    _element: PhantomData<E>,
+}
+
+/// Arguments of [`Decode`].
+#[derive(Debug)]
+pub struct DecodeArgs<'a, 'v, E> {
+    /// Shape, layout and split, the same as given to [`DecodePlan`].
+    pub params: &'a DecodeParams,
+    /// Blocks to launch; the work is split over at most as many.
+    pub blocks: u32,
+    /// Queries `[batch, q_len, q_heads, qk_dim]`, 16-byte aligned.
+    pub q: &'a View<'v, E>,
+    /// Keys, by the strides of `params`, 16-byte aligned.
+    pub k: &'a View<'v, E>,
+    /// Values, by the strides of `params`, 16-byte aligned.
+    pub v: &'a View<'v, E>,
+    /// Page ids of a paged cache.
+    pub block_table: Option<&'a View<'v, u32>>,
+    /// First token of each sequence of a contiguous cache `[batch]`.
+    pub kv_start: Option<&'a View<'v, u32>>,
+    /// From [`DecodePlan`] `[batch]`.
+    pub valid_len: &'a View<'v, u32>,
+    /// From [`DecodePlan`] `[batch + 1]`.
+    pub first_unit: &'a View<'v, u32>,
+    /// Outputs `[batch, q_len, q_heads, v_dim]`, aligned to four elements.
+    pub out: &'a mut ViewMut<'v, E>,
+    /// Log-sum-exps `[batch, q_len, q_heads]`, natural log.
+    pub lse: &'a mut ViewMut<'v, f32>,
+    /// Partial states, [`part_slots`] × `columns` × `v_dim`, 16-byte aligned; need not be initialised.
+    pub part_acc: &'a mut ViewMut<'v, f32>,
+    /// Partial maxima and sums, [`part_slots`] × `columns` × 2; need not be initialised.
+    pub part_ml: &'a mut ViewMut<'v, f32>,
+    /// Counters `[batch · kv_heads · column_blocks]`, zero before the first launch.
+    pub arrivals: &'a mut ViewMut<'v, u32>,
+    /// Start while the previous kernel of the stream drains.
+    pub programmatic: bool,
+}
+
+/// Slots of partial states that `decode` can write: two per block, or one per unit where parts are fixed.
+pub fn part_slots(params: &DecodeParams, blocks: u32) -> usize {
+    if params.fixed_parts == 0 {
+        return 2 * blocks as usize;
+    }
+    let units = (params.max_kv_len as usize)
+        .div_ceil(DECODE_TILE as usize)
+        .div_ceil(params.unit_tiles as usize)
+        .max(1);
+    units * params.batch as usize * (params.kv_heads * params.column_blocks) as usize
+}
+
+impl<F: Function, E: Storage> Decode<F, E> {
+    /// Compiles and loads the kernel for `variant`.
+    pub fn prepare<D: Device<Function = F>>(device: &D, variant: DecodeVariant) -> Result<Self, Error> {
+        let instance = Instance::new(
+            "decode",
+            &[
+                ("QK_DIM", variant.qk_dim as i64),
+                ("V_DIM", variant.v_dim as i64),
+                ("COLUMN_TILES", variant.column_tiles as i64),
+                ("KV_DTYPE", E::DTYPE),
+                ("PAGED", i64::from(variant.paged)),
+                ("SOFT_CAP", i64::from(variant.soft_cap)),
+            ],
+        )?;
+        Ok(Self { function: device.load(&instance)?, variant, _element: PhantomData })
+    }
+
+    /// Enqueues the attention of one layer and step.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] names an argument that is too short, misaligned, missing or in the wrong space.
+    pub fn launch(&self, queue: &F::Queue, args: DecodeArgs<'_, '_, E>) -> Result<(), Error> {
+        const KERNEL: &str = "decode";
+        let params = args.params;
+        let DecodeVariant { qk_dim, v_dim, column_tiles, paged, soft_cap } = self.variant;
+        check_params(KERNEL, params, paged)?;
+        let columns = columns(column_tiles);
+        let queries = params.q_len as usize * params.group as usize;
+        if params.column_blocks as usize != queries.div_ceil(columns) {
+            return Err(Error::argument(
+                KERNEL,
+                "column_blocks",
+                queries.div_ceil(columns),
+                params.column_blocks,
+            ));
+        }
+        if soft_cap && (params.soft_cap.is_nan() || params.soft_cap <= 0.0) {
+            return Err(Error::argument(KERNEL, "soft_cap", "a positive number", params.soft_cap));
+        }
+        if args.blocks == 0 {
+            return Err(Error::argument(KERNEL, "blocks", "at least 1", args.blocks));
+        }
+
+        let batch = params.batch as usize;
+        let rows = batch * queries * params.kv_heads as usize;
+        let slots = part_slots(params, args.blocks);
+        let items = batch * params.kv_heads as usize * params.column_blocks as usize;
+        args.q.check(KERNEL, "q", rows * qk_dim, 16)?;
+        self.check_cache(params, "k", args.k, qk_dim, [
+            params.k_page_stride,
+            params.k_token_stride,
+            params.k_head_stride,
+        ])?;
+        self.check_cache(params, "v", args.v, v_dim, [
+            params.v_page_stride,
+            params.v_token_stride,
+            params.v_head_stride,
+        ])?;
+        match (paged, args.block_table, args.kv_start) {
+            (true, Some(table), None) => table.check(KERNEL, "block_table", table_len(params), 4)?,
+            (false, None, Some(start)) => start.check(KERNEL, "kv_start", batch, 4)?,
+            (true, ..) => {
+                return Err(Error::argument(KERNEL, "block_table", "a block table and no kv_start", "another layout"));
+            }
+            (false, ..) => {
+                return Err(Error::argument(KERNEL, "kv_start", "kv_start and no block table", "another layout"));
+            }
+        }
+        args.valid_len.check(KERNEL, "valid_len", batch, 4)?;
+        args.first_unit.check(KERNEL, "first_unit", batch + 1, 4)?;
+        args.out.check(KERNEL, "out", rows * v_dim, 4 * size_of::<E>() as u64)?;
+        args.lse.check(KERNEL, "lse", rows, 4)?;
+        args.part_acc.check(KERNEL, "part_acc", slots * columns * v_dim, 16)?;
+        args.part_ml.check(KERNEL, "part_ml", slots * columns * 2, 4)?;
+        args.arrivals.check(KERNEL, "arrivals", items, 4)?;
+
+        let mut config = LaunchConfig::new(args.blocks, THREADS).shared(self.variant.shared_bytes() as u32);
+        config.programmatic = args.programmatic;
+        let kernel_args = [
+            Arg::read("q", args.q),
+            Arg::read("k", args.k),
+            Arg::read("v", args.v),
+            Arg::read_optional("block_table", args.block_table),
+            Arg::read_optional("kv_start", args.kv_start),
+            Arg::read("valid_len", args.valid_len),
+            Arg::read("first_unit", args.first_unit),
+            Arg::write("out", args.out),
+            Arg::write("lse", args.lse),
+            Arg::write("part_acc", args.part_acc),
+            Arg::write("part_ml", args.part_ml),
+            Arg::write("arrivals", args.arrivals),
+            Arg::value("params", params),
+        ];
+        // SAFETY: the arguments are the kernel's parameters in order and type. The checks above made every buffer as long
+        // as the kernel's index range; lengths and page ids, which lie in device memory, were checked by `decode_plan`, whose
+        // outputs the caller passes on unchanged.
+        unsafe { self.function.launch(queue, &config, &kernel_args) }
+    }
+
+    /// Checks that every vector the strides can reach lies within `view` and starts at a 16-byte boundary.
+    fn check_cache(
+        &self,
+        params: &DecodeParams,
+        argument: &'static str,
+        view: &View<'_, E>,
+        dim: usize,
+        strides: [i64; 3],
+    ) -> Result<(), Error> {
+        const KERNEL: &str = "decode";
+        let chunk = 16 / size_of::<E>() as i64;
+        if strides.iter().any(|stride| *stride < 0 || stride % chunk != 0) {
+            return Err(Error::argument(
+                KERNEL,
+                argument,
+                format_args!("strides that are multiples of {chunk} elements"),
+                format_args!("page, token and head strides of {strides:?}"),
+            ));
+        }
+        let [page, token, head] = strides.map(|stride| stride as u128);
+        let (pages, tokens) = if self.variant.paged {
+            (params.num_pages, 1u32 << params.page_shift)
+        } else {
+            (1, params.num_tokens)
+        };
+        let mut needed = 0;
+        if pages > 0 && tokens > 0 {
+            needed = u128::from(pages - 1) * page
+                + u128::from(tokens - 1) * token
+                + u128::from(params.kv_heads - 1) * head
+                + dim as u128;
+        }
+        let needed = usize::try_from(needed).unwrap_or(usize::MAX);
+        view.check(KERNEL, argument, needed, 16)
+    }
+}
