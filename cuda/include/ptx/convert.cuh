@@ -1,8 +1,8 @@
 // Conversions between f32 and the narrow formats, on raw bits. PTX ISA, "Data Movement and Conversion Instructions: cvt".
 //
-// Rounding is to nearest even throughout. Every conversion is exact arithmetic on bits where no instruction exists (the
-// host; fp8 before sm_89), and gives the same bits as the instruction: NaN becomes the canonical NaN (0x7fff; 0x7f for
-// fp8) with the sign dropped, f16 overflows to infinity, fp8 saturates to its largest finite value, subnormals are kept.
+// Rounding is to nearest even throughout. Where no instruction exists (the host; fp8 before sm_89) the same conversion is
+// exact arithmetic on bits: f16 and bf16 overflow to infinity, fp8 saturates to its largest finite value, subnormals are
+// kept. NaN stays NaN; its sign and payload are not specified.
 //
 // Two values are packed as the tensor cores read them: the first in the low half, the second in the high half. (The
 // instruction's own operand order is the reverse.)

@@ -6,7 +6,7 @@
 
 #include "core.cuh"
 
-// 2^x. Maximal relative error 2^-22.5; exp2(-inf) = +0, exp2(+inf) = +inf. ex2.approx.ftz.f32
+// 2^x. At most 2 ulp from the correctly rounded value; exp2(-inf) = +0, exp2(+inf) = +inf. ex2.approx.ftz.f32
 DEVICE float exp2_approx(float x) {
 #ifdef __CUDACC__
     float y;

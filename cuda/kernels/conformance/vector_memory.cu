@@ -1,7 +1,7 @@
 // Every load and store of ptx/memory.cuh: copies `source` once through each pair.
 //
-// source [n] uint4, 16-byte aligned   out [10, n] uint4, 16-byte aligned; planes 0-7 are copies through one wrapper each,
-// plane 8 packs the four f32 of a piece as f16 (low 8 bytes) and bf16 (high 8 bytes), plane 9 stores them as f32.
+// source [n] uint4, 16-byte aligned   out [9, n] uint4, 16-byte aligned; planes 0-7 are copies through one wrapper each,
+// plane 8 rounds the four f32 of a piece to f16 (low 8 bytes) and bf16 (high 8 bytes).
 //
 // Arch:    sm_80 and later; programmatic dependent launch from sm_90 on.
 // Mapping: one thread per 16 bytes.

@@ -4,3 +4,4 @@
 //! [`Function`](crate::launch::Function), so the same code runs on the driver and in the emulator.
 
 pub mod attention;
+pub mod conformance;
