@@ -65,9 +65,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     cpu::attend(&half, q, k.slice(cut..kv_len), v.slice(cut..kv_len), &mut other_out, &mut other_lse)?;
     for head in 0..shape.q_heads() {
         let row = head * shape.v_dim()..(head + 1) * shape.v_dim();
-        merge_normalised(&mut out[row.clone()], &mut lse[head], &other_out[row], other_lse[head]);
+        merge_normalised(&mut out[row.clone()], &mut lse[head], &other_out[row], other_lse[head])?;
     }
     println!("largest error after merging two parts: {:.1e}", largest(&out));
-    assert!(largest(&out) < 1e-6, "f32 attention is this close to the oracle");
+    assert!(largest(&out) < 1e-5, "f32 attention is this close to the oracle");
     Ok(())
 }

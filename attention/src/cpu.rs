@@ -2,7 +2,7 @@
 //!
 //! One function serves decoding (a few new tokens over a long cache) and prefill. Work is cut into blocks of queries and,
 //! when queries are few, into splits of keys that are merged in order. The cuts depend on the shape alone, never on the
-//! number of threads, so runs are bitwise equal whatever the thread pool. [`reference`](crate::reference)
+//! number of threads, so runs are bitwise equal whatever the thread pool. [`reference`](mod@crate::reference)
 //! is what it is checked against.
 
 use std::ops::Range;
@@ -74,7 +74,7 @@ pub fn attend<T: Element>(
         let [merged, others @ ..] = splits else { continue };
         for states in others {
             for (state, other) in merged.iter_mut().zip(states) {
-                state.merge(other);
+                state.merge(other)?;
             }
         }
         let rows = queries.flat_map(|query| shape.q_heads_of(kv_head).map(move |head| (query, head)));

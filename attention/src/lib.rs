@@ -9,7 +9,7 @@
 //! | [`page_pool`] | reference-counted byte pages with copy-on-write, and sequences over them |
 //! | [`rope`] | rotary position embedding and its context extensions |
 //! | [`softmax_state`] | partial states `(out, lse)` and `(m, l, o)`, and their merge |
-//! | [`reference`] | the oracle: attention and the merge of states in f64, in plain loops |
+//! | [`mod@reference`] | the oracle: attention and the merge of states in f64, in plain loops |
 //! | [`cpu`] | dense attention in f32, for an engine without a GPU |
 //! | `testing` (feature `testing`) | inputs, tolerances and comparisons that every crate's tests share |
 //!
@@ -75,7 +75,7 @@ pub use element::{DType, Element};
 pub use error::Error;
 pub use fault::{Fault, FaultCode};
 pub use heads::HeadsView;
-pub use kv::KeyValues;
+pub use kv::{KeyValue, KeyValues};
 pub use mask::{KeyRanges, Mask, query_position};
 pub use paged::{BlockTable, PageLayout, PageStore, PagedKv, PagedLengths};
 pub use ragged::{RaggedKv, RaggedView};

@@ -3,7 +3,7 @@
 //! Shapes are checked when a view is made. Lengths and page ids live in device memory on a GPU, so they are checked row by
 //! row when attention runs, and a bad row becomes a [`Fault`].
 
-use crate::{Error, Fault, FaultCode, HeadShape, KeyValues};
+use crate::{Error, Fault, FaultCode, HeadShape, KeyValue, KeyValues};
 
 /// Where the vectors of a page store lie: element `page · page_stride + slot · token_stride + head · head_stride`.
 ///
@@ -279,16 +279,16 @@ impl<T: Sync> KeyValues<T> for PagedKv<'_, T> {
         Ok(())
     }
 
-    fn tokens(&self, sequence: usize, kv_head: usize) -> Result<Vec<(&[T], &[T])>, Fault> {
+    fn tokens(&self, sequence: usize, kv_head: usize) -> Result<Vec<KeyValue<'_, T>>, Fault> {
         let row = self.table.row(sequence, kv_head);
         let head = if self.k.heads == 1 { 0 } else { kv_head };
         let out_of_pages = Fault { code: FaultCode::BadPage, index: row as u64 };
         let mut tokens = Vec::new();
         for (page, valid) in self.pages(row)? {
             for slot in 0..valid {
-                let k = self.k.vector(page as usize, slot, head).ok_or(out_of_pages)?;
-                let v = self.v.vector(page as usize, slot, head).ok_or(out_of_pages)?;
-                tokens.push((k, v));
+                let key = self.k.vector(page as usize, slot, head).ok_or(out_of_pages)?;
+                let value = self.v.vector(page as usize, slot, head).ok_or(out_of_pages)?;
+                tokens.push(KeyValue { key, value });
             }
         }
         Ok(tokens)
@@ -334,7 +334,7 @@ mod tests {
                 .unwrap();
         let tokens = kv.tokens(0, 1).unwrap();
         assert_eq!(tokens.len(), 5);
-        assert_eq!(tokens[4], (&data[16..18], &data[24..26]));
+        assert_eq!(tokens[4], KeyValue { key: &data[16..18], value: &data[24..26] });
     }
 
     #[test]
@@ -343,11 +343,12 @@ mod tests {
         let store = PageStore::new(&data, 2, 4, 1, 1, PageLayout::nhd(4, 1, 1)).unwrap();
         let table = [0, 1, 1, 9, 9, 9];
         let table = BlockTable::shared(&table, 3, 2).unwrap();
-        fn lens(kv: PagedKv<'_, f32>) -> [Result<usize, Fault>; 3] {
+        type Found = [Result<usize, Fault>; 3];
+        fn lens(kv: PagedKv<'_, f32>) -> Found {
             [0, 1, 2].map(|b| kv.tokens(b, 0).map(|tokens| tokens.len()))
         }
         let fault = |code, index| Err(Fault { code, index });
-        let cases: [(&str, [u32; 3], [Result<usize, Fault>; 3]); 3] = [
+        let cases: [(&str, [u32; 3], Found); 3] = [
             ("ids past the length are not read", [8, 4, 0], [Ok(8), Ok(4), Ok(0)]),
             ("bad page", [1, 5, 1], [Ok(1), fault(FaultCode::BadPage, 1), fault(FaultCode::BadPage, 2)]),
             (

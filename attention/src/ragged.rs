@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use crate::{Error, Fault, HeadShape, HeadsView, KeyValues};
+use crate::{Error, Fault, HeadShape, HeadsView, KeyValue, KeyValues};
 
 /// Packed tokens of a batch: sequence `b` is the tokens `cu_seqlens[b]..cu_seqlens[b + 1]`. Sequences may be empty.
 #[derive(Debug, Clone)]
@@ -132,9 +132,10 @@ impl<T: Sync> KeyValues<T> for RaggedKv<'_, T> {
         self.v.check("v", shape.kv_heads(), shape.v_dim())
     }
 
-    fn tokens(&self, sequence: usize, kv_head: usize) -> Result<Vec<(&[T], &[T])>, Fault> {
+    fn tokens(&self, sequence: usize, kv_head: usize) -> Result<Vec<KeyValue<'_, T>>, Fault> {
         let tokens = self.k.tokens_of(sequence);
-        Ok(tokens.map(|t| (self.k.view.vector(t, kv_head), self.v.vector(t, kv_head))).collect())
+        let at = |t| KeyValue { key: self.k.view.vector(t, kv_head), value: self.v.vector(t, kv_head) };
+        Ok(tokens.map(at).collect())
     }
 }
 
@@ -151,7 +152,8 @@ mod tests {
         let tokens: Vec<_> = (0..4).map(|b| ragged.tokens_of(b)).collect();
         assert_eq!(tokens, [0..0, 0..3, 3..3, 3..5]);
         let kv = RaggedKv::new(view, view, &[0, 0, 3, 3, 5]).unwrap();
-        assert_eq!(kv.tokens(3, 1).unwrap(), [(&[7.0][..], &[7.0][..]), (&[9.0][..], &[9.0][..])]);
+        let pair = |x: &'static [f32]| KeyValue { key: x, value: x };
+        assert_eq!(kv.tokens(3, 1).unwrap(), [pair(&[7.0]), pair(&[9.0])]);
         assert_eq!(kv.tokens(2, 1).unwrap(), []);
         assert_eq!(RaggedView::one_each(view).unwrap().sequences(), 5);
         assert_eq!(RaggedView::single(view).unwrap().tokens_of(0), 0..5);

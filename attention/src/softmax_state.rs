@@ -14,7 +14,8 @@
 use std::fmt::Debug;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Sub};
 
-use crate::Score;
+use crate::error::check_len;
+use crate::{Error, Score};
 
 mod sealed {
     pub trait Sealed {}
@@ -111,26 +112,31 @@ impl<R: Real> Normalised<R> {
 
     /// Merges the state of other keys into this one.
     ///
-    /// # Panics
-    /// When the value sizes differ.
-    pub fn merge(&mut self, other: &Normalised<R>) {
-        merge_normalised(&mut self.out, &mut self.lse, &other.out, other.lse);
+    /// # Errors
+    /// [`Error::Argument`] when the value sizes differ.
+    pub fn merge(&mut self, other: &Normalised<R>) -> Result<(), Error> {
+        merge_normalised(&mut self.out, &mut self.lse, &other.out, other.lse)
     }
 }
 
 /// Merges the normalised state `(other_out, other_lse)` into `(out, lse)`; both outputs `[v_dim]`.
 ///
-/// # Panics
-/// When the value sizes differ.
-pub fn merge_normalised<R: Real>(out: &mut [R], lse: &mut R, other_out: &[R], other_lse: R) {
-    assert_eq!(out.len(), other_out.len(), "partial outputs of different sizes");
+/// # Errors
+/// [`Error::Argument`] when the value sizes differ; nothing is merged then.
+pub fn merge_normalised<R: Real>(
+    out: &mut [R],
+    lse: &mut R,
+    other_out: &[R],
+    other_lse: R,
+) -> Result<(), Error> {
+    check_len("other_out", other_out.len(), &[out.len()])?;
     if other_lse == R::NEGATIVE_INFINITY {
-        return;
+        return Ok(());
     }
     if *lse == R::NEGATIVE_INFINITY {
         out.copy_from_slice(other_out);
         *lse = other_lse;
-        return;
+        return Ok(());
     }
     let m = lse.max_or_nan(other_lse);
     let (mine, others) = ((*lse - m).exp(), (other_lse - m).exp());
@@ -141,6 +147,7 @@ pub fn merge_normalised<R: Real>(out: &mut [R], lse: &mut R, other_out: &[R], ot
         *a = *a * mine + b * others;
     }
     *lse = m + l.ln();
+    Ok(())
 }
 
 /// A raw partial state of one row: what an online softmax carries from block to block.
@@ -193,12 +200,12 @@ impl<R: Real> Raw<R> {
 
     /// Merges the state of other keys into this one.
     ///
-    /// # Panics
-    /// When the value sizes differ.
-    pub fn merge(&mut self, other: &Raw<R>) {
-        assert_eq!(self.o.len(), other.o.len(), "partial states of different value sizes");
+    /// # Errors
+    /// [`Error::Argument`] when the value sizes differ; nothing is merged then.
+    pub fn merge(&mut self, other: &Raw<R>) -> Result<(), Error> {
+        check_len("other", other.o.len(), &[self.o.len()])?;
         if other.m == R::NEGATIVE_INFINITY {
-            return;
+            return Ok(());
         }
         self.raise(other.m);
         let scale = (other.m - self.m).exp();
@@ -206,6 +213,7 @@ impl<R: Real> Raw<R> {
         for (a, &b) in self.o.iter_mut().zip(&other.o) {
             *a += b * scale;
         }
+        Ok(())
     }
 
     /// The normalised form; out 0 and LSE -inf if there was no key.
@@ -250,7 +258,7 @@ mod tests {
     #[test]
     fn two_keys_by_hand() {
         let mut both = state(0.0, &[1.0, 0.0]);
-        both.merge(&state(3f64.ln(), &[0.0, 1.0]));
+        both.merge(&state(3f64.ln(), &[0.0, 1.0])).unwrap();
         let both = both.normalise();
         assert!((both.lse - 4f64.ln()).abs() < 1e-15);
         assert!((both.out[0] - 0.25).abs() < 1e-15 && (both.out[1] - 0.75).abs() < 1e-15);
@@ -259,24 +267,37 @@ mod tests {
     #[test]
     fn empty_states_are_neutral_and_never_nan() {
         let mut nothing = Normalised::<f32>::empty(3);
-        nothing.merge(&Normalised::empty(3));
+        nothing.merge(&Normalised::empty(3)).unwrap();
         assert_eq!(nothing, Normalised { out: vec![0.0; 3], lse: f32::NEG_INFINITY });
 
         // An empty partial may hold anything: it was never written.
         let poison = Normalised { out: vec![f32::NAN; 3], lse: f32::NEG_INFINITY };
         let full = Normalised { out: vec![1.0, -2.0, 3.0], lse: 0.5 };
         let mut merged = full.clone();
-        merged.merge(&poison);
+        merged.merge(&poison).unwrap();
         assert_eq!(merged, full);
         let mut merged = poison.clone();
-        merged.merge(&full);
+        merged.merge(&full).unwrap();
         assert_eq!(merged, full);
         assert_eq!(Raw::from(&poison), Raw::empty(3));
 
         let mut raw = Raw::<f32>::empty(2);
         raw.push(f32::NEG_INFINITY, [f32::NAN; 2]);
-        raw.merge(&Raw::empty(2));
+        raw.merge(&Raw::empty(2)).unwrap();
         assert_eq!(raw.normalise(), Normalised::empty(2));
+    }
+
+    #[test]
+    fn states_of_different_sizes_do_not_merge() {
+        let mut raw = state(0.0, &[1.0]);
+        assert!(matches!(
+            raw.merge(&state(0.0, &[1.0, 2.0])),
+            Err(Error::Argument { argument: "other", .. })
+        ));
+        assert_eq!(raw, state(0.0, &[1.0]));
+        let mut normalised = raw.normalise();
+        assert!(normalised.merge(&Normalised::empty(2)).is_err());
+        assert_eq!(normalised, raw.normalise());
     }
 
     #[test]
@@ -286,10 +307,10 @@ mod tests {
             (Normalised { out: vec![1.0], lse: 0.0 }, nan.clone()),
             (nan.clone(), { Normalised { out: vec![1.0], lse: 0.0 } }),
         ] {
-            a.merge(&b);
+            a.merge(&b).unwrap();
             assert!(a.lse.is_nan() && a.out[0].is_nan());
             let mut raw = Raw::from(&a);
-            raw.merge(&Raw::from(&b));
+            raw.merge(&Raw::from(&b)).unwrap();
             assert!(raw.normalise().lse.is_nan());
         }
     }
@@ -298,7 +319,7 @@ mod tests {
     fn far_apart_scores_do_not_overflow() {
         for gap in [80.0f32, 1e4, 1e30] {
             let mut a = Normalised { out: vec![1.0f32], lse: -gap };
-            a.merge(&Normalised { out: vec![2.0], lse: gap });
+            a.merge(&Normalised { out: vec![2.0], lse: gap }).unwrap();
             assert_eq!((a.out[0], a.lse), (2.0, gap), "gap {gap}");
             let mut raw = Raw::<f32>::empty(1);
             for score in [-gap, gap, -gap] {

@@ -237,7 +237,8 @@ fn pool_pages_make_a_paged_cache() {
     let table = BlockTable::shared(&ids, 1, 2).unwrap();
     let kv = PagedKv::new(k, v, table, PagedLengths::Tokens(&[6])).unwrap();
     kv.check(&HeadShape::new(1, 1, dim, dim).unwrap()).unwrap();
-    let firsts: Vec<(f32, f32)> = kv.tokens(0, 0).unwrap().iter().map(|(k, v)| (k[0], v[7])).collect();
+    let firsts: Vec<(f32, f32)> =
+        kv.tokens(0, 0).unwrap().iter().map(|token| (token.key[0], token.value[7])).collect();
     assert_eq!(firsts, [(0.0, -0.0), (1.0, -1.0), (2.0, -2.0), (3.0, -3.0), (4.0, -4.0), (5.0, -5.0)]);
     assert!(pool.elements::<[u8; 7]>().is_err());
 }

@@ -49,11 +49,11 @@ fn split<R: Real>(
 }
 
 /// Merges neighbours at random until one state is left: a random tree.
-fn tree<S: Clone>(mut states: Vec<S>, merge: impl Fn(&mut S, &S), rng: &mut Rng) -> S {
+fn tree<S: Clone>(mut states: Vec<S>, merge: impl Fn(&mut S, &S) -> Result<(), Error>, rng: &mut Rng) -> S {
     while states.len() > 1 {
         let at = rng.below(states.len() - 1);
         let other = states.remove(at + 1);
-        merge(&mut states[at], &other);
+        merge(&mut states[at], &other).unwrap();
     }
     states[0].clone()
 }
@@ -101,8 +101,8 @@ proptest! {
         let mut partial_lse = poison::<f32>(rows * max_splits);
         let num_splits: Vec<u32> = (0..rows).map(|_| rng.below(max_splits + 3) as u32).collect();
         let mut folded = Vec::new();
-        for row in 0..rows {
-            let used = num_splits[row] as usize;
+        for (row, &used) in num_splits.iter().enumerate() {
+            let used = used as usize;
             let mut state = Normalised::<f64>::empty(v_dim);
             for split in 0..used.min(max_splits) {
                 let at = row * max_splits + split;
@@ -113,7 +113,7 @@ proptest! {
                     let values = Inputs::Normal.values(1, v_dim, rng.bits());
                     partial_out[at * v_dim..][..v_dim].copy_from_slice(&values);
                     let out = values.into_iter().map(f64::from).collect();
-                    state.merge(&Normalised { out, lse: f64::from(partial_lse[at]) });
+                    state.merge(&Normalised { out, lse: f64::from(partial_lse[at]) }).unwrap();
                 }
             }
             folded.push(if used > max_splits { Normalised::empty(v_dim) } else { state });

@@ -98,7 +98,7 @@ impl<R: Real> Carry<R> {
             ));
         }
         for (state, other) in self.states.iter_mut().zip(&other.states) {
-            state.merge(other);
+            state.merge(other)?;
         }
         Ok(())
     }

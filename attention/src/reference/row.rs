@@ -30,8 +30,8 @@ pub(super) fn group<Q: Element, T: Element>(
 ) -> Group {
     let tokens = kv.tokens(sequence, kv_head)?;
     // Every storage type is a subset of f32, so this is exact; it is done once for all rows.
-    let k: Vec<f32> = tokens.iter().flat_map(|(k, _)| k.iter().map(|x| x.to_f32())).collect();
-    let v: Vec<f32> = tokens.iter().flat_map(|(_, v)| v.iter().map(|x| x.to_f32())).collect();
+    let k: Vec<f32> = tokens.iter().flat_map(|token| token.key.iter().map(|x| x.to_f32())).collect();
+    let v: Vec<f32> = tokens.iter().flat_map(|token| token.value.iter().map(|x| x.to_f32())).collect();
     let round = |p: f64| match probabilities {
         Probabilities::Exact => p,
         Probabilities::Rounded => T::from_f64(p).to_f64(),
