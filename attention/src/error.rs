@@ -46,6 +46,11 @@ pub enum Error {
         /// Owners of the page.
         owners: u32,
     },
+
+    /// A kernel could not be prepared or launched.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] cuda::Error),
 }
 
 impl Error {

@@ -57,6 +57,8 @@ pub mod cpu;
 mod element;
 mod error;
 mod fault;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 mod heads;
 mod kv;
 mod mask;

@@ -180,6 +180,11 @@ pub trait Device {
 
     /// The architecture that kernels are compiled for here.
     fn arch(&self) -> Arch;
+
+    /// Streaming multiprocessors, or `None` where any grid runs as well as any other.
+    fn sm_count(&self) -> Option<u32> {
+        None
+    }
 }
 
 /// A loaded kernel.

@@ -168,6 +168,17 @@ impl<'a, T: Pod> ViewMut<'a, T> {
         }
     }
 
+    /// The same memory for a shorter time, to pass by value and use again afterwards.
+    pub fn reborrow(&mut self) -> ViewMut<'_, T> {
+        ViewMut {
+            address: self.address,
+            len: self.len,
+            space: self.space,
+            _guard: None,
+            _borrow: PhantomData,
+        }
+    }
+
     /// The elements of `range`, for reading.
     pub fn part(&self, range: Range<usize>) -> Result<View<'_, T>, Error> {
         let address = self.part_address(&range)?;

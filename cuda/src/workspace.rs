@@ -28,7 +28,7 @@ use std::ops::Range;
 use bytemuck::{Pod, Zeroable};
 
 use crate::Error;
-use crate::memory::ViewMut;
+use crate::memory::{View, ViewMut};
 
 /// Every buffer starts at a multiple of this many bytes: what device allocations are aligned to, and more than any vector
 /// load or bulk copy asks for.
@@ -105,6 +105,22 @@ impl Layout {
         Ok(region)
     }
 
+    /// A buffer of this layout in a workspace, for reading.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the workspace is smaller than the layout, or the buffer lies past it.
+    pub fn view<'a, T: Pod>(
+        &self,
+        region: Region<T>,
+        workspace: &'a ViewMut<'_, u8>,
+    ) -> Result<View<'a, T>, Error> {
+        workspace.check("workspace", "workspace", self.bytes, ALIGNMENT as u64)?;
+        let bytes = workspace.part(region.offset..region.offset + region.len * size_of::<T>())?;
+        // SAFETY: the bytes lie in the workspace, which is borrowed for as long as the view lives; `T` is plain data and the
+        // address is aligned beyond its needs.
+        Ok(unsafe { View::from_raw(bytes.address(), region.len, bytes.space()) })
+    }
+
     /// Size of the workspace in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
@@ -136,6 +152,11 @@ impl<'a> Carver<'a> {
     pub fn new(kernel: &'static str, workspace: ViewMut<'a, u8>, layout: &Layout) -> Result<Self, Error> {
         workspace.check(kernel, "workspace", layout.bytes(), ALIGNMENT as u64)?;
         Ok(Carver { kernel, workspace, taken: Cell::new(0) })
+    }
+
+    /// Gives the workspace back, when no buffer is in use any more.
+    pub fn into_workspace(self) -> ViewMut<'a, u8> {
+        self.workspace
     }
 
     /// The next buffer.

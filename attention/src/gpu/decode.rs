@@ -236,7 +236,7 @@ impl DecodePlan {
         Ok(Self { config, variant, params, blocks, step, layer })
     }
 
-    /// Layout of the workspace that [`DecodeStep::run`] fills once per step, zeroed before the first.
+    /// Layout of the workspace that [`DecodeStep::run`] fills once per step, zeroed before the first step.
     pub fn step_workspace(&self) -> &Layout {
         &self.step.layout
     }
@@ -274,16 +274,16 @@ pub struct DecodeStep<F> {
 
 /// Arguments of [`DecodeStep::run`]; one of `block_table` and `kv_start` is given, as the cache asks for.
 #[derive(Debug)]
-pub struct DecodeStepArgs<'a, 'v> {
+pub struct DecodeStepArgs<'a> {
     /// Keys of each sequence `[batch]`, the step's own included.
-    pub kv_len: &'a View<'v, u32>,
+    pub kv_len: &'a View<'a, u32>,
     /// Page ids `[batch, max_pages]` or `[kv_heads, batch, max_pages]`.
-    pub block_table: Option<&'a View<'v, u32>>,
+    pub block_table: Option<&'a View<'a, u32>>,
     /// First token of each sequence `[batch]`.
-    pub kv_start: Option<&'a View<'v, u32>>,
+    pub kv_start: Option<&'a View<'a, u32>>,
     /// Status word: [`FaultCode::BadLength`](crate::FaultCode::BadLength) or
     /// [`BadPage`](crate::FaultCode::BadPage) with the sequence, all of whose heads then give 0 and −inf.
-    pub status: &'a mut ViewMut<'v, u64>,
+    pub status: ViewMut<'a, u64>,
 }
 
 impl<F: Function> DecodeStep<F> {
@@ -296,16 +296,16 @@ impl<F: Function> DecodeStep<F> {
         Ok(Self { plan: plan.clone(), kernel: kernels::DecodePlan::prepare(device)? })
     }
 
-    /// Enqueues the plan of one step and returns. `step_workspace` then serves every layer of the step.
+    /// Enqueues the plan of one step and returns it; it serves every layer of the step.
     ///
     /// # Errors
     /// [`Error::Cuda`] names an argument or workspace that does not fit.
-    pub fn run(
+    pub fn run<'w>(
         &self,
         queue: &F::Queue,
-        args: DecodeStepArgs<'_, '_>,
-        step_workspace: ViewMut<'_, u8>,
-    ) -> Result<(), Error> {
+        args: DecodeStepArgs<'_>,
+        step_workspace: ViewMut<'w, u8>,
+    ) -> Result<PlannedStep<'w>, Error> {
         let buffers = &self.plan.step;
         let carver = Carver::new("decode_plan", step_workspace, &buffers.layout)?;
         let args = kernels::DecodePlanArgs {
@@ -313,13 +313,23 @@ impl<F: Function> DecodeStep<F> {
             kv_len: args.kv_len,
             kv_start: args.kv_start,
             block_table: args.block_table,
-            valid_len: &mut carver.take(buffers.valid_len)?,
-            first_unit: &mut carver.take(buffers.first_unit)?,
-            arrivals: &mut carver.take(buffers.arrivals)?,
+            valid_len: carver.take(buffers.valid_len)?,
+            first_unit: carver.take(buffers.first_unit)?,
+            arrivals: carver.take(buffers.arrivals)?,
             status: args.status,
         };
-        Ok(self.kernel.launch(queue, args)?)
+        self.kernel.launch(queue, args)?;
+        Ok(PlannedStep { plan: self.plan.clone(), workspace: carver.into_workspace() })
     }
+}
+
+/// A step that [`DecodeStep::run`] has planned on a queue: what its layers need to know.
+///
+/// It holds the step's workspace, so that nobody else writes what the kernels trust.
+#[derive(Debug)]
+pub struct PlannedStep<'w> {
+    plan: DecodePlan,
+    workspace: ViewMut<'w, u8>,
 }
 
 /// Prepared decode attention. `E` is the storage type of q, K, V and the output.
@@ -331,21 +341,21 @@ pub struct Decode<F, E> {
 
 /// Arguments of [`Decode::run`]; one of `block_table` and `kv_start` is given, the same as to the step.
 #[derive(Debug)]
-pub struct DecodeArgs<'a, 'v, E> {
+pub struct DecodeArgs<'a, E> {
     /// Queries `[batch, q_len, q_heads, qk_dim]`.
-    pub q: &'a View<'v, E>,
+    pub q: &'a View<'a, E>,
     /// Keys, by the cache's strides.
-    pub k: &'a View<'v, E>,
+    pub k: &'a View<'a, E>,
     /// Values, by the cache's strides.
-    pub v: &'a View<'v, E>,
+    pub v: &'a View<'a, E>,
     /// Page ids `[batch, max_pages]` or `[kv_heads, batch, max_pages]`.
-    pub block_table: Option<&'a View<'v, u32>>,
+    pub block_table: Option<&'a View<'a, u32>>,
     /// First token of each sequence `[batch]`.
-    pub kv_start: Option<&'a View<'v, u32>>,
+    pub kv_start: Option<&'a View<'a, u32>>,
     /// Outputs `[batch, q_len, q_heads, v_dim]`.
-    pub out: &'a mut ViewMut<'v, E>,
+    pub out: ViewMut<'a, E>,
     /// Log-sum-exps `[batch, q_len, q_heads]`, natural log.
-    pub lse: &'a mut ViewMut<'v, f32>,
+    pub lse: ViewMut<'a, f32>,
 }
 
 impl<F: Function, E: Storage> Decode<F, E> {
@@ -358,21 +368,24 @@ impl<F: Function, E: Storage> Decode<F, E> {
         Ok(Self { plan: plan.clone(), kernel: kernels::Decode::prepare(device, plan.variant)? })
     }
 
-    /// Enqueues one layer's attention and returns. `step_workspace` was filled by [`DecodeStep::run`] on the same queue.
+    /// Enqueues one layer's attention and returns. `step` was planned on the same queue, by the same plan.
     ///
     /// # Errors
-    /// [`Error::Cuda`] names an argument or workspace that does not fit.
+    /// [`Error::Argument`] for a step of another plan, [`Error::Cuda`] names an argument or workspace that does not fit.
     pub fn run(
         &self,
         queue: &F::Queue,
-        args: DecodeArgs<'_, '_, E>,
-        step_workspace: &ViewMut<'_, u8>,
+        args: DecodeArgs<'_, E>,
+        step: &PlannedStep<'_>,
         workspace: ViewMut<'_, u8>,
     ) -> Result<(), Error> {
-        let (step, layer) = (&self.plan.step, &self.plan.layer);
+        if step.plan.config != self.plan.config {
+            return Err(Error::argument("step", "a step of the same plan", "a step of another"));
+        }
+        let (buffers, layer) = (&self.plan.step, &self.plan.layer);
         let carver = Carver::new("decode", workspace, &layer.layout)?;
-        let valid_len = step.layout.view(step.valid_len, step_workspace)?;
-        let first_unit = step.layout.view(step.first_unit, step_workspace)?;
+        let valid_len = buffers.layout.view(buffers.valid_len, &step.workspace)?;
+        let first_unit = buffers.layout.view(buffers.first_unit, &step.workspace)?;
         let args = kernels::DecodeArgs {
             params: &self.plan.params,
             blocks: self.plan.blocks,
@@ -385,9 +398,9 @@ impl<F: Function, E: Storage> Decode<F, E> {
             first_unit: &first_unit,
             out: args.out,
             lse: args.lse,
-            part_acc: &mut carver.take(layer.part_acc)?,
-            part_ml: &mut carver.take(layer.part_ml)?,
-            arrivals: &mut carver.take(layer.arrivals)?,
+            part_acc: carver.take(layer.part_acc)?,
+            part_ml: carver.take(layer.part_ml)?,
+            arrivals: carver.take(layer.arrivals)?,
             programmatic: false,
         };
         Ok(self.kernel.launch(queue, args)?)

@@ -120,19 +120,19 @@ enum Kernel<F, O> {
 
 /// Arguments of [`Merge::run`].
 #[derive(Debug)]
-pub struct MergeArgs<'a, 'v, O> {
+pub struct MergeArgs<'a, O> {
     /// Partial outputs `[rows, max_splits, v_dim]`, 16-byte aligned. Those of empty states may hold anything.
-    pub partial_out: &'a View<'v, f32>,
+    pub partial_out: &'a View<'a, f32>,
     /// Partial log-sum-exps `[rows, max_splits]`, natural log, −inf for an empty state.
-    pub partial_lse: &'a View<'v, f32>,
+    pub partial_lse: &'a View<'a, f32>,
     /// States of each row `[rows]`; `max_splits` in every row if absent.
-    pub num_splits: Option<&'a View<'v, u32>>,
+    pub num_splits: Option<&'a View<'a, u32>>,
     /// Merged outputs `[rows, v_dim]`.
-    pub out: &'a mut ViewMut<'v, O>,
+    pub out: ViewMut<'a, O>,
     /// Merged log-sum-exps `[rows]`, natural log.
-    pub lse: &'a mut ViewMut<'v, f32>,
+    pub lse: ViewMut<'a, f32>,
     /// Status word: [`FaultCode::BadSplits`](crate::FaultCode::BadSplits) with the row.
-    pub status: &'a mut ViewMut<'v, u64>,
+    pub status: ViewMut<'a, u64>,
 }
 
 impl<F: Function, O: Storage> Merge<F, O> {
@@ -158,7 +158,7 @@ impl<F: Function, O: Storage> Merge<F, O> {
     pub fn run(
         &self,
         queue: &F::Queue,
-        args: MergeArgs<'_, '_, O>,
+        args: MergeArgs<'_, O>,
         workspace: ViewMut<'_, u8>,
     ) -> Result<(), Error> {
         let args = MergeStatesArgs {
@@ -177,9 +177,9 @@ impl<F: Function, O: Storage> Merge<F, O> {
             Kernel::LastArriver(kernel, split) => {
                 let carver = Carver::new("merge_states_last_arriver", workspace, &self.plan.layout)?;
                 let scratch = MergeStatesScratch {
-                    chunk_acc: &mut carver.take(split.chunk_acc)?,
-                    chunk_ml: &mut carver.take(split.chunk_ml)?,
-                    arrivals: &mut carver.take(split.arrivals)?,
+                    chunk_acc: carver.take(split.chunk_acc)?,
+                    chunk_ml: carver.take(split.chunk_ml)?,
+                    arrivals: carver.take(split.arrivals)?,
                 };
                 kernel.launch(queue, args, split.splits_per_block, scratch)?;
             }

@@ -11,7 +11,8 @@ mod decode;
 mod merge_states;
 
 pub use decode::{
-    CacheLayout, Decode, DecodeArgs, DecodeConfig, DecodePlan, DecodeStep, DecodeStepArgs, Splits,
+    CacheLayout, Decode, DecodeArgs, DecodeConfig, DecodePlan, DecodeStep, DecodeStepArgs, PlannedStep,
+    Splits,
 };
 pub use merge_states::{Merge, MergeArgs, MergeConfig, MergePlan};
 

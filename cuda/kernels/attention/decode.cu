@@ -20,7 +20,7 @@
 //          A tile is 64 tokens, 16 for each of the four warps, which stream their own rows through rings of their own with
 //          cp.async and keep their own (m, l, O): the main loop has no block barrier. The warps meet in shared memory at the
 //          end of a part, the parts of an item through its last arriver (tile/split_plan.cuh, tile/last_arriver.cuh).
-// Budget:  168 registers at V_DIM ≤ 128 (3 blocks per SM), 255 at 256; 64 KB of ring + q.
+// Budget:  168 registers where 3 blocks fit an SM, else 255; 64 KB of rings plus 16 rows of q.
 // Limit:   bytes of K and V, each read once.
 #include "core.cuh"
 #include "decode_params.h"
@@ -125,12 +125,13 @@ struct RowLoader {
     }
 };
 
-// The pages of the 8-token halves of the rows at token0; pages hold at least 8 tokens.
+// The pages of the 8-token halves of the rows at token0; pages hold at least 8 tokens. decode_plan has checked the ids, but
+// the table is the caller's to change: an id that has gone bad since reads a wrong page, never memory outside the pool.
 DEVICE void pages_of(uint32_t (&pages)[2], const uint32_t* table, uint32_t token0, uint32_t kv_len,
                      const DecodeParams& params) {
 #if PAGED
-    pages[0] = token0 < kv_len ? table[token0 >> params.page_shift] : 0;
-    pages[1] = token0 + 8 < kv_len ? table[(token0 + 8) >> params.page_shift] : 0;
+    pages[0] = token0 < kv_len ? min(table[token0 >> params.page_shift], params.num_pages - 1) : 0;
+    pages[1] = token0 + 8 < kv_len ? min(table[(token0 + 8) >> params.page_shift], params.num_pages - 1) : 0;
 #endif
 }
 
@@ -371,7 +372,7 @@ DEVICE void attend(Warp& warp, const Item& item, uint32_t first, uint32_t end, u
         return address;
     };
 
-#pragma unroll
+#pragma unroll 1
     for (int ahead = 0; ahead < SLOTS - 1; ahead++) issue();
     for (uint32_t tile = first; tile < end; tile++) {
         const uint32_t token0 = (item.first_tile + tile) * TILE + warp_row;
@@ -385,7 +386,7 @@ DEVICE void attend(Warp& warp, const Item& item, uint32_t first, uint32_t end, u
     __syncwarp();
 }
 
-KERNEL(128, V_DIM <= 128 && QK_DIM <= 128 ? 3 : 2)
+KERNEL(128, QK_DIM <= 128 && V_DIM <= 128 && !(COLUMN_TILES == 2 && SOFT_CAP) ? 3 : 2)
 decode(const Element* q, const Element* k, const Element* v, const uint32_t* block_table, const uint32_t* kv_start,
        const uint32_t* valid_len, const uint32_t* first_unit, Element* out, float* lse, float* part_acc, float* part_ml,
        uint32_t* arrivals, const __grid_constant__ DecodeParams params) {

@@ -13,7 +13,7 @@
 //
 // Arch:    sm_80 and later.
 // Mapping: one block per sequence checks its pages; the last block to finish sums over the batch.
-// Budget:  40 registers, 64 bytes of shared memory.
+// Budget:  64 registers, 64 bytes of shared memory.
 // Limit:   latency: one pass over the block table, 4 bytes per page.
 #include "core.cuh"
 #include "decode_params.h"

@@ -142,6 +142,10 @@ impl launch::Device for Gpu {
         Ok(GpuFunction::new(self.clone(), loaded))
     }
 
+    fn sm_count(&self) -> Option<u32> {
+        Some(Gpu::sm_count(self))
+    }
+
     fn arch(&self) -> Arch {
         self.shared.device.arch
     }

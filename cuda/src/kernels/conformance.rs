@@ -608,3 +608,51 @@ impl<F: Function> BulkCopies<F> {
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 pub struct TensorMap(pub [u64; 16]);
+
+kernel! {
+    /// `wgmma_product`: C = A·Bᵀ by TMA and wgmma.
+    WgmmaProduct = "wgmma_product", "DTYPE": dtype: i64
+}
+
+impl<F: Function> WgmmaProduct<F> {
+    /// Enqueues the product of `[m, k]` and `[n, k]` into c `[m, n]`; m and n are multiples of 64.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] names an argument that is too short or misaligned, or an extent that is no multiple of 64.
+    ///
+    /// # Safety
+    /// The maps must have been encoded for this device, from tensors of 16-bit elements with `m` and `n` rows of `k`, in
+    /// boxes of 64 × 64 with the 128-byte swizzle, and the tensors must stay alive until the launch has run.
+    #[allow(clippy::too_many_arguments, reason = "one per extent and tensor")]
+    pub unsafe fn launch(
+        &self,
+        queue: &F::Queue,
+        m: usize,
+        n: usize,
+        k: usize,
+        a_map: &TensorMap,
+        b_map: &TensorMap,
+        c: &mut ViewMut<'_, f32>,
+    ) -> Result<(), Error> {
+        for (argument, extent) in [("m", m), ("n", n)] {
+            if !extent.is_multiple_of(64) {
+                return Err(Error::argument(Self::KERNEL, argument, "a multiple of 64", extent));
+            }
+        }
+        count(Self::KERNEL, "c", &[m, n])?;
+        count(Self::KERNEL, "k", &[k])?;
+        c.check(Self::KERNEL, "c", m * n, 4)?;
+        let (columns, depth) = (n as u32, k as u32);
+        let args = [
+            Arg::value("a_map", a_map),
+            Arg::value("b_map", b_map),
+            Arg::write("c", c),
+            Arg::value("n", &columns),
+            Arg::value("k", &depth),
+        ];
+        let config = LaunchConfig::new((columns / 64, m as u32 / 64), 160).shared(32800);
+        // SAFETY: the arguments are the kernel's parameters, `c` is as long as the grid indexes it, shared memory holds two
+        // slots and four barriers, and the caller vouches for the maps.
+        unsafe { self.function.launch(queue, &config, &args) }
+    }
+}

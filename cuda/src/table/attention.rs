@@ -31,7 +31,7 @@ pub(super) const KERNELS: &[Kernel] = &[
         constants: &[],
         arch: ArchClass::Portable,
         threads: 128,
-        rows: &[Row { values: &[], registers: 40, shared: 64, emulated: true }],
+        rows: &[Row { values: &[], registers: 64, shared: 64, emulated: true }],
     },
     Kernel {
         name: "decode",
@@ -42,11 +42,11 @@ pub(super) const KERNELS: &[Kernel] = &[
         threads: 128,
         rows: &[
             decode_row(&[64, 64, 1, dtype::F16, 1, 0], 168),
-            decode_row(&[64, 64, 2, dtype::BF16, 0, 1], 168),
+            decode_row(&[64, 64, 2, dtype::BF16, 0, 1], 255),
             decode_row(&[128, 128, 1, dtype::BF16, 1, 0], 168),
             decode_row(&[128, 128, 2, dtype::BF16, 1, 0], 168),
             decode_row(&[128, 128, 1, dtype::F16, 0, 0], 168),
-            decode_row(&[128, 128, 2, dtype::F16, 1, 1], 168),
+            decode_row(&[128, 128, 2, dtype::F16, 1, 1], 255),
             decode_row(&[192, 128, 1, dtype::BF16, 1, 0], 255),
             decode_row(&[256, 256, 1, dtype::BF16, 1, 1], 255),
             decode_row(&[256, 256, 2, dtype::BF16, 0, 0], 255),

@@ -37,6 +37,9 @@ fn check_params(kernel: &str, params: &DecodeParams, paged: bool) -> Result<(), 
     if paged && !(3..=30).contains(&params.page_shift) {
         return Err(Error::argument(kernel, "page_shift", "3 to 30: pages of 8 tokens or more", params.page_shift));
     }
+    if paged && params.num_pages == 0 {
+        return Err(Error::argument(kernel, "num_pages", "at least 1", 0));
+    }
     // Token numbers and sums of units are 32-bit on the device.
     let tiles = u64::from(params.max_kv_len).div_ceil(u64::from(DECODE_TILE)).max(1);
     if u64::from(params.batch) * tiles > i32::MAX as u64 || params.max_kv_len > i32::MAX as u32 {
@@ -67,23 +70,23 @@ pub struct DecodePlan<F> {
 
 /// Arguments of [`DecodePlan`].
 #[derive(Debug)]
-pub struct DecodePlanArgs<'a, 'v> {
+pub struct DecodePlanArgs<'a> {
     /// Shape, layout and split; both kernels of a step get the same.
     pub params: &'a DecodeParams,
     /// Keys of each sequence `[batch]`, the step's own included.
-    pub kv_len: &'a View<'v, u32>,
+    pub kv_len: &'a View<'a, u32>,
     /// First token of each sequence in a contiguous cache `[batch]`; exactly one of this and `block_table` is given.
-    pub kv_start: Option<&'a View<'v, u32>>,
+    pub kv_start: Option<&'a View<'a, u32>>,
     /// Page ids, by the table strides of `params`.
-    pub block_table: Option<&'a View<'v, u32>>,
+    pub block_table: Option<&'a View<'a, u32>>,
     /// Out: `kv_len`, or 0 for a sequence that cannot be read `[batch]`.
-    pub valid_len: &'a mut ViewMut<'v, u32>,
+    pub valid_len: ViewMut<'a, u32>,
     /// Out: units of work per item, summed over the sequences before `[batch + 1]`.
-    pub first_unit: &'a mut ViewMut<'v, u32>,
+    pub first_unit: ViewMut<'a, u32>,
     /// One counter, zero before the first launch.
-    pub arrivals: &'a mut ViewMut<'v, u32>,
+    pub arrivals: ViewMut<'a, u32>,
     /// Status word.
-    pub status: &'a mut ViewMut<'v, u64>,
+    pub status: ViewMut<'a, u64>,
 }
 
 impl<F: Function> DecodePlan<F> {
@@ -96,7 +99,7 @@ impl<F: Function> DecodePlan<F> {
     ///
     /// # Errors
     /// [`Error::Argument`] names an argument that is too short, misaligned, missing or in the wrong space.
-    pub fn launch(&self, queue: &F::Queue, args: DecodePlanArgs<'_, '_>) -> Result<(), Error> {
+    pub fn launch(&self, queue: &F::Queue, mut args: DecodePlanArgs<'_>) -> Result<(), Error> {
         const KERNEL: &str = "decode_plan";
         let params = args.params;
         check_params(KERNEL, params, args.block_table.is_some())?;
@@ -121,10 +124,10 @@ impl<F: Function> DecodePlan<F> {
             Arg::read("kv_len", args.kv_len),
             Arg::read_optional("kv_start", args.kv_start),
             Arg::read_optional("block_table", args.block_table),
-            Arg::write("valid_len", args.valid_len),
-            Arg::write("first_unit", args.first_unit),
-            Arg::write("arrivals", args.arrivals),
-            Arg::write("status", args.status),
+            Arg::write("valid_len", &mut args.valid_len),
+            Arg::write("first_unit", &mut args.first_unit),
+            Arg::write("arrivals", &mut args.arrivals),
+            Arg::write("status", &mut args.status),
             Arg::value("params", params),
         ];
         // SAFETY: the arguments are the kernel's parameters in order and type; the checks above made every buffer as long as
@@ -166,35 +169,35 @@ pub struct Decode<F, E> {
 
 /// Arguments of [`Decode`].
 #[derive(Debug)]
-pub struct DecodeArgs<'a, 'v, E> {
+pub struct DecodeArgs<'a, E> {
     /// Shape, layout and split, the same as given to [`DecodePlan`].
     pub params: &'a DecodeParams,
     /// Blocks to launch; the work is split over at most as many.
     pub blocks: u32,
     /// Queries `[batch, q_len, q_heads, qk_dim]`, 16-byte aligned.
-    pub q: &'a View<'v, E>,
+    pub q: &'a View<'a, E>,
     /// Keys, by the strides of `params`, 16-byte aligned.
-    pub k: &'a View<'v, E>,
+    pub k: &'a View<'a, E>,
     /// Values, by the strides of `params`, 16-byte aligned.
-    pub v: &'a View<'v, E>,
+    pub v: &'a View<'a, E>,
     /// Page ids of a paged cache.
-    pub block_table: Option<&'a View<'v, u32>>,
+    pub block_table: Option<&'a View<'a, u32>>,
     /// First token of each sequence of a contiguous cache `[batch]`.
-    pub kv_start: Option<&'a View<'v, u32>>,
+    pub kv_start: Option<&'a View<'a, u32>>,
     /// From [`DecodePlan`] `[batch]`.
-    pub valid_len: &'a View<'v, u32>,
+    pub valid_len: &'a View<'a, u32>,
     /// From [`DecodePlan`] `[batch + 1]`.
-    pub first_unit: &'a View<'v, u32>,
+    pub first_unit: &'a View<'a, u32>,
     /// Outputs `[batch, q_len, q_heads, v_dim]`, aligned to four elements.
-    pub out: &'a mut ViewMut<'v, E>,
+    pub out: ViewMut<'a, E>,
     /// Log-sum-exps `[batch, q_len, q_heads]`, natural log.
-    pub lse: &'a mut ViewMut<'v, f32>,
+    pub lse: ViewMut<'a, f32>,
     /// Partial states, [`part_slots`] × `columns` × `v_dim`, 16-byte aligned; need not be initialised.
-    pub part_acc: &'a mut ViewMut<'v, f32>,
+    pub part_acc: ViewMut<'a, f32>,
     /// Partial maxima and sums, [`part_slots`] × `columns` × 2; need not be initialised.
-    pub part_ml: &'a mut ViewMut<'v, f32>,
+    pub part_ml: ViewMut<'a, f32>,
     /// Counters `[batch · kv_heads · column_blocks]`, zero before the first launch.
-    pub arrivals: &'a mut ViewMut<'v, u32>,
+    pub arrivals: ViewMut<'a, u32>,
     /// Start while the previous kernel of the stream drains.
     pub programmatic: bool,
 }
@@ -232,7 +235,7 @@ impl<F: Function, E: Storage> Decode<F, E> {
     ///
     /// # Errors
     /// [`Error::Argument`] names an argument that is too short, misaligned, missing or in the wrong space.
-    pub fn launch(&self, queue: &F::Queue, args: DecodeArgs<'_, '_, E>) -> Result<(), Error> {
+    pub fn launch(&self, queue: &F::Queue, mut args: DecodeArgs<'_, E>) -> Result<(), Error> {
         const KERNEL: &str = "decode";
         let params = args.params;
         let DecodeVariant { qk_dim, v_dim, column_tiles, paged, soft_cap } = self.variant;
@@ -297,16 +300,16 @@ impl<F: Function, E: Storage> Decode<F, E> {
             Arg::read_optional("kv_start", args.kv_start),
             Arg::read("valid_len", args.valid_len),
             Arg::read("first_unit", args.first_unit),
-            Arg::write("out", args.out),
-            Arg::write("lse", args.lse),
-            Arg::write("part_acc", args.part_acc),
-            Arg::write("part_ml", args.part_ml),
-            Arg::write("arrivals", args.arrivals),
+            Arg::write("out", &mut args.out),
+            Arg::write("lse", &mut args.lse),
+            Arg::write("part_acc", &mut args.part_acc),
+            Arg::write("part_ml", &mut args.part_ml),
+            Arg::write("arrivals", &mut args.arrivals),
             Arg::value("params", params),
         ];
         // SAFETY: the arguments are the kernel's parameters in order and type. The checks above made every buffer as long
-        // as the kernel's index range; lengths and page ids, which lie in device memory, were checked by `decode_plan`, whose
-        // outputs the caller passes on unchanged.
+        // as the kernel's index range, and the kernel clamps page ids to the pool. `valid_len` and `first_unit` are outputs
+        // of `decode_plan`, which has checked the lengths; the plan that passes them here lends them to nobody else.
         unsafe { self.function.launch(queue, &config, &kernel_args) }
     }
 

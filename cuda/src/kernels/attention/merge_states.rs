@@ -13,23 +13,23 @@ const THREADS: u32 = 128;
 
 /// Arguments of both merge kernels. `O` is the storage type of the output.
 #[derive(Debug)]
-pub struct MergeStatesArgs<'a, 'v, O> {
+pub struct MergeStatesArgs<'a, O> {
     /// Rows to merge.
     pub rows: usize,
     /// Partial states stored per row.
     pub max_splits: usize,
     /// Partial outputs `[rows, max_splits, v_dim]`, 16-byte aligned.
-    pub partial_out: &'a View<'v, f32>,
+    pub partial_out: &'a View<'a, f32>,
     /// Partial log-sum-exps `[rows, max_splits]`, natural log, −inf for an empty state.
-    pub partial_lse: &'a View<'v, f32>,
+    pub partial_lse: &'a View<'a, f32>,
     /// States of each row `[rows]`; `max_splits` in every row if absent.
-    pub num_splits: Option<&'a View<'v, u32>>,
+    pub num_splits: Option<&'a View<'a, u32>>,
     /// Merged outputs `[rows, v_dim]`, aligned to four elements.
-    pub out: &'a mut ViewMut<'v, O>,
+    pub out: ViewMut<'a, O>,
     /// Merged log-sum-exps `[rows]`, natural log.
-    pub lse: &'a mut ViewMut<'v, f32>,
+    pub lse: ViewMut<'a, f32>,
     /// Status word: the first fault of any launch that shares it.
-    pub status: &'a mut ViewMut<'v, u64>,
+    pub status: ViewMut<'a, u64>,
     /// Start while the previous kernel of the stream drains; see
     /// [`LaunchConfig::programmatic`](crate::launch::LaunchConfig).
     pub programmatic: bool,
@@ -37,16 +37,16 @@ pub struct MergeStatesArgs<'a, 'v, O> {
 
 /// Workspace of [`MergeStatesLastArriver`].
 #[derive(Debug)]
-pub struct MergeStatesScratch<'a, 'v> {
+pub struct MergeStatesScratch<'a> {
     /// Chunk states `[rows, chunks, v_dim]`, 16-byte aligned; need not be initialised.
-    pub chunk_acc: &'a mut ViewMut<'v, f32>,
+    pub chunk_acc: ViewMut<'a, f32>,
     /// Chunk maxima and sums `[rows, chunks, 2]`; need not be initialised.
-    pub chunk_ml: &'a mut ViewMut<'v, f32>,
+    pub chunk_ml: ViewMut<'a, f32>,
     /// Arrival counters `[rows]`: zero before the first launch, and left zero by every launch.
-    pub arrivals: &'a mut ViewMut<'v, u32>,
+    pub arrivals: ViewMut<'a, u32>,
 }
 
-impl<O: Storage> MergeStatesArgs<'_, '_, O> {
+impl<O: Storage> MergeStatesArgs<'_, O> {
     /// Checks every argument and gives the kernel's parameters.
     fn check(&self, kernel: &str, v_dim: usize, splits_per_block: usize) -> Result<MergeStatesParams, Error> {
         let count = |argument, value: usize| {
@@ -97,7 +97,7 @@ impl<F: Function, O: Storage> MergeStates<F, O> {
     ///
     /// # Errors
     /// [`Error::Argument`] names an argument that is too short, misaligned or in the wrong space.
-    pub fn launch(&self, queue: &F::Queue, args: MergeStatesArgs<'_, '_, O>) -> Result<(), Error> {
+    pub fn launch(&self, queue: &F::Queue, mut args: MergeStatesArgs<'_, O>) -> Result<(), Error> {
         let params = args.check("merge_states", self.v_dim, 1)?;
         let rows_per_block = THREADS / (self.v_dim as u32 / 4);
         let mut config = LaunchConfig::new(params.rows.div_ceil(rows_per_block), THREADS);
@@ -106,9 +106,9 @@ impl<F: Function, O: Storage> MergeStates<F, O> {
             Arg::read("partial_out", args.partial_out),
             Arg::read("partial_lse", args.partial_lse),
             Arg::read_optional("num_splits", args.num_splits),
-            Arg::write("out", args.out),
-            Arg::write("lse", args.lse),
-            Arg::write("status", args.status),
+            Arg::write("out", &mut args.out),
+            Arg::write("lse", &mut args.lse),
+            Arg::write("status", &mut args.status),
             Arg::value("params", &params),
         ];
         // SAFETY: the arguments are the kernel's parameters in order and type, and `check` made every buffer as long as
@@ -139,9 +139,9 @@ impl<F: Function, O: Storage> MergeStatesLastArriver<F, O> {
     pub fn launch(
         &self,
         queue: &F::Queue,
-        args: MergeStatesArgs<'_, '_, O>,
+        mut args: MergeStatesArgs<'_, O>,
         splits_per_block: usize,
-        scratch: MergeStatesScratch<'_, '_>,
+        mut scratch: MergeStatesScratch<'_>,
     ) -> Result<(), Error> {
         const KERNEL: &str = "merge_states_last_arriver";
         if splits_per_block == 0 || args.max_splits == 0 {
@@ -171,12 +171,12 @@ impl<F: Function, O: Storage> MergeStatesLastArriver<F, O> {
             Arg::read("partial_out", args.partial_out),
             Arg::read("partial_lse", args.partial_lse),
             Arg::read_optional("num_splits", args.num_splits),
-            Arg::write("out", args.out),
-            Arg::write("lse", args.lse),
-            Arg::write("chunk_acc", scratch.chunk_acc),
-            Arg::write("chunk_ml", scratch.chunk_ml),
-            Arg::write("arrivals", scratch.arrivals),
-            Arg::write("status", args.status),
+            Arg::write("out", &mut args.out),
+            Arg::write("lse", &mut args.lse),
+            Arg::write("chunk_acc", &mut scratch.chunk_acc),
+            Arg::write("chunk_ml", &mut scratch.chunk_ml),
+            Arg::write("arrivals", &mut scratch.arrivals),
+            Arg::write("status", &mut args.status),
             Arg::value("params", &params),
         ];
         // SAFETY: the arguments are the kernel's parameters in order and type, `check` made every buffer as long as the
