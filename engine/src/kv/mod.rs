@@ -1,0 +1,152 @@
+//! The KV seam: what a token leaves behind in a layer, and how attention reads it.
+//!
+//! A method implements [`KvCache`] and gets a line in [`METHODS`] and in [`open`]. It receives whatever a method may need:
+//! queries and keys **before** RoPE, positions, values, and the output projection W_O; it gives back what the layer adds
+//! to the residual stream. So a method may rotate keys early or late, hold them in another basis, or fold its own basis
+//! into W_O.
+
+mod dense;
+
+use attention::{AttentionSpec, DType, rope::RopeConfig};
+use ndarray::{Array2, ArrayView3};
+
+use crate::linear::Linear;
+use crate::mode::{Method, Mode};
+use crate::{Config, Error, Model};
+pub use dense::Dense;
+
+/// The methods of this seam.
+pub const METHODS: &[Method] = &[Method {
+    name: "dense",
+    summary: "every key and value, in f16 (dtype=f16, bf16 or f32)",
+    file: false,
+    options: &["dtype"],
+    with: &[],
+}];
+
+/// The modes that the demo compares. The first is what the others are measured against.
+pub const DEMO: &[&str] = &["dense", "dense,dtype=bf16"];
+
+/// New tokens in one layer, on their way into the cache and through attention.
+pub struct Step<'a> {
+    /// The layer, from 0.
+    pub layer: usize,
+    /// Position of each token, `[tokens]`, increasing.
+    pub positions: &'a [u32],
+    /// Queries `[tokens, q_heads, head_dim]` before RoPE, contiguous.
+    pub q: ArrayView3<'a, f32>,
+    /// Keys `[tokens, kv_heads, head_dim]` before RoPE, contiguous.
+    pub k: ArrayView3<'a, f32>,
+    /// Values `[tokens, kv_heads, head_dim]`, contiguous.
+    pub v: ArrayView3<'a, f32>,
+    /// The layer's output projection W_O, `[hidden, q_heads · head_dim]`.
+    pub w_o: &'a dyn Linear,
+}
+
+/// What a cache holds, in bytes: everything that it keeps between steps, metadata included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct KvMemory {
+    /// On the device (here: what a GPU would hold).
+    pub device: usize,
+    /// In host memory.
+    pub host: usize,
+}
+
+/// The KV cache of one sequence, all layers.
+pub trait KvCache: Send {
+    /// Stores new tokens of a layer and attends to them and everything before. Gives `[tokens, hidden]`: the attention
+    /// output after W_O.
+    ///
+    /// # Errors
+    /// Shapes or positions that do not fit the cache.
+    fn forward(&mut self, step: &Step<'_>) -> Result<Array2<f32>, Error>;
+
+    /// Stores new tokens of a layer whose attention was computed elsewhere: by ranks that share a prompt.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    fn append(&mut self, step: &Step<'_>) -> Result<(), Error>;
+
+    /// Tokens held.
+    fn len(&self) -> usize;
+
+    /// Whether nothing is held.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes held now.
+    fn memory(&self) -> KvMemory;
+
+    /// Forgets everything, for the next sequence.
+    fn clear(&mut self);
+
+    /// Replaces all cached content by noise of like magnitude. An evaluation that does not get worse by it does not read
+    /// the cache.
+    fn scramble(&mut self, rng: &mut fastrand::Rng);
+}
+
+/// What a cache knows of its model, whatever the method.
+#[derive(Debug, Clone)]
+pub struct Geometry {
+    /// What attention computes, per layer: heads, scale, mask. `[layers]`
+    pub layers: Vec<AttentionSpec>,
+    /// Rotary embedding of queries and keys.
+    pub rope: RopeConfig,
+    /// Tokens that the cache must be able to hold.
+    pub capacity: usize,
+}
+
+impl Geometry {
+    /// The caches of a model, for sequences of up to `capacity` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Context`] when the capacity is over the model's maximum.
+    pub fn new(config: &Config, capacity: usize) -> Result<Self, Error> {
+        config.check_context(capacity)?;
+        let layers = (0..config.layers).map(|layer| config.attention(layer)).collect::<Result<_, _>>()?;
+        Ok(Geometry { layers, rope: config.rope.clone(), capacity })
+    }
+}
+
+/// Makes an empty cache for sequences of up to `capacity` tokens.
+///
+/// # Errors
+/// An unknown mode, one that its method refuses, or a capacity over the model's maximum.
+pub fn open(mode: &Mode, model: &Model, capacity: usize) -> Result<Box<dyn KvCache>, Error> {
+    let method = mode.accept("KV", METHODS)?;
+    let geometry = Geometry::new(model.config(), capacity)?;
+    match method.name {
+        "dense" => match dense_dtype(mode)? {
+            DType::F16 => Ok(Box::new(Dense::<half::f16>::new(geometry)?)),
+            DType::BF16 => Ok(Box::new(Dense::<half::bf16>::new(geometry)?)),
+            DType::F32 => Ok(Box::new(Dense::<f32>::new(geometry)?)),
+        },
+        name => unreachable!("method {name} is listed but not built"),
+    }
+}
+
+/// Checks a mode without a model: its name, options and their values.
+///
+/// # Errors
+/// As [`open`].
+pub fn check(mode: &Mode) -> Result<(), Error> {
+    match mode.accept("KV", METHODS)?.name {
+        "dense" => dense_dtype(mode).map(drop),
+        _ => Ok(()),
+    }
+}
+
+/// Bytes per token of the dense cache in 16 bits: what every other mode is compared with.
+pub fn dense_bytes_per_token(config: &Config) -> usize {
+    config.kv_elements_per_token() * DType::F16.size()
+}
+
+fn dense_dtype(mode: &Mode) -> Result<DType, Error> {
+    let name = mode.option("dtype", String::from("f16"), "a name")?;
+    let known = [DType::F16, DType::BF16, DType::F32];
+    known
+        .into_iter()
+        .find(|dtype| dtype.to_string() == name)
+        .ok_or_else(|| mode.refuse(format!("dtype: expected f16, bf16 or f32, found {name:?}")))
+}

@@ -1,0 +1,124 @@
+//! The model: embedding, decoder layers, final norm, output projection.
+
+mod layer;
+
+use std::path::{Path, PathBuf};
+
+use ndarray::{ArcArray2, Array2, ArrayView2};
+
+use crate::checkpoint::Checkpoint;
+use crate::kv::KvCache;
+use crate::linear::{self, Linear, Role, Weight};
+use crate::mode::Mode;
+use crate::{Config, Error};
+use layer::{Layer, RmsNorm};
+
+/// A model whose weights are loaded. It is immutable: sequences live in their [`KvCache`].
+pub struct Model {
+    path: PathBuf,
+    config: Config,
+    embedding: ArcArray2<f32>,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    output: Box<dyn Linear>,
+}
+
+impl Model {
+    /// Loads a Hugging Face checkpoint: a folder with `config.json` and `*.safetensors`. `linear` says where the weight
+    /// matrices go.
+    ///
+    /// # Errors
+    /// A configuration or weights that are missing, damaged, unsupported or do not fit each other; an unknown mode.
+    pub fn load(path: &Path, linear: &Mode) -> Result<Self, Error> {
+        linear.accept("linear", linear::METHODS)?;
+        let config = Config::read(path)?;
+        let mut weights = Loader { checkpoint: Checkpoint::read(path)?, linear };
+
+        let shape = [config.vocab_size, config.hidden_size];
+        let (embedding, stored) = weights.matrix("model.embed_tokens", shape)?;
+        let layers = (0..config.layers)
+            .map(|layer| Layer::load(&config, layer, &mut weights))
+            .collect::<Result<_, _>>()?;
+        let norm = weights.norm("model.norm", config.hidden_size, config.rms_norm_eps)?;
+        let output = if config.tied_embeddings {
+            let weight = Weight { matrix: embedding.clone(), bias: None, stored };
+            linear::place(linear, Role::Output, weight)?
+        } else {
+            weights.linear("lm_head", Role::Output, shape, false)?
+        };
+        Ok(Model { path: path.to_path_buf(), config, embedding, layers, norm, output })
+    }
+
+    /// The checkpoint's folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The model's shape and constants.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Runs tokens at positions `start..`, after what `kv` holds. Gives hidden states after the final norm,
+    /// `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// [`Error::Token`] and [`Error::Context`] before anything is computed; whatever the cache refuses.
+    pub fn forward(&self, tokens: &[u32], start: usize, kv: &mut dyn KvCache) -> Result<Array2<f32>, Error> {
+        self.config.check_tokens(tokens)?;
+        self.config.check_context(start + tokens.len())?;
+        let positions: Vec<u32> = (start as u32..).take(tokens.len()).collect();
+        let mut x = Array2::zeros((tokens.len(), self.config.hidden_size));
+        for (&token, mut row) in tokens.iter().zip(x.rows_mut()) {
+            row.assign(&self.embedding.row(token as usize));
+        }
+        for layer in &self.layers {
+            layer.forward(&mut x, &positions, kv)?;
+        }
+        Ok(self.norm.apply(x.view()))
+    }
+
+    /// Logits `[tokens, vocab_size]` of hidden states `[tokens, hidden]` that [`forward`](Self::forward) gave.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the hidden states have another width.
+    pub fn logits(&self, hidden: ArrayView2<'_, f32>) -> Result<Array2<f32>, Error> {
+        self.output.forward(hidden)
+    }
+}
+
+/// Takes weights out of a checkpoint and hands matrices to the linear seam.
+struct Loader<'a> {
+    checkpoint: Checkpoint,
+    linear: &'a Mode,
+}
+
+impl Loader<'_> {
+    /// The matrix `name.weight` and the type it is stored in.
+    fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<(ArcArray2<f32>, attention::DType), Error> {
+        let tensor = self.checkpoint.take(&format!("{name}.weight"), &shape)?;
+        let matrix = ArcArray2::from_shape_vec(shape, tensor.data).expect("the shape was checked");
+        Ok((matrix, tensor.stored))
+    }
+
+    /// The layer `name`: its weight `[out, in]` and, where the model has one, its bias `[out]`.
+    fn linear(
+        &mut self,
+        name: &str,
+        role: Role,
+        shape: [usize; 2],
+        bias: bool,
+    ) -> Result<Box<dyn Linear>, Error> {
+        let (matrix, stored) = self.matrix(name, shape)?;
+        let bias = match bias {
+            true => Some(self.checkpoint.take(&format!("{name}.bias"), &shape[..1])?.data),
+            false => None,
+        };
+        linear::place(self.linear, role, Weight { matrix, bias, stored })
+    }
+
+    fn norm(&mut self, name: &str, size: usize, eps: f32) -> Result<RmsNorm, Error> {
+        let weight = self.checkpoint.take(&format!("{name}.weight"), &[size])?.data;
+        Ok(RmsNorm { weight, eps })
+    }
+}

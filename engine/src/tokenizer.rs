@@ -1,0 +1,131 @@
+//! Text to tokens and back: `tokenizer.json`, or plain bytes.
+
+use std::ops::Range;
+use std::path::Path;
+
+use crate::{Config, Error};
+
+/// How a model reads text.
+pub struct Tokenizer(Kind);
+
+enum Kind {
+    /// Token = byte: a model with 256 tokens and no `tokenizer.json`.
+    Bytes,
+    HuggingFace(Box<tokenizers::Tokenizer>),
+}
+
+/// A token, and the bytes of the text that it stands for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    /// The token.
+    pub token: u32,
+    /// Its bytes in the text; empty for special tokens.
+    pub bytes: Range<usize>,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` of a checkpoint's folder. A model with a vocabulary of 256 and no such file reads bytes.
+    ///
+    /// # Errors
+    /// A file that is damaged, or missing where the vocabulary is no bytes.
+    pub fn read(checkpoint: &Path, config: &Config) -> Result<Self, Error> {
+        let path = checkpoint.join("tokenizer.json");
+        match std::fs::read(&path) {
+            Ok(bytes) => match tokenizers::Tokenizer::from_bytes(bytes) {
+                Ok(tokenizer) => Ok(Tokenizer(Kind::HuggingFace(Box::new(tokenizer)))),
+                Err(error) => Err(Error::malformed(&path, error)),
+            },
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && config.vocab_size == 256 => {
+                Ok(Tokenizer(Kind::Bytes))
+            }
+            Err(error) => Err(Error::reading(&path)(error)),
+        }
+    }
+
+    /// Tokens of a text, with the special tokens that the tokenizer puts around one (such as a leading BOS).
+    ///
+    /// # Errors
+    /// Text that is not UTF-8, unless tokens are bytes; whatever the tokenizer refuses.
+    pub fn encode(&self, text: &[u8]) -> Result<Vec<u32>, Error> {
+        Ok(self.pieces(text)?.into_iter().map(|piece| piece.token).collect())
+    }
+
+    /// As [`encode`](Self::encode), with each token's place in the text.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn pieces(&self, text: &[u8]) -> Result<Vec<Piece>, Error> {
+        match &self.0 {
+            Kind::Bytes => {
+                let piece = |(at, &byte): (usize, &u8)| Piece { token: byte.into(), bytes: at..at + 1 };
+                Ok(text.iter().enumerate().map(piece).collect())
+            }
+            Kind::HuggingFace(tokenizer) => {
+                let text = std::str::from_utf8(text)
+                    .map_err(|error| Error::Tokenizer(format!("the text is not UTF-8: {error}")))?;
+                let encoding =
+                    tokenizer.encode(text, true).map_err(|error| Error::Tokenizer(error.to_string()))?;
+                let offsets = encoding.get_offsets().iter().map(|&(start, end)| start..end);
+                let tokens = encoding.get_ids().iter();
+                Ok(tokens.zip(offsets).map(|(&token, bytes)| Piece { token, bytes }).collect())
+            }
+        }
+    }
+
+    /// Bytes of a sequence of tokens, without special tokens.
+    ///
+    /// # Errors
+    /// Whatever the tokenizer refuses.
+    pub fn decode(&self, tokens: &[u32]) -> Result<Vec<u8>, Error> {
+        match &self.0 {
+            Kind::Bytes => Ok(tokens.iter().map(|&token| token as u8).collect()),
+            Kind::HuggingFace(tokenizer) => {
+                let text =
+                    tokenizer.decode(tokens, true).map_err(|error| Error::Tokenizer(error.to_string()))?;
+                Ok(text.into_bytes())
+            }
+        }
+    }
+
+    /// A stream that turns tokens into text one by one.
+    pub fn stream(&self) -> Stream<'_> {
+        Stream { tokenizer: self, tokens: Vec::new(), written: 0 }
+    }
+}
+
+/// Turns tokens into text as they come: a token may end in the middle of a character, and its text may depend on the
+/// tokens before it.
+pub struct Stream<'t> {
+    tokenizer: &'t Tokenizer,
+    /// Tokens since the last line break that was written out.
+    tokens: Vec<u32>,
+    /// Bytes of their text that were given out.
+    written: usize,
+}
+
+impl Stream<'_> {
+    /// Adds a token and gives the bytes that are certain now.
+    ///
+    /// # Errors
+    /// Whatever the tokenizer refuses.
+    pub fn push(&mut self, token: u32) -> Result<Vec<u8>, Error> {
+        if matches!(self.tokenizer.0, Kind::Bytes) {
+            return Ok(vec![token as u8]);
+        }
+        self.tokens.push(token);
+        let text = self.tokenizer.decode(&self.tokens)?;
+        // U+FFFD at the end is a character whose last bytes are still to come.
+        if text.ends_with("\u{fffd}".as_bytes()) {
+            return Ok(Vec::new());
+        }
+        let new = text.get(self.written..).unwrap_or_default().to_vec();
+        self.written = text.len();
+        // Decoding all again and again would take quadratic time. The last token stays: it decides, for instance,
+        // whether the next one's leading space shows.
+        if new.ends_with(b"\n") {
+            self.tokens = vec![token];
+            self.written = self.tokenizer.decode(&self.tokens)?.len();
+        }
+        Ok(new)
+    }
+}
