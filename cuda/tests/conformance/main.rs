@@ -4,6 +4,8 @@
 //! the text of the PTX ISA, not from the wrappers or the emulator. The same body runs in the emulator, in several orders of
 //! warps and lanes, and on a GPU.
 
+extern crate longkv_cuda as cuda;
+
 mod blocks;
 mod copies;
 mod data;

@@ -1,6 +1,9 @@
 //! What the integration tests of this crate share: finding NVRTC, and building stand-ins for NVIDIA's libraries.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+#[cfg(feature = "driver")]
+pub(crate) mod fake_driver;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 

@@ -1,0 +1,432 @@
+//! The driver back end against a stand-in driver that writes down what it is asked: loading and launching.
+#![cfg(feature = "driver")]
+
+mod support;
+
+use std::sync::Arc;
+
+use longkv_cuda::Error;
+use longkv_cuda::cudarc::driver::{CudaSlice, CudaStream};
+use longkv_cuda::driver::{FunctionUse, Gpu, GpuFunction};
+use longkv_cuda::kernels::attention::{MergeStates, MergeStatesArgs};
+use longkv_cuda::launch::{Arg, Device, Function, LaunchConfig};
+use longkv_cuda::memory::{Space, View, ViewMut};
+use longkv_cuda::probe::{Unavailable, Version};
+use longkv_cuda::status::StatusWord;
+use longkv_cuda::table::{Arch, ArchClass, Instance, Kernel, Row};
+use support::fake_driver::{FakeDriver, Setup, with_driver};
+
+const fn kernel(name: &'static str, arch: ArchClass, rows: &'static [Row]) -> Kernel {
+    Kernel { name, group: "test", source: "", constants: &[], arch, threads: 128, rows }
+}
+
+const fn row(shared: u32) -> Row {
+    Row { values: &[], registers: 255, shared, emulated: false }
+}
+
+static SMALL: Kernel = kernel("small", ArchClass::Portable, &[row(48 * 1024)]);
+static LARGE: Kernel = kernel("large", ArchClass::Portable, &[row(64 * 1024)]);
+static HOPPER: Kernel = kernel("hopper", ArchClass::Hopper, &[row(200 * 1024)]);
+static UNSHIPPED: Kernel = kernel("unshipped", ArchClass::Portable, &[]);
+
+fn instance(kernel: &'static Kernel) -> Instance {
+    Instance { kernel, values: Vec::new() }
+}
+
+/// A context, a function in it, and the two buffers and the scalar that the stand-in's kernels take.
+struct Bench {
+    gpu: Gpu,
+    function: GpuFunction,
+    stream: Arc<CudaStream>,
+    input: CudaSlice<f32>,
+    output: CudaSlice<f32>,
+}
+
+const CONFIG: LaunchConfig = LaunchConfig {
+    grid: longkv_cuda::launch::Dim3 { x: 6, y: 2, z: 1 },
+    block: longkv_cuda::launch::Dim3 { x: 32, y: 4, z: 1 },
+    dynamic_shared: 0,
+    cluster: None,
+    programmatic: false,
+};
+
+impl Bench {
+    fn new(fake: &FakeDriver, kernel: &'static Kernel) -> Self {
+        let context = fake.context(0);
+        let gpu = Gpu::new(&context).unwrap();
+        let function = gpu.load(&instance(kernel)).unwrap();
+        let stream = context.new_stream().unwrap();
+        let (input, output) = (stream.alloc_zeros(16).unwrap(), stream.alloc_zeros(16).unwrap());
+        fake.log();
+        Bench { gpu, function, stream, input, output }
+    }
+
+    fn launch(&mut self, config: &LaunchConfig) -> Result<(), Error> {
+        let input = View::device(&self.input, &self.stream);
+        let mut output = ViewMut::device(&mut self.output, &self.stream);
+        let args = [Arg::read("input", &input), Arg::write("output", &mut output), Arg::value("n", &0x0102u32)];
+        // SAFETY: the stand-in runs nothing.
+        unsafe { self.function.launch(&self.stream, config, &args) }
+    }
+
+    fn launch_args(&self, stream: &CudaStream, args: &[Arg<'_>]) -> Result<(), Error> {
+        // SAFETY: the stand-in runs nothing.
+        unsafe { self.function.launch(stream, &CONFIG, args) }
+    }
+}
+
+#[test]
+fn a_launch_is_encoded() {
+    with_driver("a_launch_is_encoded", Setup::default(), |fake| {
+        let mut bench = Bench::new(fake, &HOPPER);
+        let address = |slice: &CudaSlice<f32>| {
+            let address = View::device(slice, &bench.stream).address();
+            address.to_le_bytes().iter().map(|byte| format!("{byte:02x}")).collect::<String>()
+        };
+        let parameters = format!("[{} {} 02010000]", address(&bench.input), address(&bench.output));
+        let plain = CONFIG;
+        let cases = [
+            ("plain", plain, "shared=0 attributes=[]"),
+            ("shared memory", plain.shared(1000), "shared=1000 attributes=[]"),
+            ("most shared memory", plain.shared(227 * 1024 - 256), "shared=232192 attributes=[]"),
+            ("cluster", plain.clusters((2, 1, 1)), "shared=0 attributes=[4:2,1,1]"),
+            ("programmatic", plain.programmatic(), "shared=0 attributes=[6:1]"),
+            ("both", plain.clusters((3, 2, 1)).programmatic(), "shared=0 attributes=[4:3,2,1 6:1]"),
+        ];
+        for (name, config, expected) in cases {
+            bench.launch(&config).unwrap_or_else(|error| panic!("{name}: {error}"));
+            let expected = format!(
+                "cuLaunchKernelEx hopper grid=6,2,1 block=32,4,1 {expected} parameters={parameters} stream=caller's"
+            );
+            assert_eq!(fake.log(), [expected], "{name}");
+        }
+    });
+}
+
+#[test]
+fn a_grid_without_blocks_launches_nothing() {
+    with_driver("a_grid_without_blocks_launches_nothing", Setup::default(), |fake| {
+        let mut bench = Bench::new(fake, &SMALL);
+        for grid in [(0, 1, 1), (4, 0, 1), (4, 1, 0)] {
+            bench.launch(&LaunchConfig { grid: grid.into(), ..CONFIG }).unwrap();
+            assert_eq!(fake.log(), [""; 0], "{grid:?}");
+        }
+        // It is checked all the same.
+        let wrong = LaunchConfig { grid: 0.into(), block: 64.into(), ..CONFIG };
+        assert!(matches!(bench.launch(&wrong), Err(Error::Argument { argument: "block", .. })));
+    });
+}
+
+#[test]
+fn shared_memory_past_48_kb_is_asked_for_when_loading() {
+    with_driver("shared_memory_past_48_kb_is_asked_for_when_loading", Setup::default(), |fake| {
+        let gpu = Gpu::new(&fake.context(0)).unwrap();
+        // The limit of the kernel's class less the 256 bytes of static shared memory that the stand-in reports.
+        let cases = [
+            (&SMALL, None),
+            (&LARGE, Some("cuFuncSetAttribute large 8=101120")),
+            (&HOPPER, Some("cuFuncSetAttribute hopper 8=232192")),
+            (&UNSHIPPED, Some("cuFuncSetAttribute unshipped 8=101120")),
+        ];
+        for (kernel, expected) in cases {
+            gpu.load(&instance(kernel)).unwrap();
+            let set: Vec<_> =
+                fake.log().into_iter().filter(|line| line.starts_with("cuFuncSetAttribute")).collect();
+            assert_eq!(set, expected.into_iter().collect::<Vec<_>>(), "{}", kernel.name);
+        }
+        let mut bench = Bench::new(fake, &LARGE);
+        bench.launch(&CONFIG.shared(64 * 1024)).unwrap();
+        assert_eq!(fake.log().len(), 1, "a launch sets nothing");
+        let error = bench.launch(&CONFIG.shared(99 * 1024)).unwrap_err();
+        assert!(error.to_string().contains("at most 101120 bytes, which the kernel was prepared for"), "{error}");
+        let mut bench = Bench::new(fake, &SMALL);
+        bench.launch(&CONFIG.shared(48 * 1024)).unwrap();
+        let error = bench.launch(&CONFIG.shared(48 * 1024 + 1)).unwrap_err();
+        assert!(matches!(error, Error::Argument { argument: "dynamic_shared", .. }), "{error}");
+    });
+}
+
+#[test]
+fn racing_loads_compile_once_and_load_once_per_context() {
+    // Both devices are sm_80, so both contexts take the same cubin.
+    let setup = Setup { variables: &[("FAKE_CUDA_MAJOR", "8")], ..Setup::default() };
+    with_driver("racing_loads_compile_once_and_load_once_per_context", setup, |fake| {
+        let contexts = [fake.context(0), fake.context(1)];
+        // Held, so that the modules are not unloaded when the last function goes.
+        let gpus = contexts.each_ref().map(|context| Gpu::new(context).unwrap());
+        std::thread::scope(|scope| {
+            for thread in 0..16 {
+                let context = &contexts[thread % 2];
+                scope.spawn(move || {
+                    let gpu = Gpu::new(context).unwrap();
+                    gpu.load(&instance(if thread % 4 < 2 { &SMALL } else { &LARGE })).unwrap();
+                });
+            }
+        });
+        assert_eq!(fake.compiles(), 2, "two instances");
+        let mut loads: Vec<_> =
+            fake.log().into_iter().filter(|line| line.starts_with("cuModuleLoadData")).collect();
+        loads.sort();
+        let expected = [0, 1].map(|device| {
+            ["large", "small"].map(|name| {
+                format!("cuModuleLoadData device={device} test/{name}.cu --std=c++17 --gpu-architecture=sm_80")
+            })
+        });
+        assert_eq!(loads, expected.concat());
+        drop(gpus);
+    });
+}
+
+#[test]
+fn a_context_has_one_gpu() {
+    with_driver("a_context_has_one_gpu", Setup::default(), |fake| {
+        let context = fake.context(0);
+        let gpu = Gpu::new(&context).unwrap();
+        gpu.load(&instance(&SMALL)).unwrap();
+        // cudarc gives a second object for the same primary context.
+        let again = Gpu::new(&fake.context(0)).unwrap();
+        again.load(&instance(&SMALL)).unwrap();
+        assert_eq!(gpu, again);
+        assert_ne!(gpu, Gpu::new(&fake.context(1)).unwrap());
+        assert_eq!(fake.log().iter().filter(|line| line.starts_with("cuModuleLoadData")).count(), 1);
+        assert_eq!((gpu.sm_count(), gpu.arch(), gpu.device().ordinal), (132, Arch::new(9, 0), 0));
+        assert_eq!(gpu.driver().version(), Version::new(13, 0));
+    });
+}
+
+#[test]
+fn code_is_unloaded_with_its_last_user_and_not_under_a_running_kernel() {
+    with_driver(
+        "code_is_unloaded_with_its_last_user_and_not_under_a_running_kernel",
+        Setup::default(),
+        |fake| {
+            let context = fake.context(0);
+            let function = Gpu::new(&context).unwrap().load(&instance(&SMALL)).unwrap();
+            fake.log();
+            let copy = function.clone();
+            drop(function);
+            assert_eq!(fake.log(), [""; 0]);
+            drop(copy);
+            assert_eq!(fake.log(), ["cuCtxSynchronize", "cuModuleUnload"]);
+        },
+    );
+}
+
+#[test]
+fn memory_and_streams_of_elsewhere_are_refused_by_name() {
+    with_driver("memory_and_streams_of_elsewhere_are_refused_by_name", Setup::default(), |fake| {
+        let bench = Bench::new(fake, &SMALL);
+        let elsewhere = fake.context(1).default_stream();
+        let other: CudaSlice<f32> = elsewhere.alloc_zeros(16).unwrap();
+        fake.log();
+        let mut host = [0f32; 16];
+        let own = View::device(&bench.input, &bench.stream);
+        let mut on_host = ViewMut::host(&mut host);
+        // The stream that a view names does not matter, only where the memory is.
+        let on_other = View::device(&other, &bench.stream);
+        let n = 1u32;
+        let n = Arg::value("n", &n);
+        let read = Arg::read("input", &own);
+
+        let cases = [
+            ("host memory", Arg::write("output", &mut on_host), Some("memory of device 0, found host memory")),
+            ("another device", Arg::read("output", &on_other), Some("memory of device 0, found memory of device 1")),
+            ("null", Arg::write_optional::<f32>("output", None), None),
+        ];
+        for (name, output, expected) in cases {
+            match (bench.launch_args(&bench.stream, &[read, output, n]), expected) {
+                (Ok(()), None) => assert_eq!(fake.log().len(), 1, "{name}"),
+                (Err(error @ Error::Argument { argument: "output", .. }), Some(words)) => {
+                    assert!(error.to_string().contains(words), "{name}: {error}");
+                    assert_eq!(fake.log(), [""; 0], "{name}");
+                }
+                (answer, _) => panic!("{name}: {answer:?}"),
+            }
+        }
+        let error = bench.launch_args(&elsewhere, &[read, read, n]).unwrap_err();
+        assert!(matches!(error, Error::Argument { argument: "stream", .. }), "{error}");
+        assert_eq!(fake.log(), [""; 0]);
+    });
+}
+
+#[test]
+fn arguments_are_held_to_the_kernels_parameters() {
+    with_driver("arguments_are_held_to_the_kernels_parameters", Setup::default(), |fake| {
+        let bench = Bench::new(fake, &SMALL);
+        let view = View::device(&bench.input, &bench.stream);
+        let (short, long) = (1u16, 1u64);
+        let buffer = Arg::read("input", &view);
+        let cases: &[(&str, &[Arg<'_>], &str)] = &[
+            ("too few", &[buffer, buffer], "`args`: expected 3 arguments, found 2"),
+            ("too many", &[buffer; 4], "`args`: expected 3 arguments, found 4"),
+            ("far too many", &[buffer; 49], "`args`: expected 48 arguments, found 49"),
+            ("too small", &[buffer, buffer, Arg::value("n", &short)], "`n`: expected a parameter of 4 bytes, found 2"),
+            ("too large", &[buffer, buffer, Arg::value("n", &long)], "`n`: expected a parameter of 4 bytes, found 8"),
+            ("a buffer for a scalar", &[buffer, buffer, buffer], "`input`: expected a parameter of 4 bytes"),
+        ];
+        for (name, args, expected) in cases {
+            let error = bench.launch_args(&bench.stream, args).expect_err(name).to_string();
+            assert!(error.contains(expected), "{name}: {error}");
+        }
+        assert_eq!(fake.log(), [""; 0]);
+    });
+}
+
+#[test]
+fn drivers_that_do_not_tell_the_parameters_still_launch() {
+    let setup = Setup { options: &["-DNO_PARAM_INFO"], ..Setup::default() };
+    with_driver("drivers_that_do_not_tell_the_parameters_still_launch", setup, |fake| {
+        Bench::new(fake, &SMALL).launch(&CONFIG).unwrap();
+        assert!(fake.log()[0].starts_with("cuLaunchKernelEx small"));
+    });
+}
+
+#[test]
+fn failures_keep_the_call_and_the_code() {
+    with_driver("failures_keep_the_call_and_the_code", Setup::default(), |fake| {
+        let mut bench = Bench::new(fake, &SMALL);
+        for (code, fatal) in [(1, false), (2, false), (700, true), (701, false), (716, true), (719, true)] {
+            fake.fail("cuLaunchKernelEx", code);
+            let error = bench.launch(&CONFIG).unwrap_err();
+            assert_eq!(error, Error::Driver { call: "cuLaunchKernelEx", code });
+            assert_eq!(error.is_fatal(), fatal, "{error}");
+        }
+        fake.fail("cuLaunchKernelEx", 0);
+        bench.launch(&CONFIG).unwrap();
+        for call in ["cuFuncGetAttribute", "cuFuncSetAttribute", "cuFuncGetParamInfo"] {
+            fake.fail(call, 999);
+            let error = bench.gpu.load(&instance(&LARGE)).unwrap_err();
+            assert_eq!(error, Error::Driver { call, code: 999 });
+            fake.fail(call, 0);
+        }
+        fake.fail("cuMemAllocAsync", 2);
+        let error = StatusWord::new(&bench.stream).unwrap_err();
+        assert_eq!(error.to_string(), "cuMemAllocAsync failed with CUDA error 2");
+    });
+}
+
+#[test]
+fn a_refused_cubin_is_explained_and_not_remembered() {
+    with_driver("a_refused_cubin_is_explained_and_not_remembered", Setup::default(), |fake| {
+        let gpu = Gpu::new(&fake.context(0)).unwrap();
+        for call in ["cuModuleLoadData", "cuModuleGetFunction"] {
+            fake.fail(call, 218);
+            let error = gpu.load(&instance(&SMALL)).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                format!(
+                    "{call} refuses small for sm_90a (compiled by NVRTC 13.0) with CUDA error 218; the driver supports \
+                     CUDA 13.0"
+                )
+            );
+            assert!(!error.is_fatal());
+            fake.fail(call, 0);
+        }
+        gpu.load(&instance(&SMALL)).unwrap();
+        assert_eq!(fake.compiles(), 1, "the cubin itself was kept");
+    });
+}
+
+#[test]
+fn a_device_that_is_too_old_is_refused() {
+    let setup = Setup { variables: &[("FAKE_CUDA_MAJOR", "7")], ..Setup::default() };
+    with_driver("a_device_that_is_too_old_is_refused", setup, |fake| {
+        let expected = Error::Unavailable(Unavailable::UnsupportedArch {
+            ordinal: 0,
+            have: Arch::new(7, 0),
+            need: Arch::new(8, 0),
+        });
+        assert_eq!(Gpu::open(0).unwrap_err(), expected);
+        assert_eq!(Gpu::new(&fake.context(0)).unwrap_err(), expected);
+        assert_eq!(
+            Gpu::open(5).unwrap_err(),
+            Error::Unavailable(Unavailable::NoSuchDevice { ordinal: 5, devices: 2 })
+        );
+        Gpu::open(1).unwrap();
+    });
+}
+
+#[test]
+fn hopper_features_stay_on_hopper() {
+    let setup = Setup { variables: &[("FAKE_CUDA_MAJOR", "8")], ..Setup::default() };
+    with_driver("hopper_features_stay_on_hopper", setup, |fake| {
+        let mut bench = Bench::new(fake, &SMALL);
+        bench.launch(&CONFIG.programmatic()).unwrap();
+        assert!(fake.log()[0].contains("attributes=[]"), "a programmatic launch is an ordinary one before sm_90");
+        let error = bench.launch(&CONFIG.clusters(2)).unwrap_err();
+        assert_eq!(error.to_string(), "small in clusters needs sm_90 or later, the device is sm_80");
+        let error = bench.gpu.load(&instance(&HOPPER)).unwrap_err();
+        assert_eq!(error.to_string(), "hopper needs sm_90a, the device is sm_80");
+    });
+}
+
+#[test]
+fn a_function_tells_what_it_uses() {
+    with_driver("a_function_tells_what_it_uses", Setup::default(), |fake| {
+        let bench = Bench::new(fake, &SMALL);
+        let expected = FunctionUse { registers: 40, local: 24, shared: 256, max_threads: 1024 };
+        assert_eq!(bench.function.usage().unwrap(), expected);
+        assert_eq!(bench.function.blocks_per_sm(128, 65536).unwrap(), 15);
+        assert_eq!(bench.function.instance(), &instance(&SMALL));
+    });
+}
+
+#[test]
+fn a_prebuilt_folder_that_cannot_be_used_stops_the_load() {
+    let setup = Setup { variables: &[("LONGKV_CUBIN_DIR", "/no/such/folder")], ..Setup::default() };
+    with_driver("a_prebuilt_folder_that_cannot_be_used_stops_the_load", setup, |fake| {
+        let gpu = Gpu::new(&fake.context(0)).unwrap();
+        let error = gpu.load(&instance(&SMALL)).unwrap_err();
+        assert!(matches!(&error, Error::Prebuilt { folder, .. } if folder == "/no/such/folder"), "{error}");
+        assert_eq!(fake.compiles(), 0, "whoever ships cubins does not end up compiling");
+    });
+}
+
+#[test]
+fn a_typed_kernel_launches() {
+    with_driver("a_typed_kernel_launches", Setup::default(), |fake| {
+        // Six pointers and MergeStatesParams.
+        fake.parameters(&[8, 8, 8, 8, 8, 8, 16]);
+        let gpu = Gpu::open(0).unwrap();
+        let stream = gpu.context().new_stream().unwrap();
+        let kernel = MergeStates::<_, f32>::prepare(&gpu, 128).unwrap();
+        let (rows, max_splits) = (5, 3);
+        let partial_out = stream.alloc_zeros::<f32>(rows * max_splits * 128).unwrap();
+        let partial_lse = stream.alloc_zeros::<f32>(rows * max_splits).unwrap();
+        let mut out = stream.alloc_zeros::<f32>(rows * 128).unwrap();
+        let mut lse = stream.alloc_zeros::<f32>(rows).unwrap();
+        let mut status = StatusWord::new(&stream).unwrap();
+        fake.log();
+        kernel
+            .launch(
+                &stream,
+                MergeStatesArgs {
+                    rows,
+                    max_splits,
+                    partial_out: &View::device(&partial_out, &stream),
+                    partial_lse: &View::device(&partial_lse, &stream),
+                    num_splits: None,
+                    out: ViewMut::device(&mut out, &stream),
+                    lse: ViewMut::device(&mut lse, &stream),
+                    status: status.view_mut(&stream),
+                    programmatic: false,
+                },
+            )
+            .unwrap();
+        let log = fake.log();
+        assert_eq!(log.len(), 1, "{log:?}");
+        assert!(log[0].contains("merge_states grid=2,1,1 block=128,1,1 shared=0"), "{log:?}");
+        let parameters: Vec<_> = log[0].split(['[', ']']).nth(3).unwrap().split(' ').collect();
+        assert_eq!(parameters[2], "0000000000000000", "no num_splits is a null pointer");
+        assert_eq!(parameters[6], "05000000030000000100000000000000");
+    });
+}
+
+#[test]
+fn views_know_whose_memory_they_are() {
+    with_driver("views_know_whose_memory_they_are", Setup::default(), |fake| {
+        let streams = [0, 1].map(|ordinal| fake.context(ordinal).default_stream());
+        let slice = streams[1].alloc_zeros::<u8>(1).unwrap();
+        assert_eq!(View::device(&slice, &streams[0]).space(), Space::Device(1));
+    });
+}

@@ -1,0 +1,442 @@
+// A stand-in for the CUDA driver: memory is host memory, nothing runs, and every call of interest is written to a log that
+// the test reads. Calls can be told to fail with a code.
+//
+// Handles carry their context, so that a call with the wrong context current fails as it would on a GPU.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+typedef unsigned Result;
+typedef uint64_t Address;
+
+enum : Result {
+    OK = 0,
+    INVALID_VALUE = 1,
+    INVALID_CONTEXT = 201,
+    INVALID_HANDLE = 400,
+    CAPTURE_UNSUPPORTED = 900,
+    CAPTURE_INVALIDATED = 901,
+};
+
+struct Context {
+    int device;
+};
+struct Module {
+    Context* context;
+    std::string image;
+};
+struct Function {
+    Module* module;
+    std::string name;
+    int dynamic_shared;
+};
+struct Graph {
+    std::vector<std::string> nodes;
+    bool broken;
+};
+struct Stream {
+    Context* context;
+    Graph* capturing;
+};
+struct Event {
+    Context* context;
+    unsigned flags;
+    bool recorded;
+};
+
+static std::mutex mutex;
+static std::string log_text, taken_text;
+static std::map<std::string, Result> failures;
+static std::vector<size_t> parameter_sizes = {8, 8, 4};
+static Context contexts[2] = {{0}, {1}};
+static thread_local Context* current = nullptr;
+
+static void note(const std::string& line) {
+    std::lock_guard<std::mutex> lock(mutex);
+    log_text += line + "\n";
+}
+
+// The result that the test asked for, else OK.
+static Result outcome(const char* call) {
+    std::lock_guard<std::mutex> lock(mutex);
+    auto found = failures.find(call);
+    return found == failures.end() ? OK : found->second;
+}
+
+static int environment(const char* name, int otherwise) {
+    const char* text = getenv(name);
+    return text ? atoi(text) : otherwise;
+}
+
+#define TRY(call)                                          \
+    do {                                                   \
+        if (Result result = outcome(call)) return result;  \
+    } while (false)
+
+#define IN_CONTEXT(context_of_handle) \
+    if (!current || current != (context_of_handle)) return INVALID_CONTEXT
+
+static std::string number(uint64_t value) { return std::to_string(value); }
+
+static std::string hex(const void* bytes, size_t count) {
+    std::string text;
+    char pair[3];
+    for (size_t i = 0; i < count; ++i) {
+        snprintf(pair, sizeof pair, "%02x", static_cast<const unsigned char*>(bytes)[i]);
+        text += pair;
+    }
+    return text;
+}
+
+// Work on a stream: written down, or recorded if the stream is capturing.
+static Result enqueue(Stream* stream, const std::string& line) {
+    if (stream) IN_CONTEXT(stream->context);
+    if (!stream && !current) return INVALID_CONTEXT;
+    if (stream && stream->capturing) {
+        stream->capturing->nodes.push_back(line);
+        note("captured " + line);
+    } else {
+        note(line);
+    }
+    return OK;
+}
+
+extern "C" {
+
+// ---- for the test ----
+
+const char* fake_take_log() {
+    std::lock_guard<std::mutex> lock(mutex);
+    taken_text = log_text;
+    log_text.clear();
+    return taken_text.c_str();
+}
+void fake_fail(const char* call, Result code) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (code)
+        failures[call] = code;
+    else
+        failures.erase(call);
+}
+void fake_parameters(const size_t* sizes, size_t count) {
+    std::lock_guard<std::mutex> lock(mutex);
+    parameter_sizes.assign(sizes, sizes + count);
+}
+
+// ---- driver and devices ----
+
+Result cuInit(unsigned) { return OK; }
+Result cuDriverGetVersion(int* version) {
+    *version = 13000;
+    return OK;
+}
+Result cuDeviceGetCount(int* count) {
+    *count = 2;
+    return OK;
+}
+Result cuDeviceGet(int* device, int ordinal) {
+    if (ordinal < 0 || ordinal > 1) return 101;
+    *device = ordinal;
+    return OK;
+}
+Result cuDeviceGetName(char* name, int size, int) {
+    snprintf(name, static_cast<size_t>(size), "Stand-in");
+    return OK;
+}
+Result cuDeviceGetAttribute(int* value, int attribute, int device) {
+    switch (attribute) {
+        case 16: *value = 132; return OK;
+        // Device 0 is what the test wants, device 1 an sm_80.
+        case 75: *value = device == 0 ? environment("FAKE_CUDA_MAJOR", 9) : 8; return OK;
+        case 76: *value = 0; return OK;
+        case 97: *value = 232448; return OK;
+        case 113: *value = environment("FAKE_CUDA_READ_ONLY", 1); return OK;
+        case 115: *value = 1; return OK;  // memory pools
+        default: return INVALID_VALUE;
+    }
+}
+
+// ---- contexts ----
+
+Result cuDevicePrimaryCtxRetain(Context** context, int device) {
+    TRY("cuDevicePrimaryCtxRetain");
+    *context = &contexts[device];
+    return OK;
+}
+Result cuDevicePrimaryCtxRelease_v2(int) { return OK; }
+Result cuCtxGetCurrent(Context** context) {
+    *context = current;
+    return OK;
+}
+Result cuCtxSetCurrent(Context* context) {
+    TRY("cuCtxSetCurrent");
+    current = context;
+    return OK;
+}
+Result cuCtxSynchronize() {
+    TRY("cuCtxSynchronize");
+    note("cuCtxSynchronize");
+    return OK;
+}
+
+// ---- modules and functions ----
+
+Result cuModuleLoadData(Module** module, const void* image) {
+    TRY("cuModuleLoadData");
+    if (!current) return INVALID_CONTEXT;
+    *module = new Module{current, static_cast<const char*>(image)};
+    note("cuModuleLoadData device=" + number(current->device) + " " + (*module)->image);
+    return OK;
+}
+Result cuModuleUnload(Module* module) {
+    IN_CONTEXT(module->context);
+    note("cuModuleUnload");
+    delete module;
+    return OK;
+}
+Result cuModuleGetFunction(Function** function, Module* module, const char* name) {
+    TRY("cuModuleGetFunction");
+    *function = new Function{module, name, 48 * 1024};
+    return OK;
+}
+Result cuFuncSetAttribute(Function* function, int attribute, int value) {
+    TRY("cuFuncSetAttribute");
+    IN_CONTEXT(function->module->context);
+    note("cuFuncSetAttribute " + function->name + " " + number(attribute) + "=" + number(value));
+    if (attribute == 8) function->dynamic_shared = value;
+    return OK;
+}
+Result cuFuncGetAttribute(int* value, int attribute, Function* function) {
+    TRY("cuFuncGetAttribute");
+    IN_CONTEXT(function->module->context);
+    switch (attribute) {
+        case 0: *value = 1024; return OK;
+        case 1: *value = 256; return OK;  // static shared memory
+        case 3: *value = 24; return OK;   // local memory
+        case 4: *value = 40; return OK;   // registers
+        default: return INVALID_VALUE;
+    }
+}
+#ifndef NO_PARAM_INFO
+Result cuFuncGetParamInfo(Function*, size_t index, size_t* offset, size_t* size) {
+    TRY("cuFuncGetParamInfo");
+    if (index >= parameter_sizes.size()) return INVALID_VALUE;
+    *offset = 0;
+    *size = parameter_sizes[index];
+    return OK;
+}
+#endif
+Result cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Function* function, int threads, size_t shared) {
+    IN_CONTEXT(function->module->context);
+    *blocks = static_cast<int>(2048 / threads - shared / 65536);
+    return OK;
+}
+
+// ---- launch: the layout of CUlaunchConfig and CUlaunchAttribute in cuda.h ----
+
+struct LaunchAttribute {
+    unsigned id;
+    char pad[4];
+    union {
+        char pad64[64];
+        unsigned words[16];
+    } value;
+};
+static_assert(sizeof(LaunchAttribute) == 72, "as in cuda.h");
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared;
+    Stream* stream;
+    LaunchAttribute* attributes;
+    unsigned count;
+};
+static_assert(sizeof(LaunchConfig) == 56, "as in cuda.h");
+
+Result cuLaunchKernelEx(const LaunchConfig* config, Function* function, void** parameters, void** extra) {
+    TRY("cuLaunchKernelEx");
+    IN_CONTEXT(function->module->context);
+    if (extra) return INVALID_VALUE;
+    if (static_cast<int>(config->shared) > function->dynamic_shared) return INVALID_VALUE;
+    for (int i = 0; i < 3; ++i)
+        if (config->grid[i] == 0 || config->block[i] == 0) return INVALID_VALUE;
+    auto extent = [](const unsigned (&e)[3]) { return number(e[0]) + "," + number(e[1]) + "," + number(e[2]); };
+    std::string line = "cuLaunchKernelEx " + function->name + " grid=" + extent(config->grid) +
+                       " block=" + extent(config->block) + " shared=" + number(config->shared) + " attributes=[";
+    for (unsigned i = 0; i < config->count; ++i) {
+        const LaunchAttribute& attribute = config->attributes[i];
+        line += (i ? " " : "") + number(attribute.id) + ":" + number(attribute.value.words[0]);
+        if (attribute.id == 4) line += "," + number(attribute.value.words[1]) + "," + number(attribute.value.words[2]);
+        // What an attribute does not use has to be zero: it may mean something to a later driver.
+        for (size_t word = attribute.id == 4 ? 3 : 1; word < 16; ++word)
+            if (attribute.value.words[word]) return INVALID_VALUE;
+    }
+    line += "] parameters=[";
+    for (size_t i = 0; i < parameter_sizes.size(); ++i)
+        line += (i ? " " : "") + hex(parameters[i], parameter_sizes[i]);
+    line += std::string("] stream=") + (config->stream ? "caller's" : "default");
+    return enqueue(config->stream, line);
+}
+
+// ---- memory ----
+
+Result cuMemAllocAsync(Address* address, size_t bytes, Stream* stream) {
+    TRY("cuMemAllocAsync");
+    if (bytes == 0) return INVALID_VALUE;
+    // An allocation is no part of a captured step.
+    if (stream && stream->capturing) stream->capturing->broken = true;
+    void* memory = aligned_alloc(256, (bytes + 255) / 256 * 256);
+    memset(memory, 0xff, bytes);
+    *address = reinterpret_cast<Address>(memory);
+    return OK;
+}
+Result cuMemFreeAsync(Address address, Stream*) {
+    free(reinterpret_cast<void*>(address));
+    return OK;
+}
+Result cuMemsetD8Async(Address address, unsigned char value, size_t bytes, Stream* stream) {
+    TRY("cuMemsetD8Async");
+    memset(reinterpret_cast<void*>(address), value, bytes);
+    return enqueue(stream, "cuMemsetD8Async " + number(bytes));
+}
+Result cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, Stream*) {
+    memcpy(reinterpret_cast<void*>(to), from, bytes);
+    return OK;
+}
+Result cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, Stream* stream) {
+    memcpy(to, reinterpret_cast<const void*>(from), bytes);
+    return enqueue(stream, "cuMemcpyDtoHAsync " + number(bytes));
+}
+
+// ---- pinned memory: the device sees it 2^40 further up ----
+
+static const Address SHIFT = Address(1) << 40;
+
+Result cuMemHostAlloc(void** memory, size_t bytes, unsigned flags) {
+    TRY("cuMemHostAlloc");
+    if (!current || bytes == 0) return INVALID_VALUE;
+    *memory = malloc(bytes);
+    memset(*memory, 0xff, bytes);
+    note("cuMemHostAlloc " + number(bytes) + " flags=" + number(flags));
+    return OK;
+}
+Result cuMemFreeHost(void* memory) {
+    free(memory);
+    note("cuMemFreeHost");
+    return OK;
+}
+Result cuMemHostGetDevicePointer_v2(Address* device, void* host, unsigned flags) {
+    TRY("cuMemHostGetDevicePointer");
+    if (flags) return INVALID_VALUE;
+    *device = reinterpret_cast<Address>(host) + SHIFT;
+    return OK;
+}
+Result cuMemHostRegister_v2(void*, size_t bytes, unsigned flags) {
+    TRY("cuMemHostRegister");
+    note("cuMemHostRegister " + number(bytes) + " flags=" + number(flags));
+    return OK;
+}
+Result cuMemHostUnregister(void*) {
+    note("cuMemHostUnregister");
+    return OK;
+}
+
+// ---- streams and events ----
+
+Result cuStreamCreate(Stream** stream, unsigned) {
+    if (!current) return INVALID_CONTEXT;
+    *stream = new Stream{current, nullptr};
+    return OK;
+}
+Result cuStreamDestroy_v2(Stream* stream) {
+    delete stream;
+    return OK;
+}
+Result cuStreamSynchronize(Stream*) {
+    TRY("cuStreamSynchronize");
+    note("cuStreamSynchronize");
+    return OK;
+}
+Result cuStreamWaitEvent(Stream*, Event*, unsigned) { return OK; }
+Result cuEventCreate(Event** event, unsigned flags) {
+    TRY("cuEventCreate");
+    *event = new Event{current, flags, false};
+    note("cuEventCreate flags=" + number(flags));
+    return OK;
+}
+Result cuEventDestroy_v2(Event* event) {
+    delete event;
+    return OK;
+}
+Result cuEventRecord(Event* event, Stream*) {
+    IN_CONTEXT(event->context);
+    event->recorded = true;
+    return OK;
+}
+Result cuEventSynchronize(Event*) {
+    TRY("cuEventSynchronize");
+    return OK;
+}
+// The name that every driver exports; `_v2` is left out, as drivers of the 12 series leave it out.
+Result cuEventElapsedTime(float* milliseconds, Event* start, Event* stop) {
+    TRY("cuEventElapsedTime");
+    if (start->flags || stop->flags || !start->recorded || !stop->recorded) return INVALID_HANDLE;
+    *milliseconds = 1.5f;
+    return OK;
+}
+
+// ---- graphs ----
+
+Result cuStreamBeginCapture_v2(Stream* stream, unsigned mode) {
+    TRY("cuStreamBeginCapture");
+    if (!stream) return CAPTURE_UNSUPPORTED;
+    stream->capturing = new Graph{{}, false};
+    note("cuStreamBeginCapture mode=" + number(mode));
+    return OK;
+}
+Result cuStreamEndCapture(Stream* stream, Graph** graph) {
+    TRY("cuStreamEndCapture");
+    note("cuStreamEndCapture");
+    *graph = nullptr;
+    Graph* recorded = stream->capturing;
+    stream->capturing = nullptr;
+    if (!recorded) return INVALID_VALUE;
+    if (recorded->broken) {
+        delete recorded;
+        return CAPTURE_INVALIDATED;
+    }
+    *graph = recorded;
+    return OK;
+}
+Result cuGraphInstantiateWithFlags(Graph** executable, Graph* graph, unsigned long long flags) {
+    TRY("cuGraphInstantiate");
+    if (flags) return INVALID_VALUE;
+    *executable = new Graph(*graph);
+    return OK;
+}
+Result cuGraphLaunch(Graph* executable, Stream* stream) {
+    TRY("cuGraphLaunch");
+    for (const std::string& node : executable->nodes)
+        if (Result result = enqueue(stream, "replayed " + node)) return result;
+    return OK;
+}
+Result cuGraphGetNodes(Graph* graph, void* nodes, size_t* count) {
+    if (nodes) return INVALID_VALUE;
+    *count = graph->nodes.size();
+    return OK;
+}
+Result cuGraphExecDestroy(Graph* executable) {
+    note("cuGraphExecDestroy");
+    delete executable;
+    return OK;
+}
+Result cuGraphDestroy(Graph* graph) {
+    note("cuGraphDestroy");
+    delete graph;
+    return OK;
+}
+
+}  // extern "C"
