@@ -1,0 +1,82 @@
+// Bulk loads and TMA tile loads: global to shared memory, completing on an mbarrier.
+#include "tma.h"
+
+#include <cstring>
+
+#include "checker.h"
+#include "mbarrier.h"
+#include "report.h"
+
+namespace emulator {
+
+namespace {
+
+#define CALLER __builtin_return_address(0)
+
+void issue(PendingCopy copy, const void* pc) {
+    Thread& self = *current;
+    const Stamp mark = Stamp::make(self.block->tag, AGENTS + self.linear, 0, true);
+    mark_shared(self, mark, copy.dst, copy.bytes, Kind::Write, pc);
+    copy.issuer = self.linear;
+    copy.async_stamp = mark.bits;
+    self.block->counters.async_copies++;
+    issue_pending(std::move(copy), pc);
+}
+
+}  // namespace
+
+void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbar) {
+    const void* pc = CALLER;
+    if (bytes % 16) fail(pc, "cp.async.bulk: %u bytes are not a multiple of 16", bytes);
+    shared_bytes(dst, bytes, 16, "cp.async.bulk", pc);
+    if (reinterpret_cast<uintptr_t>(src) % 16) fail(pc, "cp.async.bulk: source address %p is not a multiple of 16", src);
+    if (!bytes) return;
+    check_access(src, bytes, Kind::Read, pc);
+    PendingCopy copy{};
+    copy.kind = PendingCopy::Bulk;
+    copy.mbar = mbar;
+    copy.dst = dst;
+    copy.bytes = bytes;
+    copy.src = static_cast<const unsigned char*>(src);
+    issue(std::move(copy), pc);
+}
+
+void tma_load_2d(uint32_t dst, const void* map_address, uint32_t mbar, int x, int y) {
+    const void* pc = CALLER;
+    PendingCopy copy{};
+    memcpy(&copy.map, map_address, sizeof copy.map);
+    const TensorMap& map = copy.map;
+    if (map.magic != TENSOR_MAP_MAGIC) fail(pc, "tma_load_2d: this is no tensor map of the emulator");
+    if (map.swizzle_128 && map.box_columns * map.element_bytes > 128)
+        fail(pc, "tma_load_2d: a box row of %u bytes does not fit the 128-byte swizzle", map.box_columns * map.element_bytes);
+    copy.kind = PendingCopy::Tile;
+    copy.mbar = mbar;
+    copy.dst = dst;
+    copy.bytes = map.box_columns * map.box_rows * map.element_bytes;
+    copy.x = x;
+    copy.y = y;
+    // The swizzle is a function of the address: it begins anew at every 1024 bytes.
+    shared_bytes(dst, copy.bytes, map.swizzle_128 ? 1024 : 128, "tma_load_2d", pc);
+    issue(std::move(copy), pc);
+}
+
+void copy_tile(const TensorMap& map, int x, int y, unsigned char* dst) {
+    const uint64_t row_bytes = (uint64_t)map.box_columns * map.element_bytes;
+    for (uint32_t r = 0; r < map.box_rows; r++) {
+        const int64_t row = (int64_t)y + r;
+        for (uint32_t c = 0; c < map.box_columns; c++) {
+            const int64_t column = (int64_t)x + c;
+            uint64_t offset = r * row_bytes + (uint64_t)c * map.element_bytes;
+            if (map.swizzle_128) offset ^= (offset >> 7 & 7) << 4;
+            const bool inside = row >= 0 && column >= 0 && (uint64_t)row < map.rows && (uint64_t)column < map.columns;
+            if (inside) {
+                const uint64_t source = map.address + (uint64_t)row * map.row_bytes + (uint64_t)column * map.element_bytes;
+                memcpy(dst + offset, reinterpret_cast<const unsigned char*>(source), map.element_bytes);
+            } else {
+                memset(dst + offset, 0, map.element_bytes);
+            }
+        }
+    }
+}
+
+}  // namespace emulator

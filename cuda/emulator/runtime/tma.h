@@ -1,0 +1,11 @@
+// Tiles of tensor maps.
+#pragma once
+
+#include "block.h"
+
+namespace emulator {
+
+// Copies the map's box at (x, y), with zeros outside of the tensor, in the map's layout.
+void copy_tile(const TensorMap& map, int x, int y, unsigned char* dst);
+
+}  // namespace emulator
