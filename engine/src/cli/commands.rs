@@ -1,0 +1,199 @@
+//! The commands: each checks all of its input, then works, then writes.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use longkv_engine::eval::{self, Windows};
+use longkv_engine::generate::{self, Sampler, argmax};
+use longkv_engine::mode::Mode;
+use longkv_engine::retrieval::{self, Questions};
+use longkv_engine::tokenizer::Tokenizer;
+use longkv_engine::{Error, Model, Session, kv, linear, ranks};
+use serde::Serialize;
+
+use super::Failure;
+use super::args::Args;
+use super::output::{self, JsonFile};
+use super::progress::Progress;
+
+/// The model and texts that come with the engine.
+pub(super) const BUNDLED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/model");
+/// Window of an evaluation, in tokens, where the model and the text are long enough.
+pub(super) const CONTEXT: usize = 1024;
+/// Length of a retrieval document, in tokens, where the model allows it.
+pub(super) const RETRIEVAL_CONTEXT: usize = 512;
+/// Retrieval documents.
+pub(super) const DOCUMENTS: usize = 8;
+
+/// The modes of the three seams. Making one checks names and options, before anything is loaded.
+pub(super) struct Modes {
+    pub(super) kv: Mode,
+    linear: Mode,
+    ranks: Mode,
+}
+
+impl Modes {
+    pub(super) fn new(args: &Args, kv: Mode) -> Result<Self, Failure> {
+        let (linear, ranks) = (args.mode("linear", "dense")?, args.mode("ranks", "single")?);
+        kv::check(&kv)?;
+        linear.accept("linear", linear::METHODS)?;
+        ranks.accept("ranks", ranks::METHODS)?;
+        Ok(Modes { kv, linear, ranks })
+    }
+
+    /// Loads the model.
+    pub(super) fn load(&self, args: &Args) -> Result<Model, Failure> {
+        let path = args.path("model").unwrap_or_else(|| PathBuf::from(BUNDLED));
+        Ok(Model::load(&path, &self.linear)?)
+    }
+
+    /// An empty sequence of up to `capacity` tokens.
+    pub(super) fn session<'m>(&self, model: &'m Model, capacity: usize) -> Result<Session<'m>, Failure> {
+        Ok(Session::new(model, &self.kv, ranks::open(&self.ranks)?, capacity)?)
+    }
+}
+
+/// Reads a text that is not empty.
+pub(super) fn read_text(path: &Path) -> Result<Vec<u8>, Failure> {
+    let text = std::fs::read(path).map_err(|source| Error::Read { path: path.to_path_buf(), source })?;
+    if text.is_empty() {
+        return Err(
+            Error::argument("text", "some text", format_args!("nothing in {}", path.display())).into()
+        );
+    }
+    Ok(text)
+}
+
+/// `engine eval`
+pub(super) fn eval(args: &Args) -> Result<(), Failure> {
+    let modes = Modes::new(args, args.mode("kv", "dense")?)?;
+    let (context, prefill, count) = (args.count("context")?, args.count("prefill")?, args.count("windows")?);
+    let json = JsonFile::open(args.path("json"))?;
+    let text = read_text(&args.path("text").ok_or_else(|| args.missing("text"))?)?;
+    let model = modes.load(args)?;
+    let text = Tokenizer::read(model.path(), model.config())?.encode(&text)?;
+    // A short text is one short window, unless a length is asked for.
+    let longest = CONTEXT.min(model.config().max_positions);
+    let context = context.unwrap_or_else(|| text.len().max(4).min(longest));
+    let prefill = prefill.unwrap_or_else(|| Windows::default_prefill(context));
+    let count = count.unwrap_or_else(|| (text.len() / context).clamp(1, 4));
+    let windows = Windows::new(context, prefill, count)?;
+    windows.check(model.config(), text.len())?;
+
+    let mut session = modes.session(&model, context)?;
+    let kv = modes.kv.to_string();
+    let report = {
+        let progress = Progress::new(&format!("{kv}: {count} × {context} tokens"));
+        eval::evaluate(&mut session, &kv, &text, windows, |done, all| progress.update(done, all))?
+    };
+    if let Some(json) = json {
+        json.write(&report)?;
+    }
+    output::print(&format!(
+        "mode                {kv}\n\
+         nll per token       {:.4} nats over {} tokens\n\
+         perplexity          {:.4}\n\
+         KV bytes per token  {:.1} on the device, {:.1} on the host (dense in 16 bits: {:.0})\n\
+         speed (CPU reference, not kernel speed)  prefill {:.1} tokens/s, decode {:.1} tokens/s\n",
+        report.nll_per_token,
+        report.tokens,
+        report.perplexity,
+        report.kv_bytes_per_token,
+        report.host_kv_bytes_per_token,
+        report.dense_kv_bytes_per_token,
+        report.prefill_tokens_per_s,
+        report.decode_tokens_per_s,
+    ))
+}
+
+/// `engine generate`
+pub(super) fn generate(args: &Args) -> Result<(), Failure> {
+    let modes = Modes::new(args, args.mode("kv", "dense")?)?;
+    let max_tokens = args.count("max-tokens")?;
+    let temperature = args.number("temperature", "a number")?.unwrap_or(0.0);
+    let mut sampler = Sampler::new(temperature, args.number("seed", "a whole number")?.unwrap_or(0))?;
+    let prompt = args.text("prompt")?.ok_or_else(|| args.missing("prompt"))?;
+    let model = modes.load(args)?;
+    let tokenizer = Tokenizer::read(model.path(), model.config())?;
+    let tokens = tokenizer.encode(prompt.as_bytes())?;
+    if tokens.is_empty() {
+        return Err(Error::argument("prompt", "some text", "nothing").into());
+    }
+    // What is asked for must fit; the default is what fits.
+    let maximum = model.config().max_positions;
+    let max_tokens = max_tokens.unwrap_or_else(|| maximum.saturating_sub(tokens.len()).min(128));
+    let capacity = tokens.len().saturating_add(max_tokens);
+    model.config().check_context(capacity)?;
+    let mut session = modes.session(&model, capacity)?;
+
+    output::print(prompt)?;
+    let mut stream = tokenizer.stream();
+    generate::generate(&mut session, &tokens, max_tokens, &mut sampler, |token| {
+        output::print_bytes(&stream.push(token)?)
+    })?;
+    output::print("\n")
+}
+
+/// `engine retrieval`
+pub(super) fn retrieval(args: &Args) -> Result<(), Failure> {
+    let modes = Modes::new(args, args.mode("kv", "dense")?)?;
+    let (context, documents) = (args.count("context")?, args.count("documents")?.unwrap_or(DOCUMENTS));
+    let seed = args.number("seed", "a whole number")?.unwrap_or(0);
+    let json = JsonFile::open(args.path("json"))?;
+    let model = modes.load(args)?;
+    let tokenizer = Tokenizer::read(model.path(), model.config())?;
+    let context = context.unwrap_or(RETRIEVAL_CONTEXT.min(model.config().max_positions));
+    let mut session = modes.session(&model, context)?;
+
+    let kv = modes.kv.to_string();
+    let report = {
+        let progress = Progress::new(&format!("{kv}: {documents} documents of {context} tokens"));
+        let questions = Questions { context, documents, seed };
+        retrieval::retrieve(&mut session, &kv, &tokenizer, questions, |done, all| progress.update(done, all))?
+    };
+    if let Some(json) = json {
+        json.write(&report)?;
+    }
+    output::print(&format!(
+        "{kv}: {} of {} answered right ({:.1} %)\n",
+        report.right,
+        report.questions,
+        100.0 * report.accuracy
+    ))
+}
+
+#[derive(Serialize)]
+struct LogitsReport {
+    tokens: Vec<u32>,
+    vocab_size: usize,
+    /// `[tokens][vocab_size]`
+    logits: Vec<Vec<f32>>,
+}
+
+/// `engine logits`: through a dense cache in f32, which rounds nothing.
+pub(super) fn logits(args: &Args) -> Result<(), Failure> {
+    let modes = Modes::new(args, "dense,dtype=f32".parse()?)?;
+    let list = args.text("tokens")?.ok_or_else(|| args.missing("tokens"))?;
+    let tokens =
+        list.split(',').map(|token| token.trim().parse()).collect::<Result<Vec<u32>, _>>().map_err(|_| {
+            Failure::Usage(format!("--tokens: expected whole numbers and commas, found {list:?}"))
+        })?;
+    let json = JsonFile::open(args.path("json"))?;
+    let model = modes.load(args)?;
+    model.config().check_tokens(&tokens)?;
+    model.config().check_context(tokens.len())?;
+
+    let mut cache = kv::open(&modes.kv, &model, tokens.len())?;
+    let hidden = model.forward(&tokens, 0, &mut *cache)?;
+    let logits = model.logits(hidden.view())?;
+    let mut text = String::from("position  token  likeliest next  its logit\n");
+    for (position, (token, row)) in tokens.iter().zip(logits.rows()).enumerate() {
+        let best = argmax(row);
+        let _ = writeln!(text, "{position:>8}  {token:>5}  {best:>14}  {:>9.4}", row[best as usize]);
+    }
+    if let Some(json) = json {
+        let logits = logits.rows().into_iter().map(|row| row.to_vec()).collect();
+        json.write(&LogitsReport { tokens, vocab_size: model.config().vocab_size, logits })?;
+    }
+    output::print(&text)
+}

@@ -1,0 +1,87 @@
+//! Where results go: standard output, and a JSON file that appears whole or not at all.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use tempfile::NamedTempFile;
+
+use super::Failure;
+
+/// Writes to standard output, at once.
+pub(super) fn print(text: &str) -> Result<(), Failure> {
+    print_bytes(text.as_bytes())
+}
+
+/// As [`print`], for text whose characters may come in parts.
+pub(super) fn print_bytes(bytes: &[u8]) -> Result<(), Failure> {
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(bytes)?;
+    Ok(stdout.flush()?)
+}
+
+/// A JSON file to be. Opening it, before any work, proves that it can be written; dropping it unwritten leaves nothing.
+pub(super) struct JsonFile {
+    path: PathBuf,
+    target: Target,
+}
+
+enum Target {
+    /// Written beside the path, then renamed.
+    Rename(NamedTempFile),
+    /// A pipe or device, which a rename would replace.
+    Direct(File),
+}
+
+impl JsonFile {
+    /// Checks that the path can be written; `None` stays `None`.
+    pub(super) fn open(path: Option<PathBuf>) -> Result<Option<Self>, Failure> {
+        let Some(path) = path else { return Ok(None) };
+        let target = open(&path).map_err(|source| failure(&path, source))?;
+        Ok(Some(JsonFile { path, target }))
+    }
+
+    /// Writes the value.
+    pub(super) fn write(self, value: &impl Serialize) -> Result<(), Failure> {
+        let JsonFile { path, target } = self;
+        let mut text = serde_json::to_string(value).map_err(|error| failure(&path, error.into()))?;
+        text.push('\n');
+        let written = match target {
+            Target::Direct(mut file) => file.write_all(text.as_bytes()),
+            Target::Rename(mut file) => file
+                .write_all(text.as_bytes())
+                .and_then(|()| file.persist(&path).map(drop).map_err(|error| error.error)),
+        };
+        written.map_err(|source| failure(&path, source))
+    }
+}
+
+fn failure(path: &Path, source: std::io::Error) -> Failure {
+    Failure::Write { path: path.display().to_string(), source }
+}
+
+fn open(path: &Path) -> std::io::Result<Target> {
+    match path.metadata() {
+        Ok(metadata) => {
+            let file = OpenOptions::new().write(true).open(path)?;
+            if !metadata.is_file() {
+                return Ok(Target::Direct(file));
+            }
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    if path.file_name().is_none() {
+        return Err(std::io::ErrorKind::IsADirectory.into());
+    }
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let mut builder = tempfile::Builder::new();
+    // The permissions of any new file, not those of a secret one.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    Ok(Target::Rename(builder.prefix(".engine-").tempfile_in(folder)?))
+}
