@@ -11,8 +11,8 @@ use rayon::prelude::*;
 
 use crate::element::{DType, Element};
 use crate::error::check_len;
-use crate::softmax_state::Raw;
-use crate::{AttentionSpec, Error, HeadsView, KeyRanges};
+use crate::softmax_state::{Raw, Real, normalise_in_place};
+use crate::{AttentionSpec, Error, HeadsView, KeyRanges, Score};
 
 /// Tokens of a block of queries.
 const QUERY_BLOCK: usize = 32;
@@ -80,7 +80,7 @@ pub fn attend<T: Element>(
         let rows = queries.flat_map(|query| shape.q_heads_of(kv_head).map(move |head| (query, head)));
         for ((query, head), state) in rows.zip(merged) {
             let row = query * shape.q_heads() + head;
-            lse[row] = crate::softmax_state::normalise_in_place(state.m, state.l, &mut state.o);
+            lse[row] = normalise_in_place(state.m, state.l, &mut state.o);
             out[row * shape.v_dim()..(row + 1) * shape.v_dim()].copy_from_slice(&state.o);
         }
     }
@@ -107,17 +107,16 @@ impl<T: Element> Block<'_, T> {
             .map(|query| self.spec.mask.keys(query, self.q.tokens(), self.k.tokens()))
             .collect();
         let mut states = vec![Raw::empty(shape.v_dim()); visible.len() * shape.group()];
-        let mut k_tile = Tile::new(shape.qk_dim());
-        let mut v_tile = Tile::new(shape.v_dim());
-        let mut scores = [0.0f32; KEY_TILE];
+        let (mut k_tile, mut v_tile) = (Vec::new(), Vec::new());
+        let mut weights = [0.0f32; KEY_TILE];
 
         for start in keys.clone().step_by(KEY_TILE) {
             let tile = start..(start + KEY_TILE).min(keys.end);
             if !visible.iter().any(|ranges| overlaps(ranges, &tile)) {
                 continue;
             }
-            k_tile.load(&self.k, self.kv_head, tile.clone());
-            v_tile.load(&self.v, self.kv_head, tile.clone());
+            load(&mut k_tile, &self.k, self.kv_head, tile.clone());
+            load(&mut v_tile, &self.v, self.kv_head, tile.clone());
             for (query, ranges) in self.queries.clone().zip(&visible) {
                 for range in ranges.iter() {
                     let seen = range.start.max(tile.start)..range.end.min(tile.end);
@@ -125,17 +124,12 @@ impl<T: Element> Block<'_, T> {
                         continue;
                     }
                     let rows = seen.start - tile.start..seen.end - tile.start;
+                    let k = &k_tile[rows.start * shape.qk_dim()..rows.end * shape.qk_dim()];
+                    let v = &v_tile[rows.start * shape.v_dim()..rows.end * shape.v_dim()];
+                    let weights = &mut weights[..rows.len()];
                     for (g, head) in shape.q_heads_of(self.kv_head).enumerate() {
-                        let q = self.q.vector(query, head);
-                        let state = &mut states[(query - self.queries.start) * shape.group() + g];
-                        let scores = &mut scores[..rows.len()];
-                        for (score, row) in scores.iter_mut().zip(rows.clone()) {
-                            let k = k_tile.row(&self.k, self.kv_head, tile.start, row);
-                            *score = self.spec.score.apply_f32(dot(q, k));
-                        }
-                        accumulate(state, scores, |i| {
-                            v_tile.row(&self.v, self.kv_head, tile.start, rows.start + i)
-                        });
+                        scores(weights, self.q.vector(query, head), k, &self.spec.score);
+                        accumulate(&mut states[(query - self.queries.start) * shape.group() + g], weights, v);
                     }
                 }
             }
@@ -148,73 +142,67 @@ fn overlaps(ranges: &KeyRanges, tile: &Range<usize>) -> bool {
     ranges.iter().any(|range| range.start < tile.end && tile.start < range.end)
 }
 
-/// Adds keys with these scores to a state: one rescaling for all of them.
-fn accumulate<'v>(state: &mut Raw<f32>, scores: &[f32], value: impl Fn(usize) -> &'v [f32]) {
-    let m =
-        scores.iter().fold(f32::NEG_INFINITY, |m, &score| crate::softmax_state::Real::max_or_nan(m, score));
-    state.raise(m);
+/// Copies a tile of one head's vectors to `tile` `[tokens, dim]`, as f32.
+fn load<T: Element>(tile: &mut Vec<f32>, view: &HeadsView<'_, T>, head: usize, tokens: Range<usize>) {
+    tile.clear();
+    for token in tokens {
+        let vector = view.vector(token, head);
+        match T::DTYPE {
+            DType::F32 => tile.extend_from_slice(bytemuck::cast_slice(vector)),
+            _ => tile.extend(vector.iter().map(|x| x.to_f32())),
+        }
+    }
+}
+
+/// Scores of the keys `k` `[scores, dim]`.
+fn scores(scores: &mut [f32], q: &[f32], k: &[f32], rule: &Score) {
+    for (score, k) in scores.iter_mut().zip(k.chunks_exact(q.len())) {
+        *score = rule.apply_f32(dot(q, k));
+    }
+}
+
+/// Adds keys with these scores and values `[scores, dim]` to a state, with one rescaling for all of them; `scores` become
+/// weights.
+fn accumulate(state: &mut Raw<f32>, scores: &mut [f32], v: &[f32]) {
+    state.raise(scores.iter().fold(f32::NEG_INFINITY, |m, &score| m.max_or_nan(score)));
     if state.m == f32::NEG_INFINITY {
         return;
     }
-    for (i, &score) in scores.iter().enumerate() {
-        let p = (score - state.m).exp();
-        state.l += p;
-        for (o, &v) in state.o.iter_mut().zip(value(i)) {
+    for score in scores.iter_mut() {
+        *score = (*score - state.m).exp();
+        state.l += *score;
+    }
+    // Four values at a time, so that each output is loaded and stored once for four.
+    let dim = state.o.len();
+    let mut fours = v.chunks_exact(4 * dim);
+    for (p, v) in scores.chunks_exact(4).zip(&mut fours) {
+        let (front, back) = v.split_at(2 * dim);
+        let ((v0, v1), (v2, v3)) = (front.split_at(dim), back.split_at(dim));
+        for ((((o, v0), v1), v2), v3) in state.o.iter_mut().zip(v0).zip(v1).zip(v2).zip(v3) {
+            *o += (p[0] * v0 + p[1] * v1) + (p[2] * v2 + p[3] * v3);
+        }
+    }
+    for (p, v) in scores.chunks_exact(4).remainder().iter().zip(fours.remainder().chunks_exact(dim)) {
+        for (o, v) in state.o.iter_mut().zip(v) {
             *o += p * v;
         }
     }
 }
 
-/// Vectors of a tile as f32. f32 storage is read where it is; other types are converted once for all rows.
-struct Tile {
-    dim: usize,
-    converted: Vec<f32>,
-}
-
-impl Tile {
-    fn new(dim: usize) -> Self {
-        Tile { dim, converted: Vec::new() }
-    }
-
-    fn load<T: Element>(&mut self, view: &HeadsView<'_, T>, head: usize, tokens: Range<usize>) {
-        if T::DTYPE != DType::F32 {
-            self.converted.clear();
-            for token in tokens {
-                self.converted.extend(view.vector(token, head).iter().map(|x| x.to_f32()));
-            }
-        }
-    }
-
-    #[inline]
-    fn row<'a, T: Element>(
-        &'a self,
-        view: &HeadsView<'a, T>,
-        head: usize,
-        start: usize,
-        row: usize,
-    ) -> &'a [f32] {
-        match T::DTYPE {
-            DType::F32 => bytemuck::cast_slice(view.vector(start + row, head)),
-            _ => &self.converted[row * self.dim..(row + 1) * self.dim],
-        }
-    }
-}
-
 /// Dot product in 16 independent lanes, which the compiler turns into vector code without leave to reorder sums.
-#[inline]
 fn dot(a: &[f32], b: &[f32]) -> f32 {
-    const LANES: usize = 16;
-    let mut lanes = [0.0f32; LANES];
-    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let mut lanes = [0.0f32; 16];
+    let (a_chunks, b_chunks) = (a.chunks_exact(16), b.chunks_exact(16));
     let tail: f32 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(x, y)| x * y).sum();
     for (a, b) in a_chunks.zip(b_chunks) {
-        for i in 0..LANES {
-            lanes[i] += a[i] * b[i];
+        for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane += a * b;
         }
     }
     for half in [8, 4, 2, 1] {
-        for i in 0..half {
-            lanes[i] += lanes[i + half];
+        let (low, high) = lanes.split_at_mut(half);
+        for (low, high) in low.iter_mut().zip(high) {
+            *low += *high;
         }
     }
     lanes[0] + tail
