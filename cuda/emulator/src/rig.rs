@@ -8,10 +8,11 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use bytemuck::Pod;
-use cuda::cudarc::driver::{CudaContext, CudaSlice, CudaStream};
+use cuda::cudarc::driver::{CudaSlice, CudaStream};
 use cuda::driver::Gpu;
 use cuda::launch::{Device, Function};
 use cuda::memory::{Space, View, ViewMut};
+use cuda::workspace::{HostWorkspace, Layout};
 
 use crate::{Emulator, Order, Queue};
 
@@ -23,6 +24,8 @@ pub trait Rig {
     type Function: Function;
     /// Memory of the device.
     type Buffer<T: Pod>;
+    /// A plan's workspace on the device.
+    type Workspace;
 
     /// The device.
     fn device(&self) -> &Self::Device;
@@ -36,6 +39,12 @@ pub trait Rig {
     fn view<'a, T: Pod>(&self, buffer: &'a Self::Buffer<T>) -> View<'a, T>;
     /// A buffer as a kernel argument that is written.
     fn view_mut<'a, T: Pod>(&self, buffer: &'a mut Self::Buffer<T>) -> ViewMut<'a, T>;
+    /// A workspace whose counters are zero and whose other bytes are poisoned.
+    fn workspace(&self, layout: &Layout) -> Self::Workspace;
+    /// A workspace as an argument of `run`.
+    fn workspace_view<'a>(&self, workspace: &'a mut Self::Workspace) -> ViewMut<'a, u8>;
+    /// Waits for the queue; whether it left all counters of a workspace zero, as every run must.
+    fn counters_are_zero(&self, workspace: &mut Self::Workspace, layout: &Layout) -> bool;
     /// Repetitions for a stress test: many on a GPU, few in the emulator.
     fn stress_launches(&self) -> usize;
     /// Where the test runs, for messages.
@@ -72,6 +81,7 @@ impl Rig for EmulatorRig {
     type Device = Emulator;
     type Function = <Emulator as Device>::Function;
     type Buffer<T: Pod> = Vec<T>;
+    type Workspace = HostWorkspace;
 
     fn device(&self) -> &Emulator {
         &self.emulator
@@ -95,6 +105,20 @@ impl Rig for EmulatorRig {
 
     fn view_mut<'a, T: Pod>(&self, buffer: &'a mut Vec<T>) -> ViewMut<'a, T> {
         ViewMut::host(buffer)
+    }
+
+    fn workspace(&self, layout: &Layout) -> HostWorkspace {
+        let mut workspace = HostWorkspace::zeroed(layout.bytes());
+        workspace.poison(layout);
+        workspace
+    }
+
+    fn workspace_view<'a>(&self, workspace: &'a mut HostWorkspace) -> ViewMut<'a, u8> {
+        workspace.view_mut()
+    }
+
+    fn counters_are_zero(&self, workspace: &mut HostWorkspace, layout: &Layout) -> bool {
+        workspace.counters_are_zero(layout)
     }
 
     fn stress_launches(&self) -> usize {
@@ -128,10 +152,8 @@ impl GpuRig {
     /// # Errors
     /// The reason why there is none.
     pub fn new() -> Result<Self, String> {
-        cuda::probe::driver().map_err(|reason| reason.to_string())?;
-        let context = CudaContext::new(0).map_err(|error| format!("CUDA error {}", error.0 as u32))?;
-        let stream = context.default_stream();
-        let gpu = Gpu::new(context).map_err(|error| error.to_string())?;
+        let gpu = Gpu::open(0).map_err(|error| error.to_string())?;
+        let stream = gpu.default_stream();
         Ok(Self { gpu, stream })
     }
 }
@@ -140,6 +162,7 @@ impl Rig for GpuRig {
     type Device = Gpu;
     type Function = <Gpu as Device>::Function;
     type Buffer<T: Pod> = GpuBuffer<T>;
+    type Workspace = GpuBuffer<u8>;
 
     fn device(&self) -> &Gpu {
         &self.gpu
@@ -178,6 +201,23 @@ impl Rig for GpuRig {
         let space = Space::Device(self.stream.context().ordinal());
         // SAFETY: the borrow keeps the allocation alive and exclusive, and all work of this rig is ordered by its one stream.
         unsafe { ViewMut::from_raw(buffer.address, buffer.len, space) }
+    }
+
+    fn workspace(&self, layout: &Layout) -> GpuBuffer<u8> {
+        let mut bytes = vec![0xffu8; layout.bytes()];
+        for range in layout.counter_ranges() {
+            bytes[range.clone()].fill(0);
+        }
+        self.upload(&bytes)
+    }
+
+    fn workspace_view<'a>(&self, workspace: &'a mut GpuBuffer<u8>) -> ViewMut<'a, u8> {
+        self.view_mut(workspace)
+    }
+
+    fn counters_are_zero(&self, workspace: &mut GpuBuffer<u8>, layout: &Layout) -> bool {
+        let bytes = self.download(workspace);
+        layout.counter_ranges().iter().all(|range| bytes[range.clone()].iter().all(|byte| *byte == 0))
     }
 
     fn stress_launches(&self) -> usize {

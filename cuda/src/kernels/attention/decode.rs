@@ -35,7 +35,12 @@ fn check_params(kernel: &str, params: &DecodeParams, paged: bool) -> Result<(), 
         }
     }
     if paged && !(3..=30).contains(&params.page_shift) {
-        return Err(Error::argument(kernel, "page_shift", "3 to 30: pages of 8 tokens or more", params.page_shift));
+        return Err(Error::argument(
+            kernel,
+            "page_shift",
+            "3 to 30: pages of 8 tokens or more",
+            params.page_shift,
+        ));
     }
     if paged && params.num_pages == 0 {
         return Err(Error::argument(kernel, "num_pages", "at least 1", 0));
@@ -262,24 +267,38 @@ impl<F: Function, E: Storage> Decode<F, E> {
         let slots = part_slots(params, args.blocks);
         let items = batch * params.kv_heads as usize * params.column_blocks as usize;
         args.q.check(KERNEL, "q", rows * qk_dim, 16)?;
-        self.check_cache(params, "k", args.k, qk_dim, [
-            params.k_page_stride,
-            params.k_token_stride,
-            params.k_head_stride,
-        ])?;
-        self.check_cache(params, "v", args.v, v_dim, [
-            params.v_page_stride,
-            params.v_token_stride,
-            params.v_head_stride,
-        ])?;
+        self.check_cache(
+            params,
+            "k",
+            args.k,
+            qk_dim,
+            [params.k_page_stride, params.k_token_stride, params.k_head_stride],
+        )?;
+        self.check_cache(
+            params,
+            "v",
+            args.v,
+            v_dim,
+            [params.v_page_stride, params.v_token_stride, params.v_head_stride],
+        )?;
         match (paged, args.block_table, args.kv_start) {
             (true, Some(table), None) => table.check(KERNEL, "block_table", table_len(params), 4)?,
             (false, None, Some(start)) => start.check(KERNEL, "kv_start", batch, 4)?,
             (true, ..) => {
-                return Err(Error::argument(KERNEL, "block_table", "a block table and no kv_start", "another layout"));
+                return Err(Error::argument(
+                    KERNEL,
+                    "block_table",
+                    "a block table and no kv_start",
+                    "another layout",
+                ));
             }
             (false, ..) => {
-                return Err(Error::argument(KERNEL, "kv_start", "kv_start and no block table", "another layout"));
+                return Err(Error::argument(
+                    KERNEL,
+                    "kv_start",
+                    "kv_start and no block table",
+                    "another layout",
+                ));
             }
         }
         args.valid_len.check(KERNEL, "valid_len", batch, 4)?;
