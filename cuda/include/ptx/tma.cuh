@@ -12,6 +12,11 @@
 #error "ptx/tma.cuh needs sm_90 or later"
 #endif
 
+#ifndef __CUDACC__
+// Kernels take maps by value; that g++ 4.6 changed how is of no interest.
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
 // The driver's CUtensorMap: 128 opaque bytes.
 struct alignas(64) TensorMap {
     uint64_t opaque[16];

@@ -3,6 +3,7 @@
 // source [32 rows, ROW_BYTES], 16-byte aligned   offsets [32 rows, ROW_BYTES/16] u32: byte offset of each chunk
 // fragments [2 row blocks, ROW_BYTES/32, 4 kinds, 32 lanes, 4] u32: for rows 16·i … 16·i + 15 and chunks 2·j, 2·j + 1 the
 // registers of load_fragment_a, load_fragment_a_trans, load_fragment_b2 and load_fragment_b2_trans.
+// places [32 lanes, 4] u32: 8·row + column of each accumulator register
 //
 // Arch:    sm_80 and later.
 // Mapping: one block of one warp.
@@ -16,7 +17,8 @@
 constexpr uint32_t ROWS = 32;
 constexpr uint32_t CHUNKS = ROW_BYTES / 16;
 
-KERNEL(32, 1) swizzled_fragments(const unsigned char* source, uint32_t* offsets, uint32_t* fragments) {
+KERNEL(32, 1)
+swizzled_fragments(const unsigned char* source, uint32_t* offsets, uint32_t* fragments, uint32_t* places) {
     DYNAMIC_SHARED(shared);
     const uint32_t lane = threadIdx.x;
     const uint32_t tile = shared_address(shared);
@@ -26,6 +28,7 @@ KERNEL(32, 1) swizzled_fragments(const unsigned char* source, uint32_t* offsets,
         cp_async_16(tile + offset, source + i * 16);
     }
     cp_async_commit();
+    for (uint32_t i = 0; i < 4; i++) places[lane * 4 + i] = accumulator_row(lane, i) * 8 + accumulator_column(lane, i);
     cp_async_wait<0>();
     __syncthreads();
 

@@ -30,6 +30,13 @@ macro_rules! kernel {
                 let instance = Instance::new(Self::KERNEL, &[$(($constant, $argument as i64))?])?;
                 Ok(Self { function: device.load(&instance)? $(, $argument)? })
             }
+
+            $(
+                /// The value of the kernel's constant.
+                pub fn $argument(&self) -> $type {
+                    self.$argument
+                }
+            )?
         }
     };
 }
@@ -38,7 +45,12 @@ macro_rules! kernel {
 fn count(kernel: &str, argument: &'static str, factors: &[usize]) -> Result<u32, Error> {
     let product = factors.iter().try_fold(1usize, |product, factor| product.checked_mul(*factor));
     product.and_then(|product| i32::try_from(product).ok()).map(|product| product as u32).ok_or_else(|| {
-        Error::argument(kernel, argument, format_args!("at most {} in all", i32::MAX), format_args!("{factors:?}"))
+        Error::argument(
+            kernel,
+            argument,
+            format_args!("at most {} in all", i32::MAX),
+            format_args!("{factors:?}"),
+        )
     })
 }
 
@@ -68,11 +80,6 @@ kernel! {
 }
 
 impl<F: Function> MmaFragments<F> {
-    /// The instruction that this kernel runs.
-    pub fn instruction(&self) -> MmaInstruction {
-        self.instruction
-    }
-
     /// Enqueues `tiles` products: a `[tiles, 32, 4]`, b `[tiles, 32, 2]`, d `[tiles, 32, 4]` (f32 or s32 bits).
     ///
     /// # Errors
@@ -142,8 +149,11 @@ impl<F: Function> StmatrixFragments<F> {
         registers.check(Self::KERNEL, "registers", 128, 4)?;
         row_of_lane.check(Self::KERNEL, "row_of_lane", 32, 4)?;
         out.check(Self::KERNEL, "out", 6 * 128, 4)?;
-        let args =
-            [Arg::read("registers", registers), Arg::read("row_of_lane", row_of_lane), Arg::write("out", out)];
+        let args = [
+            Arg::read("registers", registers),
+            Arg::read("row_of_lane", row_of_lane),
+            Arg::write("out", out),
+        ];
         // SAFETY: the arguments are the kernel's parameters, each as long as one warp indexes it; rows are taken modulo 32.
         unsafe { self.function.launch(queue, &LaunchConfig::new(1, 32).shared(512), &args) }
     }
@@ -156,7 +166,7 @@ kernel! {
 
 impl<F: Function> SwizzledFragments<F> {
     /// Enqueues one warp: source `[32, row_bytes]`, 16-byte aligned, offsets `[32, row_bytes / 16]`, fragments
-    /// `[2, row_bytes / 32, 4, 32, 4]`.
+    /// `[2, row_bytes / 32, 4, 32, 4]`, places `[32, 4]`.
     ///
     /// # Errors
     /// [`Error::Argument`] names an argument that is too short or misaligned.
@@ -166,13 +176,19 @@ impl<F: Function> SwizzledFragments<F> {
         source: &View<'_, u8>,
         offsets: &mut ViewMut<'_, u32>,
         fragments: &mut ViewMut<'_, u32>,
+        places: &mut ViewMut<'_, u32>,
     ) -> Result<(), Error> {
         let row_bytes = self.row_bytes as usize;
         source.check(Self::KERNEL, "source", 32 * row_bytes, 16)?;
         offsets.check(Self::KERNEL, "offsets", 32 * row_bytes / 16, 4)?;
         fragments.check(Self::KERNEL, "fragments", 2 * row_bytes / 32 * 512, 4)?;
-        let args =
-            [Arg::read("source", source), Arg::write("offsets", offsets), Arg::write("fragments", fragments)];
+        places.check(Self::KERNEL, "places", 128, 4)?;
+        let args = [
+            Arg::read("source", source),
+            Arg::write("offsets", offsets),
+            Arg::write("fragments", fragments),
+            Arg::write("places", places),
+        ];
         let config = LaunchConfig::new(1, 32).shared(32 * self.row_bytes);
         // SAFETY: the arguments are the kernel's parameters, each as long as one warp indexes it, and shared memory holds
         // the tile.
@@ -323,7 +339,7 @@ impl<F: Function> Convert<F> {
         second: &View<'_, u32>,
         out: &mut ViewMut<'_, u32>,
     ) -> Result<(), Error> {
-        let (threads, operation) = (count(Self::KERNEL, "n", &[n])?, conversion as u32);
+        let (elements, operation) = (count(Self::KERNEL, "n", &[n])?, conversion as u32);
         first.check(Self::KERNEL, "first", n, 4)?;
         second.check(Self::KERNEL, "second", n, 4)?;
         out.check(Self::KERNEL, "out", n, 4)?;
@@ -331,11 +347,11 @@ impl<F: Function> Convert<F> {
             Arg::read("first", first),
             Arg::read("second", second),
             Arg::write("out", out),
-            Arg::value("n", &threads),
+            Arg::value("n", &elements),
             Arg::value("operation", &operation),
         ];
-        // SAFETY: the arguments are the kernel's parameters, each as long as the first `n` threads index it.
-        unsafe { self.function.launch(queue, &LaunchConfig::new(threads.div_ceil(256), 256), &args) }
+        // SAFETY: the arguments are the kernel's parameters, each `n` long, and no thread goes past `n`.
+        unsafe { self.function.launch(queue, &LaunchConfig::new(elements.div_ceil(4096), 256), &args) }
     }
 }
 
@@ -369,17 +385,17 @@ impl<F: Function> MathApprox<F> {
         input: &View<'_, f32>,
         out: &mut ViewMut<'_, f32>,
     ) -> Result<(), Error> {
-        let (threads, operation) = (count(Self::KERNEL, "n", &[n])?, function as u32);
+        let (elements, operation) = (count(Self::KERNEL, "n", &[n])?, function as u32);
         input.check(Self::KERNEL, "in", n, 4)?;
         out.check(Self::KERNEL, "out", n, 4)?;
         let args = [
             Arg::read("in", input),
             Arg::write("out", out),
-            Arg::value("n", &threads),
+            Arg::value("n", &elements),
             Arg::value("operation", &operation),
         ];
-        // SAFETY: the arguments are the kernel's parameters, each as long as the first `n` threads index it.
-        unsafe { self.function.launch(queue, &LaunchConfig::new(threads.div_ceil(256), 256), &args) }
+        // SAFETY: the arguments are the kernel's parameters, each `n` long, and no thread goes past `n`.
+        unsafe { self.function.launch(queue, &LaunchConfig::new(elements.div_ceil(4096), 256), &args) }
     }
 }
 
@@ -540,11 +556,11 @@ impl<F: Function> StatusContention<F> {
 }
 
 kernel! {
-    /// `mbarrier_ring`: a producer warp and three consumer warps share two slots.
-    MbarrierRing = "mbarrier_ring"
+    /// `mbarrier_rounds`: a producer warp and three consumer warps share two slots.
+    MbarrierRounds = "mbarrier_rounds"
 }
 
-impl<F: Function> MbarrierRing<F> {
+impl<F: Function> MbarrierRounds<F> {
     /// Enqueues one block: in `[rounds, 32]`, out `[rounds, 3, 32]`.
     ///
     /// # Errors

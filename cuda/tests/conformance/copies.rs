@@ -22,7 +22,8 @@ fn cp_async_sizes<R: Rig>(rig: &R) {
     pieces.push((7, 4, 8, 4));
     pieces.extend((0..=4).map(|bytes| (8, 4, 8, bytes)));
     let blocks = 3;
-    let order: Vec<_> = (0..blocks * 128).map(|_| pieces[random.integer(0, pieces.len() as i64 - 1) as usize]).collect();
+    let order: Vec<_> =
+        (0..blocks * 128).map(|_| pieces[random.integer(0, pieces.len() as i64 - 1) as usize]).collect();
     assert!(pieces.iter().all(|piece| order.contains(piece)), "seed {seed} leaves a case out");
 
     let source = random.bytes(order.len() * 16);
@@ -61,7 +62,8 @@ fn copy_ring<R: Rig>(rig: &R) {
                 let (block, thread) = (i / 128, (i % 128 + 37) % 128);
                 for tile in 0..tiles {
                     let piece = ((block * tiles + tile) * 128 + thread) * 4;
-                    let words = source[piece..piece + 4].iter().fold(0u32, |sum, &word| sum.wrapping_add(word));
+                    let words =
+                        source[piece..piece + 4].iter().fold(0u32, |sum, &word| sum.wrapping_add(word));
                     *sum = sum.wrapping_add(words.wrapping_mul(tile as u32 + 1));
                 }
             }
@@ -91,7 +93,12 @@ fn vector_memory<R: Rig>(rig: &R) {
             .flat_map(|v| {
                 let half = |i: usize| f16::from_f32(v[i]).to_bits();
                 let brain = |i: usize| bf16::from_f32(v[i]).to_bits();
-                [pair(half(0), half(1)), pair(half(2), half(3)), pair(brain(0), brain(1)), pair(brain(2), brain(3))]
+                [
+                    pair(half(0), half(1)),
+                    pair(half(2), half(3)),
+                    pair(brain(0), brain(1)),
+                    pair(brain(2), brain(3)),
+                ]
             })
             .collect();
         assert_same(&what(8), &out[8 * n * 4..], &rounded);
@@ -110,12 +117,15 @@ fn bulk_copies<R: Rig>(rig: &R) {
         let source = random.bytes(pieces * bytes);
         let mut out = rig.poisoned::<u8>(pieces * bytes);
         let from = rig.upload(&source);
-        let launched = kernel.launch(rig.queue(), pieces, bytes, &rig.view(&from), &mut rig.view_mut(&mut out));
+        let launched =
+            kernel.launch(rig.queue(), pieces, bytes, &rig.view(&from), &mut rig.view_mut(&mut out));
         let what = format!("{pieces} pieces of {bytes} bytes (seed {seed}), {}", rig.name());
         launched.unwrap_or_else(|error| panic!("{what}: {error}"));
         let expected: Vec<u8> = source
             .chunks(4)
-            .flat_map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]).wrapping_add(1).to_le_bytes())
+            .flat_map(|word| {
+                u32::from_le_bytes([word[0], word[1], word[2], word[3]]).wrapping_add(1).to_le_bytes()
+            })
             .collect();
         assert_same(&what, &rig.download(&out), &expected);
     }

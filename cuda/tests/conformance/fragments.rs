@@ -84,7 +84,8 @@ fn check_float<R: Rig>(
 ) {
     for (case, seed) in [("integers", 1), ("random", 2)] {
         let mut random = Random::new(seed);
-        let mut value = || if case == "integers" { random.integer(-8, 8) as f32 } else { random.unit() * 4.0 };
+        let mut value =
+            || if case == "integers" { random.integer(-8, 8) as f32 } else { random.unit() * 4.0 };
         let mut tiles = |n: usize| -> Vec<Vec<u32>> {
             (0..TILES).map(|_| (0..n).map(|_| to_bits(value())).collect()).collect()
         };
@@ -103,8 +104,11 @@ fn check_float<R: Rig>(
                     magnitude += (x * y).abs();
                 }
                 // Products are exact in f32; each of the k + 1 additions may truncate at 2^-22 of the magnitudes.
-                let tolerance =
-                    if case == "integers" { 0.0 } else { (shape.k + 1) as f64 * magnitude / f64::from(1 << 22) };
+                let tolerance = if case == "integers" {
+                    0.0
+                } else {
+                    (shape.k + 1) as f64 * magnitude / f64::from(1 << 22)
+                };
                 let found = f64::from(f32::from_bits(d[tile][row * 8 + column]));
                 assert!(
                     (found - sum).abs() <= tolerance,
@@ -131,7 +135,8 @@ fn check_integer<R: Rig>(rig: &R, instruction: MmaInstruction, a_signed: bool, b
         for (row, column) in (0..16).flat_map(|row| (0..8).map(move |column| (row, column))) {
             let mut sum = c[tile][row * 8 + column] as i32;
             for k in 0..32 {
-                let product = element(a[tile][row * 32 + k], a_signed) * element(b[tile][k * 8 + column], b_signed);
+                let product =
+                    element(a[tile][row * 32 + k], a_signed) * element(b[tile][k * 8 + column], b_signed);
                 sum = sum.wrapping_add(product);
             }
             let found = d[tile][row * 8 + column] as i32;

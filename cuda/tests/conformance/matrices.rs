@@ -54,7 +54,8 @@ fn ldmatrix_and_movmatrix<R: Rig>(rig: &R) {
         let element = |m: usize, row: usize, column: usize| stored[rows[8 * m + row] as usize * 8 + column];
         let mut expected = vec![POISON; 7 * 128];
         for lane in 0..32 {
-            let forms = [(0, 1, false), (1, 2, false), (2, 4, false), (3, 1, true), (4, 2, true), (5, 4, true)];
+            let forms =
+                [(0, 1, false), (1, 2, false), (2, 4, false), (3, 1, true), (4, 2, true), (5, 4, true)];
             for (plane, count, transposed) in forms {
                 for m in 0..count {
                     expected[plane * 128 + lane * 4 + m] =
@@ -62,7 +63,8 @@ fn ldmatrix_and_movmatrix<R: Rig>(rig: &R) {
                 }
             }
             for m in 0..4 {
-                expected[6 * 128 + lane * 4 + m] = fragment(lane, true, |row, column| element(m, row, column));
+                expected[6 * 128 + lane * 4 + m] =
+                    fragment(lane, true, |row, column| element(m, row, column));
             }
         }
         let what = format!("ldmatrix, rows {order} (seed {seed}), {}", rig.name());
@@ -128,34 +130,52 @@ fn swizzled_tiles<R: Rig>(rig: &R) {
         let source = rig.upload(&bytes);
         let mut offsets = rig.poisoned::<u32>(32 * chunks);
         let mut fragments = rig.poisoned::<u32>(2 * chunks / 2 * 512);
+        let mut places = rig.poisoned::<u32>(128);
         kernel
             .launch(
                 rig.queue(),
                 &rig.view(&source),
                 &mut rig.view_mut(&mut offsets),
                 &mut rig.view_mut(&mut fragments),
+                &mut rig.view_mut(&mut places),
             )
             .expect("launch");
         let what = format!("{row_bytes}-byte rows (seed {seed}), {}", rig.name());
 
         let offsets: Vec<usize> = rig.download(&offsets).into_iter().map(|offset| offset as usize).collect();
-        let expected: Vec<usize> = (0..32 * chunks).map(|i| swizzled_offset(row_bytes, i / chunks, i % chunks)).collect();
+        let expected: Vec<usize> =
+            (0..32 * chunks).map(|i| swizzled_offset(row_bytes, i / chunks, i % chunks)).collect();
         assert_same(&format!("offsets, {what}"), &offsets, &expected);
         let mut taken = offsets.clone();
         taken.sort_unstable();
-        assert!(taken.iter().enumerate().all(|(i, &offset)| offset == i * 16), "{what}: not a permutation of chunks");
-        for (first_row, chunk) in (0..32).step_by(8).flat_map(|row| (0..chunks).map(move |chunk| (row, chunk))) {
+        assert!(
+            taken.iter().enumerate().all(|(i, &offset)| offset == i * 16),
+            "{what}: not a permutation of chunks"
+        );
+        for (first_row, chunk) in
+            (0..32).step_by(8).flat_map(|row| (0..chunks).map(move |chunk| (row, chunk)))
+        {
             let columns: std::collections::BTreeSet<usize> =
                 (first_row..first_row + 8).map(|row| offsets[row * chunks + chunk] / 16 % 8).collect();
             assert_eq!(columns.len(), 8, "{what}: rows {first_row}.. conflict at chunk {chunk}");
         }
+
+        let expected: Vec<u32> = (0..128)
+            .map(|at| {
+                let (row, column) = isa::c_168(at / 4, at % 4);
+                (row * 8 + column) as u32
+            })
+            .collect();
+        assert_same(&format!("accumulator places, {what}"), &rig.download(&places), &expected);
 
         // The tile as 16-bit elements [32, row_bytes / 2].
         let element = |row: usize, column: usize| {
             u16::from_le_bytes([bytes[row * row_bytes + column * 2], bytes[row * row_bytes + column * 2 + 1]])
         };
         let mut expected = Vec::new();
-        for (row0, chunk0) in (0..32).step_by(16).flat_map(|row| (0..chunks).step_by(2).map(move |chunk| (row, chunk))) {
+        for (row0, chunk0) in
+            (0..32).step_by(16).flat_map(|row| (0..chunks).step_by(2).map(move |chunk| (row, chunk)))
+        {
             let column0 = chunk0 * 8;
             // A of m16n8k16 has eight elements a lane; the two B operands of a load have four each.
             let a = |lane: usize, i: usize| isa::a_16816(lane, i);
@@ -172,7 +192,8 @@ fn swizzled_tiles<R: Rig>(rig: &R) {
                         _ => (b(lane, i).0, b(lane, i).1), // tile is [K, N]
                     };
                     let value = |i: usize| element(row0 + at(i).0, column0 + at(i).1);
-                    expected.extend((0..4).map(|register| pair(value(2 * register), value(2 * register + 1))));
+                    expected
+                        .extend((0..4).map(|register| pair(value(2 * register), value(2 * register + 1))));
                 }
             }
         }

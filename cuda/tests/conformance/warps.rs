@@ -1,13 +1,13 @@
 //! What threads of one block do together: reductions, named barriers, mbarriers.
 
-use cuda::kernels::conformance::{MbarrierRing, NamedBarriers, WarpReductions};
+use cuda::kernels::conformance::{MbarrierRounds, NamedBarriers, WarpReductions};
 use cuda::launch::Device;
 use cuda::table::ArchClass;
 use emulator::rig::Rig;
 
 use crate::data::{Random, assert_same};
 
-emulator::device_test!(reductions, named_barriers, mbarrier_ring);
+emulator::device_test!(reductions, named_barriers, mbarrier_rounds);
 
 fn reductions<R: Rig>(rig: &R) {
     let kernel = WarpReductions::prepare(rig.device()).expect("prepare");
@@ -45,8 +45,10 @@ fn reductions<R: Rig>(rig: &R) {
         let expected: Vec<u32> = (0..warps * 32)
             .map(|at| {
                 let (warp, lane) = (at / 32, at % 32);
-                let covered: Vec<f32> =
-                    (0..32).filter(|&other| covers(lane, other)).map(|other| values[warp * 32 + other]).collect();
+                let covered: Vec<f32> = (0..32)
+                    .filter(|&other| covers(lane, other))
+                    .map(|other| values[warp * 32 + other])
+                    .collect();
                 fold(&covered).to_bits()
             })
             .collect();
@@ -95,12 +97,12 @@ fn named_barriers<R: Rig>(rig: &R) {
     assert_same(&format!("seed {seed}, {}", rig.name()), &rig.download(&out), &expected);
 }
 
-fn mbarrier_ring<R: Rig>(rig: &R) {
+fn mbarrier_rounds<R: Rig>(rig: &R) {
     if !ArchClass::Hopper.runs_on(rig.device().arch()) {
-        println!("SKIPPED mbarrier_ring: {} is not sm_90a", rig.device().arch());
+        println!("SKIPPED mbarrier_rounds: {} is not sm_90a", rig.device().arch());
         return;
     }
-    let kernel = MbarrierRing::prepare(rig.device()).expect("prepare");
+    let kernel = MbarrierRounds::prepare(rig.device()).expect("prepare");
     let seed = 43;
     let mut random = Random::new(seed);
     for rounds in [0, 1, 2, 3, 4, 5, 17] {

@@ -13,7 +13,7 @@
 constexpr int SLOTS = 2;
 constexpr uint32_t CONSUMERS = 3;
 
-KERNEL(128, 1) mbarrier_ring(const uint32_t* in, uint32_t* out, uint32_t rounds) {
+KERNEL(128, 1) mbarrier_rounds(const uint32_t* in, uint32_t* out, uint32_t rounds) {
     DYNAMIC_SHARED(shared);
     const uint32_t full = shared_address(shared), empty = full + 8 * SLOTS;
     uint32_t* slots = reinterpret_cast<uint32_t*>(shared + 16 * SLOTS);
