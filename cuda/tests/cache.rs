@@ -253,7 +253,11 @@ fn a_damaged_prebuilt_folder_is_an_error() {
     };
     type Damage = Box<dyn Fn(&Path)>;
     let cases: Vec<(&str, Damage, &str)> = vec![
-        ("no manifest", Box::new(|f| fs::remove_file(f.join(MANIFEST)).unwrap()), "manifest.txt: No such file"),
+        (
+            "no manifest",
+            Box::new(|f| fs::remove_file(f.join(MANIFEST)).unwrap()),
+            "manifest.txt: No such file",
+        ),
         ("empty", Box::new(|f| fs::write(f.join(MANIFEST), "").unwrap()), "starts with \"\""),
         (
             "later format",

@@ -64,7 +64,8 @@ impl Bench {
     fn launch(&mut self, config: &LaunchConfig) -> Result<(), Error> {
         let input = View::device(&self.input, &self.stream);
         let mut output = ViewMut::device(&mut self.output, &self.stream);
-        let args = [Arg::read("input", &input), Arg::write("output", &mut output), Arg::value("n", &0x0102u32)];
+        let args =
+            [Arg::read("input", &input), Arg::write("output", &mut output), Arg::value("n", &0x0102u32)];
         // SAFETY: the stand-in runs nothing.
         unsafe { self.function.launch(&self.stream, config, &args) }
     }
@@ -138,7 +139,10 @@ fn shared_memory_past_48_kb_is_asked_for_when_loading() {
         bench.launch(&CONFIG.shared(64 * 1024)).unwrap();
         assert_eq!(fake.log().len(), 1, "a launch sets nothing");
         let error = bench.launch(&CONFIG.shared(99 * 1024)).unwrap_err();
-        assert!(error.to_string().contains("at most 101120 bytes, which the kernel was prepared for"), "{error}");
+        assert!(
+            error.to_string().contains("at most 101120 bytes, which the kernel was prepared for"),
+            "{error}"
+        );
         let mut bench = Bench::new(fake, &SMALL);
         bench.launch(&CONFIG.shared(48 * 1024)).unwrap();
         let error = bench.launch(&CONFIG.shared(48 * 1024 + 1)).unwrap_err();
@@ -169,7 +173,9 @@ fn racing_loads_compile_once_and_load_once_per_context() {
         loads.sort();
         let expected = [0, 1].map(|device| {
             ["large", "small"].map(|name| {
-                format!("cuModuleLoadData device={device} test/{name}.cu --std=c++17 --gpu-architecture=sm_80")
+                format!(
+                    "cuModuleLoadData device={device} test/{name}.cu --std=c++17 --gpu-architecture=sm_80"
+                )
             })
         });
         assert_eq!(loads, expected.concat());
@@ -229,8 +235,16 @@ fn memory_and_streams_of_elsewhere_are_refused_by_name() {
         let read = Arg::read("input", &own);
 
         let cases = [
-            ("host memory", Arg::write("output", &mut on_host), Some("memory of device 0, found host memory")),
-            ("another device", Arg::read("output", &on_other), Some("memory of device 0, found memory of device 1")),
+            (
+                "host memory",
+                Arg::write("output", &mut on_host),
+                Some("memory of device 0, found host memory"),
+            ),
+            (
+                "another device",
+                Arg::read("output", &on_other),
+                Some("memory of device 0, found memory of device 1"),
+            ),
             ("null", Arg::write_optional::<f32>("output", None), None),
         ];
         for (name, output, expected) in cases {
@@ -260,8 +274,16 @@ fn arguments_are_held_to_the_kernels_parameters() {
             ("too few", &[buffer, buffer], "`args`: expected 3 arguments, found 2"),
             ("too many", &[buffer; 4], "`args`: expected 3 arguments, found 4"),
             ("far too many", &[buffer; 49], "`args`: expected 48 arguments, found 49"),
-            ("too small", &[buffer, buffer, Arg::value("n", &short)], "`n`: expected a parameter of 4 bytes, found 2"),
-            ("too large", &[buffer, buffer, Arg::value("n", &long)], "`n`: expected a parameter of 4 bytes, found 8"),
+            (
+                "too small",
+                &[buffer, buffer, Arg::value("n", &short)],
+                "`n`: expected a parameter of 4 bytes, found 2",
+            ),
+            (
+                "too large",
+                &[buffer, buffer, Arg::value("n", &long)],
+                "`n`: expected a parameter of 4 bytes, found 8",
+            ),
             ("a buffer for a scalar", &[buffer, buffer, buffer], "`input`: expected a parameter of 4 bytes"),
         ];
         for (name, args, expected) in cases {
@@ -352,7 +374,10 @@ fn hopper_features_stay_on_hopper() {
     with_driver("hopper_features_stay_on_hopper", setup, |fake| {
         let mut bench = Bench::new(fake, &SMALL);
         bench.launch(&CONFIG.programmatic()).unwrap();
-        assert!(fake.log()[0].contains("attributes=[]"), "a programmatic launch is an ordinary one before sm_90");
+        assert!(
+            fake.log()[0].contains("attributes=[]"),
+            "a programmatic launch is an ordinary one before sm_90"
+        );
         let error = bench.launch(&CONFIG.clusters(2)).unwrap_err();
         assert_eq!(error.to_string(), "small in clusters needs sm_90 or later, the device is sm_80");
         let error = bench.gpu.load(&instance(&HOPPER)).unwrap_err();

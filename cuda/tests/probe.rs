@@ -18,11 +18,19 @@ fn every_way_to_be_unavailable_has_its_error() {
         ("one symbol missing", &["-DNO_ATTRIBUTES"], "it has no symbol cuDeviceGetAttribute"),
         ("NVIDIA's stub", &["-DINIT=34"], "is not a CUDA driver: cuInit returned 34"),
         ("no device", &["-DINIT=100"], "does not start: cuInit returned 100 (no device)"),
-        ("mismatch", &["-DINIT=803"], "cuInit returned 803 (the driver library and the kernel module differ)"),
+        (
+            "mismatch",
+            &["-DINIT=803"],
+            "cuInit returned 803 (the driver library and the kernel module differ)",
+        ),
         ("unknown failure", &["-DINIT=999"], "does not start: cuInit returned 999"),
         ("empty", &["-DCOUNT=0"], "the CUDA driver has no device"),
         ("count fails with no device", &["-DCOUNT_RESULT=100"], "the CUDA driver has no device"),
-        ("too old", &["-DVERSION=11080"], "the driver supports CUDA 11.8, this crate needs CUDA 12.0 or later"),
+        (
+            "too old",
+            &["-DVERSION=11080"],
+            "the driver supports CUDA 11.8, this crate needs CUDA 12.0 or later",
+        ),
     ];
     for (name, options, expected) in cases {
         let Some(answer) = probe(options) else { return };

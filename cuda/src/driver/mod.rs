@@ -1,7 +1,7 @@
 //! The launch vocabulary on a real GPU.
 //!
 //! A [`Gpu`] stands for one CUDA context of the caller; it loads kernels, and a [`GpuFunction`] launches one on a stream of
-//! the caller. Memory and streams are `cudarc`'s, re-exported as [`cudarc`](crate::cudarc).
+//! the caller. Memory and streams are `cudarc`'s, re-exported as [`cudarc`].
 //!
 //! **Streams.** Nothing here creates a stream. In `cudarc` a second stream switches the caller's whole context to tracking
 //! every slice with events; that is the caller's decision to make, and so is turning the tracking off around a

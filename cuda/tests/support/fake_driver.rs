@@ -67,7 +67,9 @@ pub(crate) fn with_driver(test: &str, setup: Setup, body: impl FnOnce(&FakeDrive
 #[cfg(unix)]
 fn link(target: &Path, path: &Path) {
     match std::os::unix::fs::symlink(target, path) {
-        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => panic!("{}: {error}", path.display()),
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+            panic!("{}: {error}", path.display())
+        }
         _ => {}
     }
 }

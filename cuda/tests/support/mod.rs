@@ -37,14 +37,16 @@ pub(crate) fn library(source: &str, file_name: &str, options: &[&str]) -> Option
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake").join(source);
     let text = std::fs::read(&source).expect("the source is part of the crate");
     let parts = std::iter::once(text.as_slice()).chain(options.iter().map(|option| option.as_bytes()));
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{file_name}-{:#}", Digest::of_parts(parts)));
+    let folder =
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{file_name}-{:#}", Digest::of_parts(parts)));
     let library = folder.join(file_name);
     if library.exists() {
         return Some(library);
     }
     std::fs::create_dir_all(&folder).expect("the target folder is writable");
     // Under a name of its own first: tests run side by side and may build the same library.
-    let draft = tempfile::NamedTempFile::new_in(&folder).expect("the target folder is writable").into_temp_path();
+    let draft =
+        tempfile::NamedTempFile::new_in(&folder).expect("the target folder is writable").into_temp_path();
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "g++".to_string());
     let output = Command::new(&compiler)
         .args(["-x", "c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"])
