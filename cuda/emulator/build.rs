@@ -38,7 +38,11 @@ fn build() -> Result<(), String> {
         return Err(format!("it needs x86-64 Linux, the target is {target}"));
     }
     let compiler = cc::Build::new().cpp(true).try_get_compiler().map_err(|error| error.to_string())?;
-    let version = compiler.to_command().arg("--version").output().map_err(|error| format!("no C++ compiler: {error}"))?;
+    let version = compiler
+        .to_command()
+        .arg("--version")
+        .output()
+        .map_err(|error| format!("no C++ compiler: {error}"))?;
     if !compiler.is_like_gnu() {
         return Err("it needs g++, whose instrumentation it builds on".to_string());
     }
@@ -106,7 +110,14 @@ fn registry(units: &[Unit]) -> String {
 /// What both the kernels and the runtime are compiled with.
 fn base(sanitize: bool) -> cc::Build {
     let mut build = cc::Build::new();
-    build.cpp(true).std("c++17").opt_level(2).debug(true).include("runtime").warnings(false).cargo_metadata(false);
+    build
+        .cpp(true)
+        .std("c++17")
+        .opt_level(2)
+        .debug(true)
+        .include("runtime")
+        .warnings(false)
+        .cargo_metadata(false);
     // Without contraction `a * b + c` rounds twice, as the `_rn` intrinsics of bit-exact kernels do.
     build.flag("-ffp-contract=off").flag("-fno-omit-frame-pointer").flag("-ftls-model=initial-exec");
     if sanitize {
@@ -126,12 +137,19 @@ fn compile_runtime(sanitize: bool) -> Vec<PathBuf> {
 fn compile_kernels(out: &Path, units: &[Unit], sanitize: bool, version: &[u8]) -> Vec<PathBuf> {
     let mut build = base(sanitize);
     build.include("../kernels").include("../include").include("tests");
-    build.flag("-Wall").flag("-Wextra").flag("-Wno-unknown-pragmas").flag("-Wno-unused-function").flag("-Wno-psabi");
+    build
+        .flag("-Wall")
+        .flag("-Wextra")
+        .flag("-Wno-unknown-pragmas")
+        .flag("-Wno-unused-function")
+        .flag("-Wno-psabi");
     if !sanitize {
         build.flag("-fsanitize=thread").flag("--param=tsan-instrument-func-entry-exit=0");
     }
-    let headers = ["runtime", "../include", "../kernels", "tests/planted"].map(|folder| files_below(Path::new(folder)));
-    let shared = headers.iter().flatten().filter(|path| path.extension().is_some_and(|e| e == "h" || e == "cuh"));
+    let headers =
+        ["runtime", "../include", "../kernels", "tests/planted"].map(|folder| files_below(Path::new(folder)));
+    let shared =
+        headers.iter().flatten().filter(|path| path.extension().is_some_and(|e| e == "h" || e == "cuh"));
     let mut common = DefaultHasher::new();
     (sanitize, version, include_str!("build.rs")).hash(&mut common);
     for path in shared {
@@ -149,7 +167,9 @@ fn compile_kernels(out: &Path, units: &[Unit], sanitize: bool, version: &[u8]) -
         let stamp = format!("{:x}", hash.finish());
         let kept = fs::read_to_string(source.with_extension("stamp")).unwrap_or_default();
         match kept.split_once('\n') {
-            Some((old, object)) if old == stamp && Path::new(object).exists() => objects.push(PathBuf::from(object)),
+            Some((old, object)) if old == stamp && Path::new(object).exists() => {
+                objects.push(PathBuf::from(object))
+            }
             _ => {
                 fs::write(&source, &unit.text).expect("cannot write a translation unit");
                 stale.push((source, stamp));
@@ -160,7 +180,8 @@ fn compile_kernels(out: &Path, units: &[Unit], sanitize: bool, version: &[u8]) -
     let compiled = build.compile_intermediates();
     for ((source, stamp), object) in stale.iter().zip(&compiled) {
         let text = format!("{stamp}\n{}", object.display());
-        fs::write(source.with_extension("stamp"), text).expect("cannot write the stamp of a translation unit");
+        fs::write(source.with_extension("stamp"), text)
+            .expect("cannot write the stamp of a translation unit");
     }
     objects.extend(compiled);
     objects
@@ -168,8 +189,15 @@ fn compile_kernels(out: &Path, units: &[Unit], sanitize: bool, version: &[u8]) -
 
 /// The text of the `.cu` file that a unit includes.
 fn kernel_text(unit: &str) -> Vec<u8> {
-    let name = unit.lines().rev().find_map(|line| line.strip_prefix("#include \"")?.strip_suffix('"')).unwrap_or_default();
-    ["../kernels", "tests"].iter().find_map(|folder| fs::read(Path::new(folder).join(name)).ok()).unwrap_or_default()
+    let name = unit
+        .lines()
+        .rev()
+        .find_map(|line| line.strip_prefix("#include \"")?.strip_suffix('"'))
+        .unwrap_or_default();
+    ["../kernels", "tests"]
+        .iter()
+        .find_map(|folder| fs::read(Path::new(folder).join(name)).ok())
+        .unwrap_or_default()
 }
 
 fn files_below(folder: &Path) -> Vec<PathBuf> {
@@ -188,7 +216,8 @@ fn files_below(folder: &Path) -> Vec<PathBuf> {
 
 /// rustc links with `-nodefaultlibs`, so the sanitizers' libraries are named here; AddressSanitizer must come first.
 fn link_sanitizers(compiler: &cc::Tool) {
-    let found = Command::new(compiler.path()).arg("-print-file-name=libasan.so").output().expect("the compiler runs");
+    let found =
+        Command::new(compiler.path()).arg("-print-file-name=libasan.so").output().expect("the compiler runs");
     let path = String::from_utf8_lossy(&found.stdout).trim().to_string();
     if let Some(folder) = Path::new(&path).parent() {
         println!("cargo:rustc-link-search=native={}", folder.display());

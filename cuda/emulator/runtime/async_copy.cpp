@@ -82,8 +82,8 @@ void bulk_store(void* dst, uint32_t src, uint32_t bytes) {
     if (!bytes) return;
     const Stamp mark = under_way_stamp(self);
     self.step_time();  // so that two stores of one thread have different marks
-    check_proxy_fence(self, src, bytes, "cp.async.bulk", pc);
     mark_shared(self, mark, src, bytes, Kind::Read, pc);
+    check_proxy_fence(self, src, bytes, "cp.async.bulk", pc);
     mark_global(self, mark, dst, bytes, pc);
     self.stores.stores.push_back({static_cast<unsigned char*>(dst), src, bytes, false, mark.bits});
     self.block->counters.async_copies++;

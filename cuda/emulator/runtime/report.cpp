@@ -121,16 +121,17 @@ void fail_deadlock(const char* why) {
             break;
         }
         default:
-            what = "poll";
+            what = thread.polled ? "poll" : "could go on";
         }
         what += at(thread.pc ? place_of(thread.pc) : 0);
         auto& group = groups.emplace(what, std::make_pair(i, 0u)).first->second;
         group.second++;
     }
     for (const auto& [what, group] : groups) {
-        message += text("  %u thread%s from ", group.second, group.second == 1 ? "" : "s") + thread_name(block, group.first) + " on " + what + "\n";
+        message += group.second == 1 ? "  " : text("  %u threads from ", group.second);
+        message += thread_name(block, group.first) + (group.second == 1 ? ": " : " on: ") + what + "\n";
     }
-    if (finished) message += text("  %u threads have ended\n", finished);
+    if (finished) message += text("  %u of %u threads have ended\n", finished, block.threads_in_block);
     block.report = message;
     abandon_block();
 }

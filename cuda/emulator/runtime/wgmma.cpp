@@ -70,8 +70,8 @@ void run_issue(Warp& warp, uint32_t) {
     thread.step_time();
     for_chunks(warp, product, [&](uint32_t address) {
         shared_bytes(address, 16, 16, "wgmma", product.pc);
-        check_proxy_fence(thread, address, 16, "wgmma", product.pc);
         mark_shared(thread, product.mark, address, 16, Kind::Read, product.pc);
+        check_proxy_fence(thread, address, 16, "wgmma", product.pc);
     });
     warp.products.push_back(product);
 }

@@ -58,7 +58,8 @@ impl Device for Emulator {
             Some(entry) => Ok(EmulatedKernel { instance: instance.clone(), entry }),
             None => Err(Error::NotPrepared {
                 kernel: instance.label(),
-                reason: "the emulator is built for the shipped rows that the kernel table marks as emulated".to_string(),
+                reason: "the emulator is built for the shipped rows that the kernel table marks as emulated"
+                    .to_string(),
             }),
         }
     }
@@ -113,7 +114,9 @@ impl EmulatedKernel {
                 Arg::Buffer { name, .. } if parameter.is_pointer == 0 => {
                     return Err(Error::argument(kernel(), name, expected, "a buffer"));
                 }
-                Arg::Value { name, bytes } if parameter.is_pointer != 0 || parameter.bytes as usize != bytes.len() => {
+                Arg::Value { name, bytes }
+                    if parameter.is_pointer != 0 || parameter.bytes as usize != bytes.len() =>
+                {
                     let found = format!("a value of {} bytes", bytes.len());
                     return Err(Error::argument(kernel(), name, expected, found));
                 }

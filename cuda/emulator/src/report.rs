@@ -2,14 +2,20 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 /// Replaces every `{@hex}` of a report, an offset in this executable, by file and line, as far as `addr2line` knows them.
 pub(crate) fn with_lines(report: &str) -> String {
-    let places: BTreeSet<&str> = places(report).collect();
-    let lines = lines(&places);
+    // Many tests provoke reports, and `addr2line` reads the whole executable's debug information at each call.
+    static KNOWN: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let unknown: BTreeSet<&str> = places(report).filter(|place| !known.contains_key(*place)).collect();
+    if !unknown.is_empty() {
+        known.extend(lines(&unknown));
+    }
     let mut text = report.trim_end().to_string();
-    for place in places {
-        let line = lines.get(place).cloned().unwrap_or_else(|| format!("code offset 0x{place}"));
+    for place in places(report) {
+        let line = known.get(place).cloned().unwrap_or_else(|| format!("code offset 0x{place}"));
         text = text.replace(&format!("{{@{place}}}"), &line);
     }
     text
@@ -23,8 +29,7 @@ fn places(report: &str) -> impl Iterator<Item = &str> {
 fn lines(places: &BTreeSet<&str>) -> BTreeMap<String, String> {
     let mut found = BTreeMap::new();
     let Ok(executable) = std::env::current_exe() else { return found };
-    let output =
-        Command::new("addr2line").args(["-a", "-i", "-e"]).arg(executable).args(places).output();
+    let output = Command::new("addr2line").args(["-a", "-i", "-e"]).arg(executable).args(places).output();
     let Ok(output) = output else { return found };
     let text = String::from_utf8_lossy(&output.stdout);
     let mut frames: Vec<(String, Vec<String>)> = Vec::new();

@@ -41,7 +41,9 @@ pub struct TensorShape {
 impl TensorMap {
     /// The map of a tensor `[rows, columns]` in host memory. The same demands as the driver's `cuTensorMapEncodeTiled`.
     pub fn new<T: Pod>(tensor: &View<'_, T>, shape: &TensorShape) -> Result<Self, Error> {
-        let wrong = |argument, expected: &str, found: String| Err(Error::argument("TensorMap", argument, expected, found));
+        let wrong = |argument, expected: &str, found: String| {
+            Err(Error::argument("TensorMap", argument, expected, found))
+        };
         let element = size_of::<T>() as u64;
         let box_row = u64::from(shape.box_columns) * element;
         if tensor.space() != Space::Host {
@@ -55,13 +57,28 @@ impl TensorMap {
         }
         let end = shape.rows.saturating_sub(1) * shape.row_bytes + shape.columns * element;
         if shape.rows == 0 || shape.columns == 0 || end > tensor.bytes() as u64 {
-            return wrong("tensor", "at least one row and column, all in the view", format!("{} bytes of {end}", tensor.bytes()));
+            return wrong(
+                "tensor",
+                "at least one row and column, all in the view",
+                format!("{} bytes of {end}", tensor.bytes()),
+            );
         }
-        if !(1..=256).contains(&shape.box_columns) || !(1..=256).contains(&shape.box_rows) || !box_row.is_multiple_of(16) {
-            return wrong("box", "1 to 256 rows and columns, a multiple of 16 bytes wide", format!("{} × {}", shape.box_rows, shape.box_columns));
+        if !(1..=256).contains(&shape.box_columns)
+            || !(1..=256).contains(&shape.box_rows)
+            || !box_row.is_multiple_of(16)
+        {
+            return wrong(
+                "box",
+                "1 to 256 rows and columns, a multiple of 16 bytes wide",
+                format!("{} × {}", shape.box_rows, shape.box_columns),
+            );
         }
         if shape.swizzle_128 && box_row > 128 {
-            return wrong("box_columns", "at most 128 bytes with the 128-byte swizzle", format!("{box_row} bytes"));
+            return wrong(
+                "box_columns",
+                "at most 128 bytes with the 128-byte swizzle",
+                format!("{box_row} bytes"),
+            );
         }
         let mut words = [0; 16];
         words[0] = MAGIC;

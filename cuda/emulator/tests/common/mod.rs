@@ -1,7 +1,9 @@
 //! Launching the planted kernels.
 
+use bytemuck::Pod;
 use cuda::Error;
 use cuda::launch::{Arg, Device, Function, LaunchConfig};
+use cuda::memory::{View, ViewMut};
 use cuda::table::{Instance, Kernel};
 use emulator::{EmulatedKernel, Emulator, Queue};
 
@@ -10,32 +12,56 @@ mod list {
 }
 
 /// The planted kernel of this name, with these values of its constants.
-pub fn load(emulator: &Emulator, name: &str, values: &[i64]) -> EmulatedKernel {
+pub(crate) fn load(name: &str, values: &[i64]) -> EmulatedKernel {
     let kernel: &'static Kernel =
         list::KERNELS.iter().find(|kernel| kernel.name == name).unwrap_or_else(|| panic!("no kernel {name}"));
-    emulator.load(&Instance { kernel, values: values.to_vec() }).expect("planted kernels are built")
+    let instance = Instance { kernel, values: values.to_vec() };
+    Emulator::new().load(&instance).expect("planted kernels are built")
 }
 
-/// Launches with blocks of the size that the list gives.
-pub fn launch(
-    emulator: &Emulator,
+/// Launches with blocks of the size that the list gives, and `shared` bytes of shared memory.
+pub(crate) fn launch(
+    kernel: &EmulatedKernel,
     queue: &Queue,
-    name: &str,
-    values: &[i64],
-    (blocks, shared): (u32, u32),
+    blocks: u32,
+    shared: u32,
     args: &[Arg<'_>],
 ) -> Result<(), Error> {
-    let kernel = load(emulator, name, values);
     let config = LaunchConfig::new(blocks, kernel.instance().kernel.threads).shared(shared);
     // SAFETY: the tests pass buffers and values that live through the call; the emulator checks the rest, which is what
     // these tests are about.
     unsafe { kernel.launch(queue, &config, args) }
 }
 
-/// The report of a launch that must be found at fault.
-pub fn report_of(result: Result<(), Error>) -> String {
-    match result {
-        Err(Error::Emulated { report, .. }) => report,
-        other => panic!("expected a report, found {other:?}"),
+/// A buffer that a kernel reads.
+pub(crate) fn read<T: Pod>(name: &'static str, data: &[T]) -> Arg<'static> {
+    let view = View::host(data);
+    Arg::read(name, &view).detach()
+}
+
+/// A buffer that a kernel writes.
+pub(crate) fn write<T: Pod>(name: &'static str, data: &mut [T]) -> Arg<'static> {
+    let mut view = ViewMut::host(data);
+    Arg::write(name, &mut view).detach()
+}
+
+/// Numbers without a pattern.
+pub(crate) fn numbers(count: usize) -> Vec<u32> {
+    (0..count as u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u32).collect()
+}
+
+trait Detach {
+    fn detach(self) -> Arg<'static>;
+}
+
+impl Detach for Arg<'_> {
+    /// A buffer argument holds an address, not a borrow; the tests keep the buffer alive.
+    fn detach(self) -> Arg<'static> {
+        match self {
+            Arg::Buffer { name, address, bytes, space, access } => {
+                Arg::Buffer { name, address, bytes, space, access }
+            }
+            Arg::Value { .. } => unreachable!("only buffers are detached"),
+        }
     }
 }

@@ -1,6 +1,6 @@
 // The kernels of this folder as rows of a kernel table. Included by build.rs, which compiles them, and by the tests.
 //
-// BUG = 0 is the correct kernel; other values plant one mistake each.
+// Most take a last parameter `bug`: 0 is the correct kernel, each other value plants one mistake.
 
 use cuda::table::{ArchClass, Constant, Kernel, Row};
 
@@ -8,13 +8,29 @@ const fn row(values: &'static [i64]) -> Row {
     Row { values, registers: 255, shared: 0, emulated: true }
 }
 
-const BUG: &[Constant] = &[Constant { name: "BUG", allowed: &[0, 1, 2, 3, 4] }];
-const BUGS_1: &[Row] = &[row(&[0]), row(&[1])];
-
-const fn planted(name: &'static str, threads: u32, rows: &'static [Row]) -> Kernel {
-    Kernel { name, group: "planted", source: "", constants: BUG, arch: ArchClass::Hopper, threads, rows }
+const fn planted(name: &'static str, threads: u32) -> Kernel {
+    const ONE: &[Row] = &[row(&[])];
+    Kernel { name, group: "planted", source: "", constants: &[], arch: ArchClass::Hopper, threads, rows: ONE }
 }
 
 pub(crate) const KERNELS: &[Kernel] = &[
-    planted("missing_barrier", 128, BUGS_1),
+    planted("async_proxy", 64),
+    planted("atomics", 64),
+    planted("barriers", 128),
+    planted("between_blocks", 64),
+    planted("bounds", 32),
+    planted("cp_async_ring", 64),
+    planted("last_arriver_sum", 64),
+    planted("mbarrier_ring", 96),
+    planted("mma_tile", 32),
+    planted("neighbours", 128),
+    planted("parameters", 32),
+    planted("product_128", 128),
+    planted("speed", 128),
+    planted("warps", 32),
+    Kernel {
+        constants: &[Constant { name: "FACTOR", allowed: &[10, 20] }],
+        rows: &[row(&[10]), row(&[20])],
+        ..planted("variants", 32)
+    },
 ];
