@@ -11,6 +11,7 @@
 //! | [`softmax_state`] | partial states `(out, lse)` and `(m, l, o)`, and their merge |
 //! | [`mod@reference`] | the oracle: attention and the merge of states in f64, in plain loops |
 //! | [`cpu`] | dense attention in f32, for an engine without a GPU |
+//! | `gpu` (feature `cuda`) | the kernels |
 //! | `testing` (feature `testing`) | inputs, tolerances and comparisons that every crate's tests share |
 //!
 //! # Conventions

@@ -62,7 +62,7 @@ impl PoolUsage {
 pub struct PagePool {
     words_per_page: usize,
     /// `[capacity, words_per_page]`: words, so that pages are aligned.
-    words: Vec<u128>,
+    words: Box<[u128]>,
     /// Owners of each page; 0 when free.
     owners: Vec<u32>,
     /// Generation of each page: counts how often it was freed.
@@ -80,7 +80,7 @@ impl PagePool {
     ///
     /// # Errors
     /// [`Error::Argument`] when `page_bytes` is 0 or no multiple of [`PAGE_ALIGNMENT`], `capacity` is past `u32`, or the
-    /// bytes overflow.
+    /// pages do not fit memory.
     pub fn new(capacity: usize, page_bytes: usize) -> Result<Self, Error> {
         if page_bytes == 0 || !page_bytes.is_multiple_of(PAGE_ALIGNMENT) {
             return Err(Error::argument(
@@ -92,17 +92,17 @@ impl PagePool {
         if u32::try_from(capacity).is_err() {
             return Err(Error::argument("capacity", format!("at most {}", u32::MAX), capacity));
         }
-        if capacity.checked_mul(page_bytes).is_none_or(|bytes| bytes > isize::MAX as usize) {
-            return Err(Error::argument(
-                "capacity",
-                format!("at most {} bytes in all", isize::MAX),
-                format!("{capacity} pages of {page_bytes} bytes"),
-            ));
-        }
         let words_per_page = page_bytes / size_of::<u128>();
+        let words = capacity
+            .checked_mul(words_per_page)
+            .and_then(|words| bytemuck::allocation::try_zeroed_slice_box(words).ok())
+            .ok_or_else(|| {
+                let found = format!("{capacity} pages of {page_bytes} bytes");
+                Error::argument("capacity", "pages that fit memory", found)
+            })?;
         Ok(PagePool {
             words_per_page,
-            words: vec![0; capacity * words_per_page],
+            words,
             owners: vec![0; capacity],
             generations: vec![0; capacity],
             free: Vec::new(),

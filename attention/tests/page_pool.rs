@@ -208,7 +208,8 @@ fn refused_pools() {
         ("no bytes", 1, 0),
         ("unaligned", 1, 24),
         ("too many pages", 1 << 33, 16),
-        ("too many bytes", 1 << 20, 1 << 60),
+        ("bytes that overflow", 1 << 20, 1 << 60),
+        ("bytes that no memory has", 1 << 20, 1 << 40),
     ] {
         assert!(matches!(PagePool::new(capacity, page_bytes), Err(Error::Argument { .. })), "{case}");
     }

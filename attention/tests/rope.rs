@@ -161,6 +161,13 @@ fn positions_past_the_tables_change_nothing() {
     assert!(matches!(rope.apply(&mut x, 1, &[3]), Err(Error::Argument { argument: "x", .. })));
     assert_eq!(x, [1.0; 8]);
     rope.apply(&mut [], 3, &[]).unwrap();
+    for positions in [usize::MAX, usize::MAX / 64] {
+        let refused = Rope::new(RopeConfig::new(64, 1e4), positions);
+        assert!(
+            matches!(refused, Err(Error::Argument { argument: "positions", .. })),
+            "{positions} positions"
+        );
+    }
 }
 
 fn configs() -> impl Strategy<Value = RopeConfig> {

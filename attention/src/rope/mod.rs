@@ -82,12 +82,17 @@ impl Rope {
     /// Tables for positions `0..positions`: 4 · `rotary_dim` bytes each.
     ///
     /// # Errors
-    /// [`Error::Argument`] when the configuration is out of range.
+    /// [`Error::Argument`] when the configuration is out of range or the tables do not fit memory.
     pub fn new(config: RopeConfig, positions: usize) -> Result<Self, Error> {
         let (inv_freq, attention_factor) = config.frequencies()?;
         let planes = inv_freq.len();
-        let mut cos = Vec::with_capacity(positions * planes);
-        let mut sin = Vec::with_capacity(positions * planes);
+        let table = || {
+            let mut table = Vec::new();
+            let reserved = positions.checked_mul(planes).map(|len| table.try_reserve_exact(len).is_ok());
+            let too_many = || Error::argument("positions", "tables that fit memory", positions);
+            if reserved == Some(true) { Ok(table) } else { Err(too_many()) }
+        };
+        let (mut cos, mut sin) = (table()?, table()?);
         for position in 0..positions {
             for &frequency in &inv_freq {
                 let (s, c) = (position as f64 * frequency).sin_cos();
