@@ -96,7 +96,7 @@ void acquire(Thread& self, const Known& released) {
 Known publish(Thread& self) {
     Block& block = *self.block;
     Clock* own = block.clocks.copy(*self.knows);
-    own->time[self.linear] = self.time;
+    own->time[AGENTS + self.linear] = self.time;
     self.step_time();
     Known published = self.knows->blocks;
     published.set(block.launch->known_levels, block.linear, own->time, block.clocks.entries());
