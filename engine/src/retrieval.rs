@@ -14,15 +14,26 @@ use crate::generate::argmax;
 use crate::tokenizer::{Piece, Tokenizer};
 use crate::{Error, Session};
 
-/// How much is asked.
-#[derive(Debug, Clone, Copy)]
+/// Documents with planted pairs, and the questions about them.
 pub struct Questions {
-    /// Longest document, in tokens.
-    pub context: usize,
-    /// Documents, each with its own keys and values.
-    pub documents: usize,
-    /// Seed of the documents.
-    pub seed: u64,
+    context: usize,
+    documents: Vec<(Document, Vec<Piece>)>,
+}
+
+impl Questions {
+    /// Plants `documents` documents of up to `context` tokens, each with its own keys and values.
+    ///
+    /// # Errors
+    /// A context that holds no question, or no documents.
+    pub fn plant(tokenizer: &Tokenizer, context: usize, documents: usize, seed: u64) -> Result<Self, Error> {
+        if documents == 0 {
+            return Err(Error::argument("documents", "at least 1", 0));
+        }
+        let documents = (0..documents)
+            .map(|number| Document::fitting(context, tokenizer, seed.wrapping_add(number as u64)))
+            .collect::<Result<_, _>>()?;
+        Ok(Questions { context, documents })
+    }
 }
 
 /// Result of a retrieval test.
@@ -78,6 +89,25 @@ impl Document {
         Document { text, questions, answers }
     }
 
+    /// The first token of the questions.
+    fn first_asked(&self, pieces: &[Piece]) -> usize {
+        pieces.iter().position(|piece| piece.bytes.end > self.questions).unwrap_or(pieces.len())
+    }
+
+    /// Whether each answer is right, given the greedy choice in place of each token of the questions.
+    fn grade(&self, asked: &[Piece], greedy: &[u32]) -> Vec<bool> {
+        let right = |answer: &Range<usize>| {
+            // A token of an answer is one that has a digit of it, even if it starts with the space before.
+            let touches = |piece: &Piece| piece.bytes.start < answer.end && answer.start < piece.bytes.end;
+            asked
+                .iter()
+                .zip(greedy)
+                .filter(|(piece, _)| touches(piece))
+                .all(|(piece, &token)| piece.token == token)
+        };
+        self.answers.iter().map(right).collect()
+    }
+
     /// The longest document of this seed that has at most `context` tokens.
     fn fitting(context: usize, tokenizer: &Tokenizer, seed: u64) -> Result<(Self, Vec<Piece>), Error> {
         let draw = |pairs| {
@@ -90,7 +120,7 @@ impl Document {
         if best.1.len() > context {
             return Err(Error::argument("context", format!("at least {} tokens", best.1.len()), context));
         }
-        // Doubling, then halving the gap. 11,500 keys exist; a document stays well below.
+        // Doubling, then halving the gap. 17,250 keys exist; a document stays well below.
         loop {
             let next = draw(too_long)?;
             if next.1.len() > context {
@@ -118,26 +148,20 @@ impl Document {
 /// Asks the questions. `progress` hears of documents done and documents in all.
 ///
 /// # Errors
-/// A context that holds no question or is over the model's maximum.
+/// A context over the model's maximum.
 pub fn retrieve(
     session: &mut Session<'_>,
     kv_name: &str,
-    tokenizer: &Tokenizer,
-    questions: Questions,
+    questions: &Questions,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<Report, Error> {
     session.model().config().check_context(questions.context)?;
-    if questions.documents == 0 {
-        return Err(Error::argument("documents", "at least 1", 0));
-    }
     let (mut asked, mut right) = (0, 0);
-    for number in 0..questions.documents {
-        let seed = questions.seed.wrapping_add(number as u64);
-        let (document, pieces) = Document::fitting(questions.context, tokenizer, seed)?;
-        let answers = ask(session, &document, &pieces)?;
+    for (number, (document, pieces)) in questions.documents.iter().enumerate() {
+        let answers = ask(session, document, pieces)?;
         asked += answers.len();
         right += answers.iter().filter(|&&answer| answer).count();
-        progress(number + 1, questions.documents);
+        progress(number + 1, questions.documents.len());
     }
     Ok(Report {
         model: session.model().path().display().to_string(),
@@ -151,21 +175,78 @@ pub fn retrieve(
 
 /// Whether each answer of a document was right.
 fn ask(session: &mut Session<'_>, document: &Document, pieces: &[Piece]) -> Result<Vec<bool>, Error> {
-    let first = pieces.iter().position(|piece| piece.bytes.end > document.questions).unwrap_or(pieces.len());
+    let first = document.first_asked(pieces);
     let tokens: Vec<u32> = pieces.iter().map(|piece| piece.token).collect();
     session.clear();
     let mut logits = session.prefill(&tokens[..first])?;
-    let mut right = vec![true; document.answers.len()];
-    for piece in &pieces[first..] {
-        // A token of an answer is one that has a digit of it, even if it starts with the space before.
-        let answer = document
-            .answers
-            .iter()
-            .position(|answer| piece.bytes.start < answer.end && answer.start < piece.bytes.end);
-        if let Some(answer) = answer {
-            right[answer] &= argmax(logits.view()) == piece.token;
-        }
-        logits = session.decode(piece.token)?;
+    let mut greedy = Vec::with_capacity(tokens.len() - first);
+    for &token in &tokens[first..] {
+        greedy.push(argmax(logits.view()));
+        logits = session.decode(token)?;
     }
-    Ok(right)
+    Ok(document.grade(&pieces[first..], &greedy))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(document: &Document) -> Vec<Piece> {
+        let piece = |(at, byte): (usize, u8)| Piece { token: byte.into(), bytes: at..at + 1 };
+        document.text.bytes().enumerate().map(piece).collect()
+    }
+
+    #[test]
+    fn documents_ask_for_what_was_set() {
+        for (pairs, seed) in [(1, 0), (2, 1), (7, 2), (200, 3)] {
+            let document = Document::new(pairs, &mut fastrand::Rng::with_seed(seed));
+            let (sets, gets) = document.text.split_at(document.questions);
+            let set: Vec<_> =
+                sets.lines().map(|l| l.strip_prefix("set ").unwrap().split_once(" = ").unwrap()).collect();
+            let asked: Vec<_> =
+                gets.lines().map(|l| l.strip_prefix("get ").unwrap().split_once(" -> ").unwrap()).collect();
+            assert_eq!((set.len(), asked.len()), (pairs, pairs.div_ceil(2)), "{pairs} pairs");
+            assert!(asked.iter().all(|pair| set.contains(pair)), "{pairs} pairs:\n{}", document.text);
+            let answers: Vec<_> =
+                document.answers.iter().map(|answer| &document.text[answer.clone()]).collect();
+            assert_eq!(answers, asked.iter().map(|(_, value)| *value).collect::<Vec<_>>(), "{pairs} pairs");
+            assert!(
+                answers.iter().all(|value| value.len() == 5 && value.bytes().all(|b| b.is_ascii_digit()))
+            );
+        }
+    }
+
+    #[test]
+    fn one_wrong_digit_spoils_one_answer() {
+        let document = Document::new(6, &mut fastrand::Rng::with_seed(9));
+        let pieces = bytes(&document);
+        let first = document.first_asked(&pieces);
+        assert_eq!(first, document.questions);
+        let asked = &pieces[first..];
+        let truth: Vec<u32> = asked.iter().map(|piece| piece.token).collect();
+        for (i, piece) in asked.iter().enumerate() {
+            let mut greedy = truth.clone();
+            greedy[i] ^= 1;
+            let expected: Vec<bool> =
+                document.answers.iter().map(|answer| !answer.contains(&piece.bytes.start)).collect();
+            assert_eq!(document.grade(asked, &greedy), expected, "token {i} of {:?}", &document.text);
+        }
+        assert_eq!(document.grade(asked, &truth), [true; 3]);
+    }
+
+    #[test]
+    fn tokens_may_cross_an_answers_edges() {
+        let document = Document { text: "get a -> 12345\n".into(), questions: 0, answers: vec![9..14] };
+        let piece = |token, bytes| Piece { token, bytes };
+        // " 123" and "45\n", after "get a ->".
+        let asked = [piece(1, 0..8), piece(2, 8..12), piece(3, 12..15)];
+        for (case, greedy, right) in [
+            ("all", [1, 2, 3], true),
+            ("before", [7, 2, 3], true),
+            ("first", [1, 7, 3], false),
+            ("last", [1, 2, 7], false),
+        ] {
+            assert_eq!(document.grade(&asked, &greedy), [right], "{case}");
+        }
+    }
 }

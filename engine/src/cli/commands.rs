@@ -143,13 +143,14 @@ pub(super) fn retrieval(args: &Args) -> Result<(), Failure> {
     let model = modes.load(args)?;
     let tokenizer = Tokenizer::read(model.path(), model.config())?;
     let context = context.unwrap_or(RETRIEVAL_CONTEXT.min(model.config().max_positions));
+    model.config().check_context(context)?;
+    let questions = Questions::plant(&tokenizer, context, documents, seed)?;
     let mut session = modes.session(&model, context)?;
 
     let kv = modes.kv.to_string();
     let report = {
         let progress = Progress::new(&format!("{kv}: {documents} documents of {context} tokens"));
-        let questions = Questions { context, documents, seed };
-        retrieval::retrieve(&mut session, &kv, &tokenizer, questions, |done, all| progress.update(done, all))?
+        retrieval::retrieve(&mut session, &kv, &questions, |done, all| progress.update(done, all))?
     };
     if let Some(json) = json {
         json.write(&report)?;

@@ -5,6 +5,7 @@ mod commands;
 mod demo;
 mod output;
 mod progress;
+mod table;
 
 use std::process::ExitCode;
 

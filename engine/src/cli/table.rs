@@ -1,0 +1,70 @@
+//! The demo's table.
+
+use std::fmt::Write;
+
+use longkv_engine::eval;
+
+/// A line of the table.
+pub(super) struct Row {
+    pub(super) report: eval::Report,
+    /// Share of planted values found again; `None` where the model itself finds too few for it to say anything.
+    pub(super) retrieval: Option<f64>,
+}
+
+/// A difference with its sign, but no "-0.0000".
+fn delta(nll: f64) -> String {
+    format!("{:+.4}", (nll * 1e4).round() / 1e4 + 0.0)
+}
+
+/// Prints the rows, the first of which is dense, after `windows` windows each.
+pub(super) fn table(rows: &[Row], windows: usize) -> String {
+    let Some(dense) = rows.first().map(|row| &row.report) else { return String::new() };
+    let header = [
+        "mode",
+        "nll/token",
+        "perplexity",
+        "Δ nll",
+        "KV bytes/token",
+        "ratio",
+        "retrieval",
+        "prefill",
+        "decode",
+    ];
+    let mut cells = vec![header.map(String::from)];
+    for Row { report, retrieval } in rows {
+        cells.push([
+            report.kv.clone(),
+            format!("{:.4}", report.nll_per_token),
+            format!("{:.4}", report.perplexity),
+            delta(report.nll_per_token - dense.nll_per_token),
+            format!("{:.1}", report.kv_bytes_per_token),
+            format!("{:.2}×", dense.kv_bytes_per_token / report.kv_bytes_per_token),
+            retrieval.map_or("–".into(), |share| format!("{:.1} %", 100.0 * share)),
+            format!("{:.0}/s", report.prefill_tokens_per_s),
+            format!("{:.0}/s", report.decode_tokens_per_s),
+        ]);
+    }
+    let width = |column: usize| cells.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..header.len()).map(width).collect();
+    let mut text = String::new();
+    for row in &cells {
+        for (column, (cell, &width)) in row.iter().zip(&widths).enumerate() {
+            // Names to the left, numbers to the right.
+            let _ = match column {
+                0 => write!(text, "{cell:<width$}"),
+                _ => write!(text, "  {cell:>width$}"),
+            };
+        }
+        text.push('\n');
+    }
+    let _ = write!(
+        text,
+        "\n\
+         {} windows of {} held-out tokens: the first {} of each prefilled, the others decoded one by one and scored, in nats.\n\
+         Δ and ratio are to dense, whose cache is stored in f16. KV bytes are what the device holds, metadata included.\n\
+         Retrieval: planted values found again; – where the model itself, with a dense cache, finds less than half.\n\
+         Speeds are tokens per second of the CPU reference, not kernel speed.\n",
+        windows, dense.context, dense.prefill,
+    );
+    text
+}

@@ -1,0 +1,501 @@
+//! The real binary: what it prints and writes, and how it refuses bad input.
+
+mod support;
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::{Value, json};
+use support::{bundled, copy, golden, set_config};
+
+fn engine(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_engine")).args(arguments).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Runs a command that must succeed.
+fn succeed(arguments: &[&str]) -> String {
+    let output = engine(arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+/// Runs a command that must fail with exit code 2 and one line on stderr that has all of `named`.
+fn refuse(case: &str, arguments: &[&str], named: &[&str]) {
+    let output = engine(arguments);
+    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+    assert_eq!(output.status.code(), Some(2), "{case}: {stderr}");
+    assert_eq!(stdout, "", "{case}: something was printed");
+    assert_eq!(stderr.lines().count(), 1, "{case}: {stderr}");
+    assert!(stderr.starts_with("error: "), "{case}: {stderr}");
+    for name in named {
+        assert!(stderr.contains(name), "{case}: no {name:?} in {stderr}");
+    }
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn read_json(path: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+fn heldout() -> String {
+    path(&bundled().join("heldout.txt")).to_string()
+}
+
+#[test]
+fn eval_writes_its_report() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("report.json");
+    let heldout = heldout();
+    let arguments = [
+        "eval",
+        "--text",
+        &heldout,
+        "--context",
+        "64",
+        "--windows",
+        "2",
+        "--kv",
+        "dense",
+        "--json",
+        path(&file),
+    ];
+    let stdout = succeed(&arguments);
+    let report = read_json(&file);
+    let keys: Vec<_> = report.as_object().unwrap().keys().map(String::as_str).collect();
+    let mut expected = [
+        "model",
+        "kv",
+        "context",
+        "prefill",
+        "tokens",
+        "nll_per_token",
+        "perplexity",
+        "kv_bytes_per_token",
+        "dense_kv_bytes_per_token",
+        "host_kv_bytes_per_token",
+        "prefill_tokens_per_s",
+        "decode_tokens_per_s",
+    ];
+    expected.sort_unstable();
+    assert_eq!(keys, expected);
+    for (key, value) in
+        [("kv", json!("dense")), ("context", json!(64)), ("prefill", json!(16)), ("tokens", json!(96))]
+    {
+        assert_eq!(report[key], value, "{key}");
+    }
+    let nll = report["nll_per_token"].as_f64().unwrap();
+    assert!(stdout.contains(&format!("{nll:.4}")), "{stdout}");
+    // Written a second time: the same numbers, and no other file.
+    succeed(&arguments);
+    assert_eq!(read_json(&file)["nll_per_token"].as_f64(), Some(nll));
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn eval_of_a_short_text_is_one_short_window() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, json) = (folder.path().join("text"), folder.path().join("json"));
+    std::fs::write(&file, "import sys\n\nsys.exit(0)\n").unwrap();
+    succeed(&["eval", "--text", path(&file), "--json", path(&json)]);
+    let report = read_json(&json);
+    // 24 bytes, 6 of them prefilled, the last without a successor.
+    assert_eq!((&report["context"], &report["tokens"]), (&json!(24), &json!(17)));
+}
+
+#[test]
+fn logits_are_written_for_all_positions() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("logits.json");
+    let model = golden("qwen2");
+    let stdout = succeed(&["logits", "--model", path(&model), "--tokens", "3, 1,39", "--json", path(&file)]);
+    assert_eq!(stdout.lines().count(), 4, "{stdout}");
+    let report = read_json(&file);
+    assert_eq!(report.as_object().unwrap().len(), 3);
+    assert_eq!((&report["tokens"], &report["vocab_size"]), (&json!([3, 1, 39]), &json!(40)));
+    let logits = report["logits"].as_array().unwrap();
+    assert_eq!(logits.len(), 3);
+    assert!(logits.iter().all(|row| row.as_array().is_some_and(|row| row.len() == 40)));
+    // The library's own.
+    let model = support::load(&model).unwrap();
+    let mut session = support::session(&model, "dense,dtype=f32", 3);
+    let last = session.prefill(&[3, 1, 39]).unwrap();
+    for (token, (found, expected)) in logits[2].as_array().unwrap().iter().zip(last).enumerate() {
+        let found = found.as_f64().unwrap() as f32;
+        assert!((found - expected).abs() < 1e-5, "token {token}: {found}, not {expected}");
+    }
+}
+
+#[test]
+fn generate_continues_the_prompt() {
+    let greedy = |kv: &str| succeed(&["generate", "--prompt", "import ", "--max-tokens", "24", "--kv", kv]);
+    let text = greedy("dense");
+    assert!(text.starts_with("import "), "{text}");
+    assert_eq!(text.len(), "import ".len() + 24 + 1, "24 bytes and a line break: {text:?}");
+    assert_eq!(greedy("dense"), text, "greedy is deterministic");
+    let sampled = |seed: &str| {
+        succeed(&[
+            "generate",
+            "--prompt",
+            "import ",
+            "--max-tokens",
+            "24",
+            "--temperature",
+            "1",
+            "--seed",
+            seed,
+        ])
+    };
+    assert_eq!(sampled("1"), sampled("1"), "the seed decides");
+    assert_ne!(sampled("1"), sampled("2"), "the seed decides");
+}
+
+#[test]
+fn retrieval_reports_its_share() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("retrieval.json");
+    let stdout = succeed(&["retrieval", "--context", "90", "--documents", "2", "--json", path(&file)]);
+    let report = read_json(&file);
+    let (right, asked) = (report["right"].as_u64().unwrap(), report["questions"].as_u64().unwrap());
+    assert_eq!(asked, 4);
+    assert!(stdout.contains(&format!("{right} of 4")), "{stdout}");
+}
+
+#[test]
+fn the_demo_prints_a_table() {
+    // No command is the demo; a flag may come first.
+    let stdout = succeed(&["--context", "48", "--prompt", "def f():\n"]);
+    assert!(stdout.contains("def f():\n"), "{stdout}");
+    for mode in longkv_engine::kv::DEMO {
+        let row = stdout.lines().find(|line| line.split_whitespace().next() == Some(mode));
+        let cells = row.unwrap_or_else(|| panic!("no {mode} in {stdout}")).split_whitespace();
+        assert!(cells.clone().count() >= 9, "{stdout}");
+        assert_eq!(cells.skip(6).next(), Some("–"), "the model does not answer: {stdout}");
+    }
+    for word in ["f16", "CPU reference", "KV bytes/token", "perplexity"] {
+        assert!(stdout.contains(word), "{word}: {stdout}");
+    }
+}
+
+#[test]
+fn help_names_every_mode() {
+    let help = succeed(&["--help"]);
+    assert_eq!(succeed(&["help"]), help);
+    assert_eq!(succeed(&["eval", "-h"]), help);
+    for word in
+        ["demo", "eval", "generate", "retrieval", "logits", "--prefill N", "--kv dense", "--ranks single"]
+    {
+        assert!(help.contains(word), "{word}: {help}");
+    }
+    assert!(succeed(&["--version"]).starts_with("engine "));
+}
+
+#[test]
+fn bad_arguments() {
+    let text = heldout();
+    let cases: &[(&str, &[&str], &[&str])] = &[
+        ("unknown command", &["evaluate"], &["evaluate", "demo, eval, generate, retrieval, logits"]),
+        ("unknown flag", &["eval", "--texts", "x"], &["eval", "--texts"]),
+        ("a flag of another command", &["logits", "--prompt", "x"], &["logits", "--prompt"]),
+        ("short flag", &["eval", "-t", "x"], &["-t"]),
+        ("stray word", &["eval", "--text", &text, "more"], &["more"]),
+        ("no value", &["eval", "--text"], &["--text"]),
+        ("given twice", &["eval", "--text", &text, "--text", &text], &["--text", "twice"]),
+        ("no text", &["eval"], &["eval", "--text"]),
+        ("no prompt", &["generate"], &["--prompt"]),
+        ("no tokens", &["logits"], &["--tokens"]),
+        ("empty prompt", &["generate", "--prompt", ""], &["prompt"]),
+        ("context is no number", &["eval", "--text", &text, "--context", "many"], &["--context", "many"]),
+        ("context is negative", &["eval", "--text", &text, "--context", "-1"], &["--context", "-1"]),
+        ("context is 0", &["eval", "--text", &text, "--context", "0"], &["--context", "0"]),
+        (
+            "context overflows",
+            &["eval", "--text", &text, "--context", "99999999999999999999"],
+            &["--context"],
+        ),
+        ("windows is 0", &["eval", "--text", &text, "--windows", "0"], &["--windows"]),
+        ("windows overflow", &["eval", "--text", &text, "--windows", "18446744073709551615"], &["text"]),
+        (
+            "max-tokens is a fraction",
+            &["generate", "--prompt", "x", "--max-tokens", "1.5"],
+            &["--max-tokens", "1.5"],
+        ),
+        (
+            "max-tokens overflow",
+            &["generate", "--prompt", "xx", "--max-tokens", "18446744073709551615"],
+            &["2048"],
+        ),
+        (
+            "temperature is no number",
+            &["generate", "--prompt", "x", "--temperature", "hot"],
+            &["--temperature", "hot"],
+        ),
+        (
+            "temperature is negative",
+            &["generate", "--prompt", "x", "--temperature", "-1"],
+            &["temperature", "-1"],
+        ),
+        (
+            "temperature is NaN",
+            &["generate", "--prompt", "x", "--temperature", "nan"],
+            &["temperature", "NaN"],
+        ),
+        ("seed is negative", &["generate", "--prompt", "x", "--seed", "-3"], &["--seed", "-3"]),
+        ("tokens are no numbers", &["logits", "--tokens", "1,two"], &["--tokens", "1,two"]),
+        ("tokens are empty", &["logits", "--tokens", ""], &["--tokens"]),
+        ("tokens end early", &["logits", "--tokens", "1,"], &["--tokens"]),
+        ("token out of range", &["logits", "--tokens", "1,256"], &["256"]),
+        (
+            "prefill is the context",
+            &["eval", "--text", &text, "--context", "64", "--prefill", "64"],
+            &["prefill", "64"],
+        ),
+        (
+            "prefill over the default context",
+            &["eval", "--text", &text, "--prefill", "1024"],
+            &["prefill", "1024"],
+        ),
+        ("context over the maximum", &["eval", "--text", &text, "--context", "2049"], &["2049", "2048"]),
+        ("retrieval over the maximum", &["retrieval", "--context", "4096"], &["4096", "2048"]),
+        ("retrieval too short", &["retrieval", "--context", "20"], &["context", "20"]),
+        (
+            "generation over the maximum",
+            &["generate", "--prompt", "x", "--max-tokens", "2048"],
+            &["2049", "2048"],
+        ),
+        ("demo over the maximum", &["demo", "--context", "2049"], &["2049", "2048"]),
+        (
+            "text too short",
+            &["eval", "--text", &text, "--context", "2048", "--windows", "900"],
+            &["text", "76623"],
+        ),
+        ("text is missing", &["eval", "--text", "/nonexistent/text"], &["/nonexistent/text"]),
+        ("text is a folder", &["eval", "--text", "/"], &["cannot read /"]),
+        (
+            "unknown mode",
+            &["eval", "--text", &text, "--kv", "sparse-ish"],
+            &["KV", "sparse-ish", "known: dense"],
+        ),
+        (
+            "unknown linear mode",
+            &["generate", "--prompt", "x", "--linear", "tape"],
+            &["linear", "tape", "known: dense"],
+        ),
+        (
+            "unknown ranks mode",
+            &["generate", "--prompt", "x", "--ranks", "mob"],
+            &["ranks", "mob", "known: single"],
+        ),
+        ("mode without a name", &["generate", "--prompt", "x", "--kv", ",dtype=f16"], &["NAME[:FILE]"]),
+        ("unknown option", &["generate", "--prompt", "x", "--kv", "dense,bits=2"], &["bits", "dtype"]),
+        ("bad option", &["generate", "--prompt", "x", "--kv", "dense,dtype=int4"], &["dtype", "int4"]),
+        ("mode takes no file", &["generate", "--prompt", "x", "--kv", "dense:plan"], &["no file"]),
+        ("mode takes no other", &["generate", "--prompt", "x", "--kv", "dense+dense"], &["composed"]),
+        ("no model", &["generate", "--prompt", "x", "--model", "/nonexistent"], &["/nonexistent"]),
+    ];
+    for (case, arguments, named) in cases {
+        refuse(case, arguments, named);
+    }
+}
+
+#[test]
+fn an_unwritable_json_path_stops_the_command_before_its_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let heldout = heldout();
+    let missing = folder.path().join("missing/report.json");
+    // Work would find that the model is missing; the path is found first.
+    for (case, file) in
+        [("no such folder", missing.as_path()), ("a folder", folder.path()), ("nothing", Path::new(""))]
+    {
+        let arguments = ["eval", "--text", &heldout, "--model", "/nonexistent", "--json", path(file)];
+        refuse(case, &arguments, &["cannot write", path(file)]);
+    }
+    // And a failure later leaves neither a file nor a change.
+    let (new, old) = (folder.path().join("new.json"), folder.path().join("old.json"));
+    std::fs::write(&old, "kept").unwrap();
+    for file in [&new, &old] {
+        refuse(
+            "context",
+            &["eval", "--text", &heldout, "--context", "9999", "--json", path(file)],
+            &["9999"],
+        );
+        refuse("token", &["logits", "--tokens", "999", "--json", path(file)], &["999"]);
+    }
+    assert!(!new.exists());
+    assert_eq!(std::fs::read_to_string(&old).unwrap(), "kept");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "a temporary file is left");
+}
+
+#[test]
+fn texts_that_cannot_be_evaluated() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("text");
+    for (case, content, named) in
+        [("empty", "", "nothing in"), ("one byte", "x", "at least"), ("three", "xyz", "at least")]
+    {
+        std::fs::write(&file, content).unwrap();
+        refuse(case, &["eval", "--text", path(&file)], &["text", named]);
+    }
+}
+
+#[test]
+fn damaged_checkpoints() {
+    type Damage = fn(&Path);
+    fn weights(folder: &Path) -> std::path::PathBuf {
+        folder.join("model.safetensors")
+    }
+    fn shorten(file: &Path, bytes: u64) {
+        std::fs::OpenOptions::new().write(true).open(file).unwrap().set_len(bytes).unwrap();
+    }
+    let cases: &[(&str, &str, Damage, &[&str])] = &[
+        (
+            "no config.json",
+            "yarn",
+            |f| std::fs::remove_file(f.join("config.json")).unwrap(),
+            &["config.json"],
+        ),
+        (
+            "config.json is no JSON",
+            "yarn",
+            |f| std::fs::write(f.join("config.json"), "{\n\"a\":").unwrap(),
+            &["config.json"],
+        ),
+        ("no weights", "yarn", |f| std::fs::remove_file(weights(f)).unwrap(), &["safetensors"]),
+        ("truncated weights", "yarn", |f| shorten(&weights(f), 9000), &["model.safetensors", "truncated"]),
+        ("truncated header", "yarn", |f| shorten(&weights(f), 100), &["model.safetensors", "truncated"]),
+        ("empty weights", "yarn", |f| shorten(&weights(f), 0), &["model.safetensors", "truncated"]),
+        (
+            "a shard is missing",
+            "llama",
+            |f| std::fs::remove_file(f.join("model-00002-of-00002.safetensors")).unwrap(),
+            &["model-00002"],
+        ),
+        (
+            "an index that leaves its folder",
+            "llama",
+            |f| {
+                std::fs::write(
+                    f.join("model.safetensors.index.json"),
+                    r#"{"weight_map":{"a":"../x.safetensors"}}"#,
+                )
+                .unwrap();
+            },
+            &["../x.safetensors"],
+        ),
+        (
+            "a tensor is missing",
+            "yarn",
+            |f| set_config(f, json!({"num_hidden_layers": 3})),
+            &["model.layers.2"],
+        ),
+        (
+            "no output projection",
+            "qwen3",
+            |f| set_config(f, json!({"tie_word_embeddings": false})),
+            &["lm_head.weight"],
+        ),
+        ("no bias", "yarn", |f| set_config(f, json!({"attention_bias": true})), &["q_proj.bias"]),
+        (
+            "vocabulary of another size",
+            "yarn",
+            |f| set_config(f, json!({"vocab_size": 41})),
+            &["embed_tokens", "[41, 16]", "[40, 16]"],
+        ),
+        (
+            "heads of another size",
+            "yarn",
+            |f| set_config(f, json!({"head_dim": 16})),
+            &["q_proj", "[64, 16]", "[32, 16]"],
+        ),
+        (
+            "unknown architecture",
+            "yarn",
+            |f| set_config(f, json!({"architectures": ["GPT2LMHeadModel"]})),
+            &["GPT2LMHeadModel", "LlamaForCausalLM"],
+        ),
+        (
+            "no architecture",
+            "yarn",
+            |f| set_config(f, json!({"architectures": null})),
+            &["architecture", "llama"],
+        ),
+        (
+            "unknown RoPE type",
+            "llama",
+            |f| set_config(f, json!({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}})),
+            &["spiral", "yarn"],
+        ),
+        (
+            "unknown RoPE type, new keys",
+            "qwen3",
+            |f| set_config(f, json!({"rope_parameters": {"rope_type": "longrope"}})),
+            &["longrope"],
+        ),
+        (
+            "RoPE key is missing",
+            "llama",
+            |f| set_config(f, json!({"rope_scaling": {"type": "linear"}})),
+            &["rope_scaling.factor"],
+        ),
+        (
+            "RoPE key is no number",
+            "llama",
+            |f| set_config(f, json!({"rope_scaling": {"type": "linear", "factor": "2"}})),
+            &["rope_scaling.factor"],
+        ),
+        ("RoPE out of range", "llama", |f| set_config(f, json!({"rope_theta": -1.0})), &["rope", "-1"]),
+        ("a size is missing", "yarn", |f| set_config(f, json!({"hidden_size": null})), &["hidden_size"]),
+        ("a size is 0", "yarn", |f| set_config(f, json!({"num_hidden_layers": 0})), &["num_hidden_layers"]),
+        ("a size is text", "yarn", |f| set_config(f, json!({"hidden_size": "big"})), &["config.json", "big"]),
+        (
+            "heads that do not divide",
+            "yarn",
+            |f| set_config(f, json!({"num_key_value_heads": 3})),
+            &["num_attention_heads"],
+        ),
+        ("activation", "yarn", |f| set_config(f, json!({"hidden_act": "gelu"})), &["hidden_act", "gelu"]),
+        ("quantized", "yarn", |f| set_config(f, json!({"quantization_config": {"bits": 4}})), &["quantiz"]),
+        (
+            "partial rotary",
+            "yarn",
+            |f| set_config(f, json!({"partial_rotary_factor": 0.5})),
+            &["partial_rotary_factor"],
+        ),
+        ("window of 0", "mistral", |f| set_config(f, json!({"sliding_window": 0})), &["sliding_window"]),
+        (
+            "unknown layer type",
+            "qwen2",
+            |f| set_config(f, json!({"layer_types": ["full_attention", "linear_attention"]})),
+            &["linear_attention"],
+        ),
+    ];
+    for (case, checkpoint, damage, named) in cases {
+        let copy = copy(&golden(checkpoint));
+        damage(copy.path());
+        refuse(case, &["logits", "--tokens", "1,2", "--model", path(copy.path())], named);
+    }
+    let model = golden("yarn");
+    refuse("no tokenizer", &["generate", "--prompt", "x", "--model", path(&model)], &["tokenizer.json"]);
+}
+
+#[test]
+fn unsupported_weight_types_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::copy(golden("qwen3").join("config.json"), folder.path().join("config.json")).unwrap();
+    let data = vec![0u8; 40 * 16];
+    let view =
+        safetensors::tensor::TensorView::new(safetensors::Dtype::F8_E4M3, vec![40, 16], &data).unwrap();
+    let file = folder.path().join("model.safetensors");
+    safetensors::serialize_to_file([("model.embed_tokens.weight", view)], None, &file).unwrap();
+    refuse(
+        "f8",
+        &["logits", "--tokens", "1", "--model", path(folder.path())],
+        &["embed_tokens", "F8_E4M3", "f16"],
+    );
+}
