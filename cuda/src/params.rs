@@ -6,6 +6,7 @@
 pub const HEADER_DIGESTS: &[(&str, &str)] = &[
     ("decode_params.h", "549968e16df86614bfc18febb9e8a134b45a2341d7ec89cffc90efeaa94a6fee"),
     ("merge_states_params.h", "a1ca4ca86a37067ead0a7fdbb4a70c68ff2be74458bddc317fa12c2d18667ee8"),
+    ("prefill_params.h", "ae79b19a538961219f74c74020118b6bee73c7146a99e3a9a012d12f825ec2b3"),
     ("status_params.h", "4f7980c429bc31cb21feb31a9a1840964bf406b48721d9a745514ad009959d99"),
 ];
 
@@ -132,6 +133,102 @@ const _: () = {
     ["Offset of field: MergeStatesParams::splits_per_block"]
         [::core::mem::offset_of!(MergeStatesParams, splits_per_block) - 8usize];
     ["Offset of field: MergeStatesParams::_pad"][::core::mem::offset_of!(MergeStatesParams, _pad) - 12usize];
+};
+#[doc = " Shape, layout and mask of one prefill."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct PrefillParams {
+    #[doc = " Elements between two pages of K, or 0 where K is not paged."]
+    pub k_page_stride: i64,
+    #[doc = " Elements between two tokens of K."]
+    pub k_token_stride: i64,
+    #[doc = " Elements between two heads of K."]
+    pub k_head_stride: i64,
+    #[doc = " Elements between two pages of V, or 0 where V is not paged."]
+    pub v_page_stride: i64,
+    #[doc = " Elements between two tokens of V."]
+    pub v_token_stride: i64,
+    #[doc = " Elements between two heads of V."]
+    pub v_head_stride: i64,
+    #[doc = " Entries between two sequences of the block table."]
+    pub table_batch_stride: i64,
+    #[doc = " Entries between two KV heads of the block table; 0 where all heads share it."]
+    pub table_head_stride: i64,
+    #[doc = " Sequences."]
+    pub batch: u32,
+    #[doc = " Query tokens of all sequences."]
+    pub num_queries: u32,
+    #[doc = " KV heads."]
+    pub kv_heads: u32,
+    #[doc = " Query heads that read one KV head."]
+    pub group: u32,
+    #[doc = " log2 of the tokens in a page."]
+    pub page_shift: u32,
+    #[doc = " Pages that the block table holds for one sequence."]
+    pub max_pages: u32,
+    #[doc = " Pages in the pool; a page id is below this."]
+    pub num_pages: u32,
+    #[doc = " Tokens in a contiguous cache."]
+    pub num_tokens: u32,
+    #[doc = " Largest length that the plan allows."]
+    pub max_kv_len: u32,
+    #[doc = " 1 where a query sees the keys up to its own position, 0 where it sees all."]
+    pub causal: u32,
+    #[doc = " Keys that a query sees, itself included; 0 for all."]
+    pub window: u32,
+    #[doc = " First keys of the sequence that stay visible outside the window."]
+    pub sinks: u32,
+    #[doc = " First keys of the sequence that every query sees, past its own position too."]
+    pub prefix: u32,
+    #[doc = " 1 where the softmax state starts from the one stored, 0 where it starts empty."]
+    pub resume: u32,
+    #[doc = " Softmax scale."]
+    pub scale: f32,
+    #[doc = " Soft-cap of the scaled scores; read only where the kernel is compiled with it."]
+    pub soft_cap: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PrefillParams"][::core::mem::size_of::<PrefillParams>() - 128usize];
+    ["Alignment of PrefillParams"][::core::mem::align_of::<PrefillParams>() - 8usize];
+    ["Offset of field: PrefillParams::k_page_stride"]
+        [::core::mem::offset_of!(PrefillParams, k_page_stride) - 0usize];
+    ["Offset of field: PrefillParams::k_token_stride"]
+        [::core::mem::offset_of!(PrefillParams, k_token_stride) - 8usize];
+    ["Offset of field: PrefillParams::k_head_stride"]
+        [::core::mem::offset_of!(PrefillParams, k_head_stride) - 16usize];
+    ["Offset of field: PrefillParams::v_page_stride"]
+        [::core::mem::offset_of!(PrefillParams, v_page_stride) - 24usize];
+    ["Offset of field: PrefillParams::v_token_stride"]
+        [::core::mem::offset_of!(PrefillParams, v_token_stride) - 32usize];
+    ["Offset of field: PrefillParams::v_head_stride"]
+        [::core::mem::offset_of!(PrefillParams, v_head_stride) - 40usize];
+    ["Offset of field: PrefillParams::table_batch_stride"]
+        [::core::mem::offset_of!(PrefillParams, table_batch_stride) - 48usize];
+    ["Offset of field: PrefillParams::table_head_stride"]
+        [::core::mem::offset_of!(PrefillParams, table_head_stride) - 56usize];
+    ["Offset of field: PrefillParams::batch"][::core::mem::offset_of!(PrefillParams, batch) - 64usize];
+    ["Offset of field: PrefillParams::num_queries"]
+        [::core::mem::offset_of!(PrefillParams, num_queries) - 68usize];
+    ["Offset of field: PrefillParams::kv_heads"][::core::mem::offset_of!(PrefillParams, kv_heads) - 72usize];
+    ["Offset of field: PrefillParams::group"][::core::mem::offset_of!(PrefillParams, group) - 76usize];
+    ["Offset of field: PrefillParams::page_shift"]
+        [::core::mem::offset_of!(PrefillParams, page_shift) - 80usize];
+    ["Offset of field: PrefillParams::max_pages"]
+        [::core::mem::offset_of!(PrefillParams, max_pages) - 84usize];
+    ["Offset of field: PrefillParams::num_pages"]
+        [::core::mem::offset_of!(PrefillParams, num_pages) - 88usize];
+    ["Offset of field: PrefillParams::num_tokens"]
+        [::core::mem::offset_of!(PrefillParams, num_tokens) - 92usize];
+    ["Offset of field: PrefillParams::max_kv_len"]
+        [::core::mem::offset_of!(PrefillParams, max_kv_len) - 96usize];
+    ["Offset of field: PrefillParams::causal"][::core::mem::offset_of!(PrefillParams, causal) - 100usize];
+    ["Offset of field: PrefillParams::window"][::core::mem::offset_of!(PrefillParams, window) - 104usize];
+    ["Offset of field: PrefillParams::sinks"][::core::mem::offset_of!(PrefillParams, sinks) - 108usize];
+    ["Offset of field: PrefillParams::prefix"][::core::mem::offset_of!(PrefillParams, prefix) - 112usize];
+    ["Offset of field: PrefillParams::resume"][::core::mem::offset_of!(PrefillParams, resume) - 116usize];
+    ["Offset of field: PrefillParams::scale"][::core::mem::offset_of!(PrefillParams, scale) - 120usize];
+    ["Offset of field: PrefillParams::soft_cap"][::core::mem::offset_of!(PrefillParams, soft_cap) - 124usize];
 };
 #[doc = " Nothing is wrong."]
 pub const FAULT_NONE: FaultCode = 0;

@@ -105,6 +105,29 @@ fn a_launch_is_encoded() {
 }
 
 #[test]
+fn a_launch_makes_its_context_current() {
+    with_driver("a_launch_makes_its_context_current", Setup::default(), |fake| {
+        let bench = Bench::new(fake, &SMALL);
+        let n = 1u32;
+        // SAFETY: the stand-in runs nothing, so nobody follows the address.
+        let view = unsafe { View::<f32>::from_raw(0x1000, 16, Space::Device(0)) };
+        let args = [Arg::read("input", &view), Arg::read("output", &view), Arg::value("n", &n)];
+        fake.context(1).bind_to_thread().map_err(|error| error.0).unwrap();
+        bench.launch_args(&bench.stream, &args).expect("after work in another context");
+        assert!(fake.log()[0].starts_with("cuLaunchKernelEx small"));
+        let (function, stream) = (bench.function.clone(), bench.stream.clone());
+        let launched = std::thread::spawn(move || {
+            // SAFETY: as above.
+            let view = unsafe { View::<f32>::from_raw(0x1000, 16, Space::Device(0)) };
+            let args = [Arg::read("input", &view), Arg::read("output", &view), Arg::value("n", &1u32)];
+            // SAFETY: the stand-in runs nothing.
+            unsafe { function.launch(&stream, &CONFIG, &args) }
+        });
+        launched.join().unwrap().expect("on a thread that has no context");
+    });
+}
+
+#[test]
 fn a_grid_without_blocks_launches_nothing() {
     with_driver("a_grid_without_blocks_launches_nothing", Setup::default(), |fake| {
         let mut bench = Bench::new(fake, &SMALL);
