@@ -65,7 +65,7 @@ impl Checkpoint {
     /// Takes out a tensor of a given shape.
     ///
     /// # Errors
-    /// The tensor is missing (or already taken), or has another shape or an unknown type.
+    /// The tensor is missing (or already taken), has another shape, an unknown type, or an element that is not finite.
     pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor, Error> {
         let tensor = self.tensors.remove(name).ok_or_else(|| Error::MissingTensor {
             name: name.to_string(),
@@ -78,7 +78,12 @@ impl Checkpoint {
                 found: tensor.shape,
             });
         }
-        Ok(tensor)
+        match tensor.data.iter().position(|x| !x.is_finite()) {
+            Some(index) => {
+                Err(Error::TensorValue { name: name.to_string(), index, value: tensor.data[index] })
+            }
+            None => Ok(tensor),
+        }
     }
 }
 

@@ -84,6 +84,17 @@ pub enum Error {
         found: String,
     },
 
+    /// A weight has an infinity or a NaN.
+    #[error("tensor {name}: element {index} is {value}, not a finite number")]
+    TensorValue {
+        /// The tensor.
+        name: String,
+        /// Which element, row-major.
+        index: usize,
+        /// What it is.
+        value: f32,
+    },
+
     /// A token is not in the vocabulary.
     #[error("token {token} is out of range: the vocabulary has {vocab_size} tokens")]
     Token {
@@ -158,7 +169,7 @@ impl Error {
         Error::Malformed { path: path.to_path_buf(), reason: reason.to_string() }
     }
 
-    /// Reads a whole file.
+    /// Makes an [`Error::Read`] of this path.
     pub(crate) fn reading(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_path_buf();
         move |source| Error::Read { path, source }

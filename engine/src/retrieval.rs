@@ -236,7 +236,9 @@ mod tests {
 
     #[test]
     fn tokens_may_cross_an_answers_edges() {
-        let document = Document { text: "get a -> 12345\n".into(), questions: 0, answers: vec![9..14] };
+        let answer = 9..14;
+        let document =
+            Document { text: "get a -> 12345\n".into(), questions: 0, answers: Vec::from([answer]) };
         let piece = |token, bytes| Piece { token, bytes };
         // " 123" and "45\n", after "get a ->".
         let asked = [piece(1, 0..8), piece(2, 8..12), piece(3, 12..15)];

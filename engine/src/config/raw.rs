@@ -44,10 +44,14 @@ enum OneOrMany {
     Many(Vec<u32>),
 }
 
-/// A size that must be there and must not be 0.
+/// Larger than any model's sizes, small enough that no product of two overflows.
+const LARGEST: usize = 1 << 24;
+
+/// A size that must be there, and neither 0 nor absurd.
 pub(super) fn size(key: &str, value: Option<usize>) -> Result<usize, Error> {
     match value {
         Some(0) => Err(Error::config(key, "at least 1", 0)),
+        Some(value) if value > LARGEST => Err(Error::config(key, format!("at most {LARGEST}"), value)),
         Some(value) => Ok(value),
         None => Err(Error::config(key, "a number", "nothing")),
     }

@@ -2,7 +2,7 @@
 //!
 //! A method implements [`Ranks`] and gets a line in [`METHODS`] and in [`open`]. Ranks may be this one process, threads
 //! that share a prompt, or processes on other machines; afterwards the whole prompt's keys and values are in the KV cache
-//! of the rank that decodes ([`KvCache::append`](crate::kv::KvCache::append) takes what other ranks computed).
+//! of the rank that decodes ([`KvCache::append`] takes what other ranks computed).
 
 mod single;
 
