@@ -39,6 +39,8 @@ pub fn compile(nvrtc: &Nvrtc, instance: &Instance, arch: Arch) -> Result<Cubin, 
 }
 
 /// Compiles an instance once more and reads what it uses from ptxas's log.
+///
+/// Once more, because a cubin records its options: with this one it would differ from the cubin that runs.
 pub fn resources(nvrtc: &Nvrtc, instance: &Instance, arch: Arch) -> Result<Resources, Error> {
     let log = run(nvrtc, instance, arch, &["--ptxas-options=-v"])?.log;
     parse_resources(&log).ok_or_else(|| Error::Compile {

@@ -257,3 +257,74 @@ fn print_sass(cubin: &Cubin) -> Result {
     println!("{}", String::from_utf8_lossy(&output.stdout));
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn budgets_are_held() {
+        let (instance, row) = table::shipped().next().expect("the table has rows");
+        let job = |row| Job { instance: instance.clone(), row, arch: Arch::new(8, 0) };
+        let within = Resources { registers: row.registers, shared: row.shared, ..Resources::default() };
+        let cases = [
+            ("all of the budget", Some(row), within, None),
+            (
+                "a register more",
+                Some(row),
+                Resources { registers: row.registers + 1, ..within },
+                Some("registers"),
+            ),
+            (
+                "a byte more",
+                Some(row),
+                Resources { shared: row.shared + 1, ..within },
+                Some("static shared memory"),
+            ),
+            (
+                "spilled stores",
+                Some(row),
+                Resources { spill_stores: 4, ..within },
+                Some("spills 4 bytes of stores"),
+            ),
+            ("spilled loads", None, Resources { spill_loads: 8, ..within }, Some("8 bytes of loads")),
+            ("no budget", None, Resources { registers: 255, shared: u32::MAX, ..within }, None),
+        ];
+        for (name, row, used, expected) in cases {
+            let faults = over_budget(&job(row), &used);
+            match expected {
+                None => assert!(faults.is_empty(), "{name}: {faults:?}"),
+                Some(words) => assert!(faults.len() == 1 && faults[0].contains(words), "{name}: {faults:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn every_combination_is_listed_once() {
+        for kernel in table::kernels() {
+            let labels: std::collections::BTreeSet<_> =
+                allowed(kernel).map(|instance| instance.label()).collect();
+            let expected: usize = kernel.constants.iter().map(|constant| constant.allowed.len()).product();
+            assert_eq!(labels.len(), expected, "{}", kernel.name);
+            assert!(
+                kernel.rows.iter().all(|row| {
+                    labels.contains(&Instance { kernel, values: row.values.to_vec() }.label())
+                })
+            );
+        }
+    }
+
+    #[test]
+    fn arguments_are_read() {
+        let words = |text: &str| text.split_whitespace().map(str::to_string).collect::<Vec<_>>();
+        let parsed =
+            parse(&words("decode --arch sm_90a --all --sass --prebuilt out --nvrtc 12.8 merge")).unwrap();
+        assert_eq!(parsed.filters, ["decode", "merge"]);
+        assert_eq!((parsed.arch.as_deref(), parsed.nvrtc.as_deref()), (Some("sm_90a"), Some("12.8")));
+        assert!(parsed.all && parsed.sass && parsed.prebuilt == Some(PathBuf::from("out")));
+        for (text, expected) in [("--arch", "--arch needs a value"), ("--fast", "there is no option --fast")]
+        {
+            assert_eq!(parse(&words(text)).err().as_deref(), Some(expected));
+        }
+    }
+}
