@@ -19,6 +19,7 @@ pub const HEADERS: &[(&str, &str)] = headers! {
     "types.cuh"
     "decode_params.h"
     "merge_states_params.h"
+    "prefill_params.h"
     "status_params.h"
     "ptx/bulk_copy.cuh"
     "ptx/convert.cuh"
@@ -82,5 +83,15 @@ mod tests {
             }
         }
         assert!(included > 0, "no header includes another: the search is broken");
+    }
+
+    #[test]
+    fn dtypes_have_the_same_numbers_on_both_sides() {
+        use crate::table::dtype;
+        let (_, types) = HEADERS.iter().find(|(name, _)| *name == "types.cuh").expect("types.cuh is embedded");
+        for (name, number) in [("F32", dtype::F32), ("F16", dtype::F16), ("BF16", dtype::BF16)] {
+            let line = format!("constexpr int DTYPE_{name} = {number};");
+            assert!(types.lines().any(|found| found == line), "types.cuh has no line `{line}`");
+        }
     }
 }

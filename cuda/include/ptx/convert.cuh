@@ -12,8 +12,8 @@
 
 namespace software {
 
-// |x| (f32 bits without sign, finite) rounded to a format with the given exponent bias and mantissa width. The result may
-// run over into the exponent of infinity, or past the largest finite fp8; the caller decides what that means.
+// |x| (f32 bits without sign, not NaN) rounded to a format with the given exponent bias and mantissa width, as if its
+// exponent had no upper end: what is past the format's largest code, infinity included, the caller cuts off.
 template <int Bias, int Mantissa>
 DEVICE constexpr uint32_t narrow(uint32_t magnitude) {
     const int exponent = static_cast<int>(magnitude >> 23) - 127 + Bias;
@@ -31,14 +31,15 @@ DEVICE constexpr uint32_t narrow(uint32_t magnitude) {
     return (value + half - 1 + odd) >> shift;
 }
 
+DEVICE constexpr uint32_t at_most(uint32_t code, uint32_t largest) { return code < largest ? code : largest; }
+
 DEVICE constexpr uint32_t magnitude(float x) { return bit_cast<uint32_t>(x) & 0x7fffffff; }
 DEVICE constexpr uint32_t sign(float x) { return bit_cast<uint32_t>(x) >> 31; }
 
 DEVICE constexpr uint16_t f16_from_f32(float x) {
     const uint32_t m = magnitude(x);
     if (m > 0x7f800000) return 0x7fff;
-    const uint32_t rounded = m >= 0x47800000 ? 0x7c00 : narrow<15, 10>(m);  // 2^16 and above is infinite
-    return static_cast<uint16_t>(sign(x) << 15 | rounded);
+    return static_cast<uint16_t>(sign(x) << 15 | at_most(narrow<15, 10>(m), 0x7c00));
 }
 
 DEVICE constexpr float f32_from_f16(uint16_t h) {
@@ -60,16 +61,14 @@ DEVICE constexpr uint16_t bf16_from_f32(float x) {
 DEVICE constexpr uint8_t e4m3_from_f32(float x) {
     const uint32_t m = magnitude(x);
     if (m > 0x7f800000) return 0x7f;
-    const uint32_t rounded = m >= 0x43e00000 ? 0x7e : narrow<7, 3>(m);  // 448 and above
-    return static_cast<uint8_t>(sign(x) << 7 | (rounded > 0x7e ? 0x7e : rounded));
+    return static_cast<uint8_t>(sign(x) << 7 | at_most(narrow<7, 3>(m), 0x7e));
 }
 
 // fp8 E5M2: largest finite 57344 = 0x7b, infinity 0x7c (never produced), NaN 0x7f.
 DEVICE constexpr uint8_t e5m2_from_f32(float x) {
     const uint32_t m = magnitude(x);
     if (m > 0x7f800000) return 0x7f;
-    const uint32_t rounded = m >= 0x47600000 ? 0x7b : narrow<15, 2>(m);  // 57344 and above
-    return static_cast<uint8_t>(sign(x) << 7 | (rounded > 0x7b ? 0x7b : rounded));
+    return static_cast<uint8_t>(sign(x) << 7 | at_most(narrow<15, 2>(m), 0x7b));
 }
 
 // E4M3 as f16 bits; every value is an f16.
