@@ -119,7 +119,11 @@ fn base(sanitize: bool) -> cc::Build {
         .warnings(false)
         .cargo_metadata(false);
     // Without contraction `a * b + c` rounds twice, as the `_rn` intrinsics of bit-exact kernels do.
-    build.flag("-ffp-contract=off").flag("-fno-omit-frame-pointer").flag("-ftls-model=initial-exec");
+    build
+        .flag("-ffp-contract=off")
+        .flag("-fno-omit-frame-pointer")
+        .flag("-ftls-model=initial-exec")
+        .flag("-mpopcnt");
     if sanitize {
         build.define("EMULATOR_SANITIZE", None);
         build.flag("-fsanitize=address,undefined").flag("-fno-sanitize-recover=all");

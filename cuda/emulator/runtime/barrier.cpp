@@ -97,7 +97,7 @@ int block_barrier(Vote vote, int predicate, const char* file, unsigned line) {
         barrier.vote = vote;
         barrier.votes = 0;
         barrier.expected = block.threads_in_block;
-    } else if (barrier.line != line || strcmp(barrier.file, file) != 0 || barrier.expected != block.threads_in_block) {
+    } else if (barrier.line != line || (barrier.file != file && strcmp(barrier.file, file) != 0) || barrier.expected != block.threads_in_block) {
         fail(pc, "divergent __syncthreads: this thread came to line %u, %s to line %u", line,
              thread_name(block, barrier.first_thread).c_str(), barrier.line);
     }

@@ -25,6 +25,8 @@ constexpr unsigned NAMED_BARRIERS = 16;
 constexpr uint32_t SHARED_LIMIT = 227 * 1024;
 constexpr uint32_t SHARED_FIRST = 1024;  // shared address of the first byte, so that a null shared address is out of bounds
 
+enum class Order : uint32_t { Forward, Reverse, Random };
+
 enum class State : uint8_t { Ready, AtWarp, AtBarrier, AtMbarrier, Finished };
 
 // cp.async: copies of one thread, oldest first, and how many of them each committed group ends after.
@@ -76,8 +78,13 @@ struct Thread {
     CpAsyncQueue copies;
     BulkStoreQueue stores;
 
-    void step_time() { time++; }
-    Stamp stamp() const;
+    uint64_t stamp_bits;    // of `time`
+
+    void step_time() {
+        time++;
+        stamp_bits += 1ull << Stamp::TIME_SHIFT;
+    }
+    Stamp stamp() const { return {stamp_bits}; }
 };
 
 struct Meeting;
@@ -171,6 +178,8 @@ struct Block {
     uint32_t agent_time[AGENTS];
 
     unsigned char* shared;  // the dynamic shared memory
+    uint32_t dynamic_shared;  // its size in this launch
+    Order order;
     Shadow shared_shadow;
     ClockPool clocks;
     unsigned last_buffer;
@@ -194,7 +203,5 @@ struct Block {
 };
 
 extern thread_local Thread* current;
-
-inline Stamp Thread::stamp() const { return Stamp::make(block->tag, AGENTS + linear, time, false); }
 
 }  // namespace emulator

@@ -52,23 +52,25 @@ GlobalPast global_past(const Thread& thread) { return {thread.knows, thread.bloc
 
 // ---- shared memory -------------------------------------------------------------------------------------------------------------
 
+// False if the access reads bytes that were never written.
 bool touch_shared(const Thread& thread, uintptr_t address, size_t bytes, Kind kind, Stamp now, const void* pc) {
     Block& block = *thread.block;
     const SharedPast past = shared_past(thread);
     const Place place = place_of(pc);
     bool unwritten = false;
-    const Conflict conflict = block.shared_shadow.visit(address, bytes, kind == Kind::Write, [&](Cell& cell) {
-        if (kind != Kind::Write) unwritten |= cell.write.block_tag() != block.tag && cell.atomic.block_tag() != block.tag;
-        return touch(cell, kind, now, place, past);
+    Conflict conflict;
+    const bool conflicts = block.shared_shadow.visit(address, bytes, kind == Kind::Write, [&](Cell& cell) {
+        if (kind != Kind::Write) unwritten |= cell.write.block_tag() != past.tag && cell.atomic.block_tag() != past.tag;
+        return touch(cell, kind, now, place, past, conflict);
     });
-    if (conflict && conflict.other.under_way()) {
+    if (!conflicts) return !unwritten;
+    if (conflict.other.under_way()) {
         const uint32_t offset = (uint32_t)(address - shared_base(block)) + SHARED_FIRST;
         for (const Mbarrier& m : block.mbarriers)
             if (offset < m.address + 8 && m.address < offset + bytes)
                 fail(pc, "shared memory: plain access to the mbarrier at shared address %u", m.address);
     }
-    if (conflict) fail_conflict(pc, "shared", conflict, shared_range(block, address, bytes));
-    return !unwritten;
+    fail_conflict(pc, "shared", conflict, shared_range(block, address, bytes));
 }
 
 void access_shared(const Thread& thread, uintptr_t address, size_t bytes, Kind kind, const void* pc) {
@@ -98,19 +100,19 @@ std::string global_range(const Buffer& buffer, uintptr_t address, size_t bytes) 
 }
 
 template <class Visit>
-Conflict visit_global(GlobalMemory& memory, const Launch& launch, const Buffer& buffer, uintptr_t address, size_t bytes, bool whole, const Visit& visit) {
+bool visit_global(GlobalMemory& memory, const Launch& launch, const Buffer& buffer, uintptr_t address, size_t bytes, bool whole, const Visit& visit) {
     if (launch.os_threads == 1) return buffer.shadow->visit(address, bytes, whole, visit);
     while (bytes > 0) {  // line by line, each under its lock
         const size_t part = 64 - address % 64 < bytes ? 64 - address % 64 : bytes;
         Stripe& stripe = memory.stripe(address);
         stripe.lock();
-        const Conflict conflict = buffer.shadow->visit(address, part, whole, visit);
+        const bool ended = buffer.shadow->visit(address, part, whole, visit);
         stripe.unlock();
-        if (conflict) return conflict;
+        if (ended) return true;
         address += part;
         bytes -= part;
     }
-    return {};
+    return false;
 }
 
 void access_global(const Thread& thread, uintptr_t address, size_t bytes, Kind kind, Stamp now, const void* pc) {
@@ -125,14 +127,16 @@ void access_global(const Thread& thread, uintptr_t address, size_t bytes, Kind k
     Traffic& traffic = block.traffic[buffer->number];
     (write ? traffic.written : traffic.read) += bytes;
     if (!CHECKED || !buffer->writable) return;
+    if (bytes <= 16 && kind <= Kind::Write && buffer->shadow->repeated(address, bytes, kind, now)) return;
     const GlobalPast past = global_past(thread);
     const Place place = place_of(pc);
-    const Conflict conflict = visit_global(launch.memory, launch, *buffer, address, bytes, kind == Kind::Write,
-                                           [&](Cell& cell) { return touch(cell, kind, now, place, past); });
-    if (conflict) fail_conflict(pc, "global", conflict, global_range(*buffer, address, bytes));
+    Conflict conflict;
+    const bool conflicts = visit_global(launch.memory, launch, *buffer, address, bytes, kind == Kind::Write,
+                                        [&](Cell& cell) { return touch(cell, kind, now, place, past, conflict); });
+    if (conflicts) fail_conflict(pc, "global", conflict, global_range(*buffer, address, bytes));
 }
 
-inline void access(uintptr_t address, size_t bytes, Kind kind, const void* pc) {
+void access(uintptr_t address, size_t bytes, Kind kind, const void* pc) {
     Thread* thread = current;
     if (!thread || address - thread->stack_low < STACK_BYTES) return;
     if (address - (shared_base(*thread->block) - SHARED_WINDOW_BELOW) < SHARED_WINDOW) {
@@ -142,11 +146,17 @@ inline void access(uintptr_t address, size_t bytes, Kind kind, const void* pc) {
     }
 }
 
-// A device faults on an address that is not a multiple of the access; x86 does not.
-inline void aligned_access(uintptr_t address, size_t bytes, Kind kind, const void* pc) {
-    if (address & (bytes - 1)) {
-        if (current) fail(pc, "misaligned %s of %zu bytes at 0x%zx", kind == Kind::Read ? "read" : "write", bytes, (size_t)address);
-    }
+// An access of the kernel's own. What can be told at once is: a thread's own stack, and shared memory that it accesses again.
+template <size_t bytes, Kind kind>
+inline __attribute__((always_inline)) void instrumented(uintptr_t address, const void* pc) {
+    Thread* thread = current;
+    if (!thread || address - thread->stack_low < STACK_BYTES) return;
+    // A device faults on an address that is not a multiple of the access; x86 does not.
+    if (address & (bytes - 1)) fail(pc, "misaligned %s of %zu bytes at 0x%zx", kind == Kind::Read ? "read" : "write", bytes, (size_t)address);
+    Block& block = *thread->block;
+    const uintptr_t offset = address - shared_base(block);
+    const uint32_t limit = block.dynamic_shared;
+    if (offset < limit && bytes <= limit - offset && block.shared_shadow.repeated(address, bytes, kind, thread->stamp())) return;
     access(address, bytes, kind, pc);
 }
 
@@ -178,16 +188,16 @@ void check_shared(const Thread& thread, uint32_t address, size_t bytes, Kind kin
 void check_proxy_fence(const Thread& thread, uint32_t address, size_t bytes, const char* what, const void* pc) {
     if (!CHECKED) return;
     Block& block = *thread.block;
-    const Conflict missing = block.shared_shadow.visit(shared_base(block) + (address - SHARED_FIRST), bytes, false, [&](Cell& cell) -> Conflict {
+    Conflict missing;
+    const bool misses = block.shared_shadow.visit(shared_base(block) + (address - SHARED_FIRST), bytes, false, [&](Cell& cell) {
         const Stamp w = cell.write;
-        if (w.block_tag() != block.tag || w.by_agent()) return {};  // written by the async proxy itself
+        if (w.block_tag() != block.tag || w.by_agent()) return false;  // written by the async proxy itself
         // The fence may be the writer's, after the write, or the reader's, after it had heard of the write.
-        if (block.threads[w.thread()].fenced_time >= w.time()) return {};
-        if (w.thread() == thread.linear) return {"", w, cell.write_place};
-        if (thread.fenced_knows && thread.fenced_knows->time[w.who()] >= w.time()) return {};
-        return {"", w, cell.write_place};
+        if (block.threads[w.thread()].fenced_time >= w.time()) return false;
+        if (thread.fenced_knows && thread.fenced_knows->time[w.who()] >= w.time()) return false;
+        return missing.with("no fence", w, cell.write_place);
     });
-    if (missing)
+    if (misses)
         fail(pc, "%s reads shared memory that %s wrote through the generic proxy at {@%x}, without fence.proxy.async between", what,
              thread_name(block, missing.other.thread()).c_str(), missing.place);
 }
@@ -205,19 +215,20 @@ void complete_shared(const Thread& thread, Stamp mark, Stamp done, uint32_t addr
     if (!CHECKED) return;
     const SharedPast past = shared_past(thread);
     const uintptr_t a = shared_base(*thread.block) + (address - SHARED_FIRST);
-    const Conflict conflict = thread.block->shared_shadow.visit(a, bytes, kind == Kind::Write, [&](Cell& cell) -> Conflict {
+    Conflict conflict;
+    const bool conflicts = thread.block->shared_shadow.visit(a, bytes, kind == Kind::Write, [&](Cell& cell) {
         if (kind == Kind::Write) {
             cell.write = done;  // nobody can have touched it since it was marked
-            return {};
+            return false;
         }
         for (Stamp& read : cell.read) {
             if (read.bits != mark.bits) continue;
             read = done;
-            return {};
+            return false;
         }
-        return touch(cell, Kind::Read, done, place_of(pc), past);  // the mark gave way to other readers
+        return touch(cell, Kind::Read, done, place_of(pc), past, conflict);  // the mark gave way to other readers
     });
-    if (conflict) fail_conflict(pc, "shared", conflict, shared_range(*thread.block, a, bytes));
+    if (conflicts) fail_conflict(pc, "shared", conflict, shared_range(*thread.block, a, bytes));
 }
 
 void mark_global(const Thread& thread, Stamp mark, const void* address, size_t bytes, const void* pc) {
@@ -228,19 +239,19 @@ void complete_global(Stamp mark, Stamp done, const void* address, size_t bytes) 
     if (!CHECKED) return;
     Block& block = *current->block;
     const Buffer* buffer = block.launch->memory.find(reinterpret_cast<uintptr_t>(address), bytes, true, block.last_buffer);
-    visit_global(block.launch->memory, *block.launch, *buffer, reinterpret_cast<uintptr_t>(address), bytes, true, [&](Cell& cell) -> Conflict {
+    visit_global(block.launch->memory, *block.launch, *buffer, reinterpret_cast<uintptr_t>(address), bytes, true, [&](Cell& cell) {
         if (cell.write.bits == mark.bits) cell.write = done;
-        return {};
+        return false;
     });
 }
 
 void set_shared(Stamp mark, uint32_t address, size_t bytes) {
     if (!CHECKED) return;
     Block& block = *current->block;
-    block.shared_shadow.visit(shared_base(block) + (address - SHARED_FIRST), bytes, true, [&](Cell& cell) -> Conflict {
+    block.shared_shadow.visit(shared_base(block) + (address - SHARED_FIRST), bytes, true, [&](Cell& cell) {
         cell = Cell{};
         cell.write = mark;
-        return {};
+        return false;
     });
 }
 
@@ -257,8 +268,8 @@ using emulator::Kind;
 #define ADDRESS reinterpret_cast<uintptr_t>(address)
 #define CALLER __builtin_return_address(0)
 #define ACCESS(bytes)                                                                                                             \
-    void __tsan_read##bytes(void* address) { emulator::aligned_access(ADDRESS, bytes, Kind::Read, CALLER); }                      \
-    void __tsan_write##bytes(void* address) { emulator::aligned_access(ADDRESS, bytes, Kind::Write, CALLER); }
+    void __tsan_read##bytes(void* address) { (emulator::instrumented<bytes, Kind::Read>(ADDRESS, CALLER)); }                      \
+    void __tsan_write##bytes(void* address) { (emulator::instrumented<bytes, Kind::Write>(ADDRESS, CALLER)); }
 #define UNALIGNED_ACCESS(bytes)                                                                                                   \
     void __tsan_unaligned_read##bytes(void* address) { emulator::access(ADDRESS, bytes, Kind::Read, CALLER); }                    \
     void __tsan_unaligned_write##bytes(void* address) { emulator::access(ADDRESS, bytes, Kind::Write, CALLER); }

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "block.h"
+#include "report.h"
 
 namespace emulator {
 
@@ -202,6 +203,7 @@ void Gathering::add(ClockPool& pool, Thread& thread) {
     }
     sum->time[AGENTS + thread.linear] = thread.time;
     thread.step_time();
+    if (thread.time > Stamp::MAX_TIME - 2) fail(nullptr, "this thread has synchronised %u times, more than the checker can count", thread.time);
 }
 
 void Gathering::add_agent(ClockPool& pool, unsigned agent, uint32_t time) {

@@ -30,8 +30,8 @@
 
 // Makes a kernel known to the runtime under the name of its namespace.
 #define EMULATOR_ENTRY(space, kernel)                                                             \
-  extern "C" const ::emulator::Entry emulator_entry_##space;                                      \
-  const ::emulator::Entry emulator_entry_##space = {                                              \
-      &::emulator::Signature<decltype(&space::kernel)>::template run<&space::kernel>,             \
-      ::emulator::Signature<decltype(&space::kernel)>::parameters,                                \
-      ::emulator::Signature<decltype(&space::kernel)>::count};
+    extern "C" const ::emulator::Entry emulator_entry_##space;                                      \
+    const ::emulator::Entry emulator_entry_##space = {                                              \
+            &::emulator::Signature<decltype(&space::kernel)>::template run<&space::kernel>,             \
+            ::emulator::Signature<decltype(&space::kernel)>::parameters,                                \
+            ::emulator::Signature<decltype(&space::kernel)>::count};

@@ -11,12 +11,12 @@
 #include <utility>
 
 struct uint3 {
-  unsigned x, y, z;
+    unsigned x, y, z;
 };
 
 struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+    unsigned x, y, z;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
 namespace emulator {
@@ -109,14 +109,14 @@ void bulk_wait_read(unsigned pending);
 
 // The 128 bytes that stand for a CUtensorMap here. The Rust side builds it (`emulator::TensorMap`).
 struct alignas(64) TensorMap {
-  uint64_t magic;            // TENSOR_MAP_MAGIC
-  uint64_t address;          // of element (0, 0), divisible by 16
-  uint64_t columns, rows;    // extent in elements; x runs along columns
-  uint64_t row_bytes;        // distance of two rows, divisible by 16
-  uint32_t box_columns, box_rows;
-  uint32_t element_bytes;
-  uint32_t swizzle_128;      // 0: rows of the box are packed; 1: 128-byte rows, 16-byte chunks XOR-swizzled
-  uint64_t reserved[8];
+    uint64_t magic;            // TENSOR_MAP_MAGIC
+    uint64_t address;          // of element (0, 0), divisible by 16
+    uint64_t columns, rows;    // extent in elements; x runs along columns
+    uint64_t row_bytes;        // distance of two rows, divisible by 16
+    uint32_t box_columns, box_rows;
+    uint32_t element_bytes;
+    uint32_t swizzle_128;      // 0: rows of the box are packed; 1: 128-byte rows, 16-byte chunks XOR-swizzled
+    uint64_t reserved[8];
 };
 static_assert(sizeof(TensorMap) == 128, "a CUtensorMap has 128 bytes");
 constexpr uint64_t TENSOR_MAP_MAGIC = 0x70616d726f736e74;
@@ -170,14 +170,14 @@ float log2_approx(float x);
 // ---- a kernel as the runtime sees it -------------------------------------------------------------------------------------
 
 struct Parameter {
-  uint32_t bytes;
-  uint32_t is_pointer;
+    uint32_t bytes;
+    uint32_t is_pointer;
 };
 
 struct Entry {
-  void (*run)(void* const* arguments);  // one thread; arguments as cuLaunchKernel's kernelParams
-  const Parameter* parameters;
-  uint32_t count;
+    void (*run)(void* const* arguments);  // one thread; arguments as cuLaunchKernel's kernelParams
+    const Parameter* parameters;
+    uint32_t count;
 };
 
 template <class F>
@@ -185,18 +185,19 @@ struct Signature;
 
 template <class... P>
 struct Signature<void (*)(P...)> {
-  static constexpr uint32_t count = sizeof...(P);
-  static constexpr Parameter parameters[count + 1] = {{sizeof(P), std::is_pointer<P>::value}..., {0, 0}};
+    static constexpr uint32_t count = sizeof...(P);
+    static constexpr Parameter parameters[count + 1] = {{sizeof(P), std::is_pointer<P>::value}..., {0, 0}};
 
-  template <void (*kernel)(P...), size_t... i>
-  static inline void call(void* const* arguments, std::index_sequence<i...>) {
-    kernel(*static_cast<std::remove_const_t<P>*>(arguments[i])...);
-  }
+    // Reading the arguments is no access of the kernel's.
+    template <void (*kernel)(P...), size_t... i>
+    __attribute__((no_sanitize("thread"))) static void call(void* const* arguments, std::index_sequence<i...>) {
+        kernel(*static_cast<std::remove_const_t<P>*>(arguments[i])...);
+    }
 
-  template <void (*kernel)(P...)>
-  static void run(void* const* arguments) {
-    call<kernel>(arguments, std::make_index_sequence<count>());
-  }
+    template <void (*kernel)(P...)>
+    __attribute__((no_sanitize("thread"))) static void run(void* const* arguments) {
+        call<kernel>(arguments, std::make_index_sequence<count>());
+    }
 };
 
 }  // namespace emulator

@@ -27,14 +27,14 @@ constexpr int warpSize = 32;
 // ---- vector types ----------------------------------------------------------------------------------------------------
 
 #define EMULATOR_VECTOR_TYPES(type, name)                                                         \
-  struct alignas(sizeof(type) * 2) name##2 {                                                      \
-    type x, y;                                                                                    \
-  };                                                                                              \
-  struct alignas(sizeof(type) * 4 > 16 ? 16 : sizeof(type) * 4) name##4 {                         \
-    type x, y, z, w;                                                                              \
-  };                                                                                              \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                                \
-  inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
+    struct alignas(sizeof(type) * 2) name##2 {                                                      \
+        type x, y;                                                                                    \
+    };                                                                                              \
+    struct alignas(sizeof(type) * 4 > 16 ? 16 : sizeof(type) * 4) name##4 {                         \
+        type x, y, z, w;                                                                              \
+    };                                                                                              \
+    inline name##2 make_##name##2(type x, type y) { return {x, y}; }                                \
+    inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 EMULATOR_VECTOR_TYPES(signed char, char)
 EMULATOR_VECTOR_TYPES(unsigned char, uchar)
 EMULATOR_VECTOR_TYPES(short, short)
@@ -48,10 +48,10 @@ EMULATOR_VECTOR_TYPES(double, double)
 #undef EMULATOR_VECTOR_TYPES
 
 struct int3 {
-  int x, y, z;
+    int x, y, z;
 };
 struct float3 {
-  float x, y, z;
+    float x, y, z;
 };
 inline int3 make_int3(int x, int y, int z) { return {x, y, z}; }
 inline uint3 make_uint3(unsigned x, unsigned y, unsigned z) { return {x, y, z}; }
@@ -61,16 +61,16 @@ inline float3 make_float3(float x, float y, float z) { return {x, y, z}; }
 
 // The line of the call tells two divergent barriers apart that would otherwise meet by chance.
 inline void __syncthreads(const char* file = __builtin_FILE(), unsigned line = __builtin_LINE()) {
-  emulator::block_barrier(emulator::Vote::None, 0, file, line);
+    emulator::block_barrier(emulator::Vote::None, 0, file, line);
 }
 inline int __syncthreads_count(int predicate, const char* file = __builtin_FILE(), unsigned line = __builtin_LINE()) {
-  return emulator::block_barrier(emulator::Vote::Count, predicate, file, line);
+    return emulator::block_barrier(emulator::Vote::Count, predicate, file, line);
 }
 inline int __syncthreads_and(int predicate, const char* file = __builtin_FILE(), unsigned line = __builtin_LINE()) {
-  return emulator::block_barrier(emulator::Vote::And, predicate, file, line);
+    return emulator::block_barrier(emulator::Vote::And, predicate, file, line);
 }
 inline int __syncthreads_or(int predicate, const char* file = __builtin_FILE(), unsigned line = __builtin_LINE()) {
-  return emulator::block_barrier(emulator::Vote::Or, predicate, file, line);
+    return emulator::block_barrier(emulator::Vote::Or, predicate, file, line);
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator::warp_barrier(mask); }
 
@@ -78,36 +78,36 @@ namespace emulator {
 
 template <class T>
 inline uint64_t to_bits(T value) {
-  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable<T>::value, "a shuffle moves up to 8 bytes");
-  uint64_t bits = 0;
-  __builtin_memcpy(&bits, &value, sizeof(T));
-  return bits;
+    static_assert(sizeof(T) <= 8 && std::is_trivially_copyable<T>::value, "a shuffle moves up to 8 bytes");
+    uint64_t bits = 0;
+    __builtin_memcpy(&bits, &value, sizeof(T));
+    return bits;
 }
 
 template <class T>
 inline T from_bits(uint64_t bits) {
-  T value;
-  __builtin_memcpy(&value, &bits, sizeof(T));
-  return value;
+    T value;
+    __builtin_memcpy(&value, &bits, sizeof(T));
+    return value;
 }
 
 }  // namespace emulator
 
 template <class T>
 inline T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
-  return emulator::from_bits<T>(emulator::shuffle(emulator::Shuffle::Index, mask, emulator::to_bits(value), lane, width));
+    return emulator::from_bits<T>(emulator::shuffle(emulator::Shuffle::Index, mask, emulator::to_bits(value), lane, width));
 }
 template <class T>
 inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  return emulator::from_bits<T>(emulator::shuffle(emulator::Shuffle::Up, mask, emulator::to_bits(value), (int)delta, width));
+    return emulator::from_bits<T>(emulator::shuffle(emulator::Shuffle::Up, mask, emulator::to_bits(value), (int)delta, width));
 }
 template <class T>
 inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  return emulator::from_bits<T>(emulator::shuffle(emulator::Shuffle::Down, mask, emulator::to_bits(value), (int)delta, width));
+    return emulator::from_bits<T>(emulator::shuffle(emulator::Shuffle::Down, mask, emulator::to_bits(value), (int)delta, width));
 }
 template <class T>
 inline T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
-  return emulator::from_bits<T>(emulator::shuffle(emulator::Shuffle::Xor, mask, emulator::to_bits(value), lanes, width));
+    return emulator::from_bits<T>(emulator::shuffle(emulator::Shuffle::Xor, mask, emulator::to_bits(value), lanes, width));
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) { return emulator::ballot(mask, predicate != 0); }
 inline int __any_sync(unsigned mask, int predicate) { return emulator::vote_any(mask, predicate != 0); }
@@ -116,7 +116,7 @@ template <class T>
 inline unsigned __match_any_sync(unsigned mask, T value) { return emulator::match_any(mask, emulator::to_bits(value)); }
 template <class T>
 inline unsigned __match_all_sync(unsigned mask, T value, int* all_equal) {
-  return emulator::match_all(mask, emulator::to_bits(value), all_equal);
+    return emulator::match_all(mask, emulator::to_bits(value), all_equal);
 }
 inline unsigned __reduce_add_sync(unsigned mask, unsigned value) { return emulator::reduce(emulator::Reduction::Add, mask, value); }
 inline int __reduce_add_sync(unsigned mask, int value) { return (int)emulator::reduce(emulator::Reduction::Add, mask, (uint32_t)value); }
@@ -131,10 +131,10 @@ inline unsigned __reduce_xor_sync(unsigned mask, unsigned value) { return emulat
 // ---- atomics (relaxed) -------------------------------------------------------------------------------------------------
 
 #define EMULATOR_ATOMIC(name, type, bits, operation)                                              \
-  inline type name(type* word, type value) {                                                      \
-    return emulator::from_bits<type>(                                                             \
-        emulator::atomic_u##bits(emulator::Atomic::operation, word, (uint##bits##_t)emulator::to_bits(value))); \
-  }
+    inline type name(type* word, type value) {                                                      \
+        return emulator::from_bits<type>(                                                             \
+                emulator::atomic_u##bits(emulator::Atomic::operation, word, (uint##bits##_t)emulator::to_bits(value))); \
+    }
 EMULATOR_ATOMIC(atomicAdd, int, 32, Add)
 EMULATOR_ATOMIC(atomicAdd, unsigned, 32, Add)
 EMULATOR_ATOMIC(atomicAdd, unsigned long long, 64, Add)
@@ -169,7 +169,7 @@ inline unsigned atomicSub(unsigned* word, unsigned value) { return atomicAdd(wor
 inline int atomicCAS(int* word, int compare, int value) { return (int)emulator::atomic_cas_u32(word, (uint32_t)compare, (uint32_t)value); }
 inline unsigned atomicCAS(unsigned* word, unsigned compare, unsigned value) { return emulator::atomic_cas_u32(word, compare, value); }
 inline unsigned long long atomicCAS(unsigned long long* word, unsigned long long compare, unsigned long long value) {
-  return emulator::atomic_cas_u64(word, compare, value);
+    return emulator::atomic_cas_u64(word, compare, value);
 }
 
 // Fences order nothing for the checker: see emulator_api.h.
@@ -198,43 +198,43 @@ inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline unsigned __brev(unsigned x) {
-  x = (x >> 1 & 0x55555555u) | (x & 0x55555555u) << 1;
-  x = (x >> 2 & 0x33333333u) | (x & 0x33333333u) << 2;
-  x = (x >> 4 & 0x0f0f0f0fu) | (x & 0x0f0f0f0fu) << 4;
-  return __builtin_bswap32(x);
+    x = (x >> 1 & 0x55555555u) | (x & 0x55555555u) << 1;
+    x = (x >> 2 & 0x33333333u) | (x & 0x33333333u) << 2;
+    x = (x >> 4 & 0x0f0f0f0fu) | (x & 0x0f0f0f0fu) << 4;
+    return __builtin_bswap32(x);
 }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
-  const uint64_t bytes = (uint64_t)y << 32 | x;
-  unsigned result = 0;
-  for (int i = 0; i < 4; i++) {
-    const unsigned pick = selector >> 4 * i & 15;
-    unsigned byte = (unsigned)(bytes >> 8 * (pick & 7)) & 255;
-    if (pick & 8) byte = byte & 128 ? 255 : 0;  // bit 3 replicates the sign
-    result |= byte << 8 * i;
-  }
-  return result;
+    const uint64_t bytes = (uint64_t)y << 32 | x;
+    unsigned result = 0;
+    for (int i = 0; i < 4; i++) {
+        const unsigned pick = selector >> 4 * i & 15;
+        unsigned byte = (unsigned)(bytes >> 8 * (pick & 7)) & 255;
+        if (pick & 8) byte = byte & 128 ? 255 : 0;  // bit 3 replicates the sign
+        result |= byte << 8 * i;
+    }
+    return result;
 }
 inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
-  return (unsigned)(((uint64_t)high << 32 | low) << (shift & 31) >> 32);
+    return (unsigned)(((uint64_t)high << 32 | low) << (shift & 31) >> 32);
 }
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
-  return (unsigned)(((uint64_t)high << 32 | low) >> (shift & 31));
+    return (unsigned)(((uint64_t)high << 32 | low) >> (shift & 31));
 }
 inline int __dp4a(int a, int b, int c) {
-  for (int i = 0; i < 4; i++) c += (int)(int8_t)(a >> 8 * i) * (int8_t)(b >> 8 * i);
-  return c;
+    for (int i = 0; i < 4; i++) c += (int)(int8_t)(a >> 8 * i) * (int8_t)(b >> 8 * i);
+    return c;
 }
 inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
-  for (int i = 0; i < 4; i++) c += (a >> 8 * i & 255) * (b >> 8 * i & 255);
-  return c;
+    for (int i = 0; i < 4; i++) c += (a >> 8 * i & 255) * (b >> 8 * i & 255);
+    return c;
 }
 inline int __mulhi(int a, int b) { return (int)((long long)a * b >> 32); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
 inline int __mul24(int a, int b) { return (a << 8 >> 8) * (b << 8 >> 8); }
 
 #define EMULATOR_MIN_MAX(type)                                                                    \
-  inline type min(type a, type b) { return b < a ? b : a; }                                       \
-  inline type max(type a, type b) { return a < b ? b : a; }
+    inline type min(type a, type b) { return b < a ? b : a; }                                       \
+    inline type max(type a, type b) { return a < b ? b : a; }
 EMULATOR_MIN_MAX(int)
 EMULATOR_MIN_MAX(unsigned)
 EMULATOR_MIN_MAX(long)
@@ -294,7 +294,7 @@ inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 namespace emulator {
 template <class T>
 inline T saturate(double x, double low, double high) {
-  return x != x ? T(0) : x <= low ? T(low) : x >= high ? T(high) : T(x);
+    return x != x ? T(0) : x <= low ? T(low) : x >= high ? T(high) : T(x);
 }
 inline int to_s32(double x) { return saturate<int>(x, -2147483648.0, 2147483647.0); }
 inline unsigned to_u32(double x) { return saturate<unsigned>(x, 0.0, 4294967295.0); }

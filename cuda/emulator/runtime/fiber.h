@@ -15,8 +15,8 @@ constexpr size_t STACK_BYTES = 128 * 1024;
 // Maps a stack with a guard page below it; returns its lowest usable byte.
 uintptr_t map_stack();
 void unmap_stack(uintptr_t low);
-// The stack pointer of a fiber that will call `entry`, which must not return.
-void* prepare_stack(uintptr_t low, void (*entry)());
+// The stack pointer of a fiber that will call `entry`, which must not return. `number` tells neighbouring fibers apart.
+void* prepare_stack(uintptr_t low, unsigned number, void (*entry)());
 
 }  // namespace emulator
 

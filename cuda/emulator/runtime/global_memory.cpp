@@ -14,6 +14,11 @@ void GlobalMemory::set_up(std::vector<Buffer> all, uintptr_t parameters, size_t 
     std::sort(buffers.begin(), buffers.end(), [](const Buffer& a, const Buffer& b) {
         return a.writable != b.writable ? a.writable : a.begin < b.begin;
     });
+    for (Buffer& b : buffers) {
+        unsigned overlaps = 0;
+        for (const Buffer& other : buffers) overlaps += b.begin < other.end && other.begin < b.end;
+        b.alone = overlaps == 1;  // itself
+    }
     // Writable buffers that overlap share one shadow.
     for (size_t i = 0; i < buffers.size() && buffers[i].writable;) {
         size_t next = i + 1;
@@ -29,9 +34,8 @@ const Buffer* GlobalMemory::find(uintptr_t address, size_t bytes, bool write, un
     const auto holds = [&](const Buffer& b) {
         return address >= b.begin && address < b.end && bytes <= b.end - address && (b.writable || !write);
     };
-    // A writable buffer comes before a read-only one that it overlaps, so the cache is only for writable hits and for ranges
-    // where it cannot matter.
-    if (last < buffers.size() && buffers[last].writable && holds(buffers[last])) return &buffers[last];
+    // Where buffers overlap the writable one counts, and comes first.
+    if (last < buffers.size() && buffers[last].alone && holds(buffers[last])) return &buffers[last];
     for (unsigned i = 0; i < buffers.size(); i++) {
         if (holds(buffers[i])) {
             last = i;

@@ -169,7 +169,7 @@ extern "C" int emulator_launch(EmulatorLaunch* request, void (*report)(void*, co
     std::vector<Buffer> buffers;
     for (uint64_t i = 0; i < request->buffer_count; i++) {
         const EmulatorBuffer& b = request->buffers[i];
-        if (b.bytes) buffers.push_back({(uintptr_t)b.address, (uintptr_t)(b.address + b.bytes), b.name, b.writable != 0, (unsigned)i, nullptr});
+        if (b.bytes) buffers.push_back({(uintptr_t)b.address, (uintptr_t)(b.address + b.bytes), b.name, b.writable != 0, false, (unsigned)i, nullptr});
     }
     launch.memory.set_up(std::move(buffers), reinterpret_cast<uintptr_t>(parameters.get()), bytes + PARAMETER_ALIGNMENT);
 

@@ -12,8 +12,6 @@
 
 namespace emulator {
 
-enum class Order : uint32_t { Forward, Reverse, Random };
-
 struct Launch {
     const Entry* entry;
     const char* kernel;

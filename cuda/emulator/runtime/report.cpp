@@ -36,9 +36,9 @@ std::string at(Place place) { return place ? text(" at {@%x}", place) : ""; }
 }  // namespace
 
 Place place_of(const void* pc) {
-    const Image& image = Image::get();
+    static const uintptr_t base = Image::get().base;
     const uintptr_t address = reinterpret_cast<uintptr_t>(pc) - 1;  // within the call, not after it
-    return address - image.base < (1ull << 32) ? static_cast<Place>(address - image.base) : 0;
+    return address - base < (1ull << 32) ? static_cast<Place>(address - base) : 0;
 }
 
 std::string thread_name(const Block& block, unsigned thread) {

@@ -35,8 +35,8 @@ uint32_t next_random(Block& block) {  // xorshift32
 }
 
 // One bit of `mask` (not 0): the next after `after` in the launch's order, cyclically.
-unsigned choose(Block& block, uint32_t mask, unsigned after) {
-    switch (block.launch->order) {
+inline unsigned choose(Block& block, uint32_t mask, unsigned after) {
+    switch (block.order) {
     case Order::Forward: {
         const uint32_t above = after >= 31 ? 0 : mask & ~((2u << after) - 1);
         return __builtin_ctz(above ? above : mask);
@@ -58,11 +58,11 @@ unsigned choose(Block& block, uint32_t mask, unsigned after) {
 unsigned start_of(Order order) { return order == Order::Reverse ? 32 : 31; }
 
 // A ready thread, or null. Unless the order is random, a warp goes on as long as one of its lanes can.
-Thread* next_ready(Block& block, unsigned warp_index, unsigned lane) {
+inline Thread* next_ready(Block& block, unsigned warp_index, unsigned lane) {
     if (!block.ready_warps) return nullptr;
-    const bool stay = block.launch->order != Order::Random && block.warps[warp_index].ready;
+    const bool stay = block.order != Order::Random && block.warps[warp_index].ready;
     Warp& warp = stay ? block.warps[warp_index] : block.warps[choose(block, block.ready_warps, warp_index)];
-    return &warp.threads[choose(block, warp.ready, stay ? lane : start_of(block.launch->order))];
+    return &warp.threads[choose(block, warp.ready, stay ? lane : start_of(block.order))];
 }
 
 void unready(Thread& thread) {
@@ -84,7 +84,7 @@ Thread* next_or_fail(Block& block, Thread& self) {
 // ---- switching ---------------------------------------------------------------------------------------------------------
 
 // Null stands for the OS thread's own stack.
-void switch_to(Block& block, Thread* from, Thread* to) {
+inline void switch_to(Block& block, Thread* from, Thread* to) {
     void* scratch;
     void** save = from ? &from->stack_pointer : &block.main_stack_pointer;
     if (from && from->state == State::Finished) save = &scratch;
@@ -219,6 +219,8 @@ bool Block::run(Launch& launched, uint64_t linear_index) {
     launch = &launched;
     linear = linear_index;
     tag = linear + 1;
+    dynamic_shared = launch->dynamic_shared;
+    order = launch->order;
     const dim3 grid = launch->grid, extent = launch->extent;
     index = {(unsigned)(linear % grid.x), (unsigned)(linear / grid.x % grid.y), (unsigned)(linear / ((uint64_t)grid.x * grid.y))};
     threads_in_block = alive = launch->threads;
@@ -262,6 +264,7 @@ bool Block::run(Launch& launched, uint64_t linear_index) {
         thread.pc = nullptr;
         thread.polled = nullptr;
         thread.time = 1;
+        thread.stamp_bits = Stamp::make(tag, AGENTS + i, 1, false).bits;
         thread.fenced_time = 0;
         thread.knows = ClockPool::retain(nothing);
         thread.fenced_knows = nullptr;
@@ -269,7 +272,7 @@ bool Block::run(Launch& launched, uint64_t linear_index) {
         thread.copies.group_ends.clear();
         thread.stores.stores.clear();
         thread.stores.group_ends.clear();
-        thread.stack_pointer = prepare_stack(thread.stack_low, fiber_main);
+        thread.stack_pointer = prepare_stack(thread.stack_low, i, fiber_main);
     }
 #if defined(__SANITIZE_ADDRESS__)
     pthread_attr_t attributes;
@@ -280,7 +283,7 @@ bool Block::run(Launch& launched, uint64_t linear_index) {
     pthread_attr_destroy(&attributes);
 #endif
     launch->running++;
-    const unsigned start = start_of(launch->order);
+    const unsigned start = start_of(order);
     Warp& first_warp = warps[choose(*this, ready_warps, start)];
     switch_to(*this, nullptr, &first_warp.threads[choose(*this, first_warp.ready, start)]);
     set_stuck(*this, false);
