@@ -280,7 +280,8 @@ mod tests {
 
     #[test]
     fn the_folder_follows_the_environment() {
-        let cases: &[(&str, &[(&str, &str)], Option<&str>)] = &[
+        type Case = (&'static str, &'static [(&'static str, &'static str)], Option<&'static str>);
+        let cases: &[Case] = &[
             ("explicit", &[(CACHE_VARIABLE, "/c"), ("XDG_CACHE_HOME", "/x"), ("HOME", "/h")], Some("/c")),
             ("turned off", &[(CACHE_VARIABLE, ""), ("XDG_CACHE_HOME", "/x"), ("HOME", "/h")], None),
             ("XDG", &[("XDG_CACHE_HOME", "/x"), ("HOME", "/h")], Some("/x/longkv")),

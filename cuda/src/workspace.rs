@@ -278,7 +278,7 @@ mod tests {
     fn buffers_are_aligned_and_disjoint() {
         let (layout, scratch, counters, empty, tail) = layout();
         assert_eq!(layout.bytes(), 512 + 256 + 256);
-        assert_eq!(layout.counter_ranges(), [512..524]);
+        assert_eq!(layout.counter_ranges(), std::slice::from_ref(&(512..524)));
         let mut workspace = HostWorkspace::zeroed(layout.bytes());
         let base = workspace.view_mut().address();
         let carver = Carver::new("test", workspace.view_mut(), &layout).unwrap();
