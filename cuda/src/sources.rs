@@ -88,7 +88,8 @@ mod tests {
     #[test]
     fn dtypes_have_the_same_numbers_on_both_sides() {
         use crate::table::dtype;
-        let (_, types) = HEADERS.iter().find(|(name, _)| *name == "types.cuh").expect("types.cuh is embedded");
+        let (_, types) =
+            HEADERS.iter().find(|(name, _)| *name == "types.cuh").expect("types.cuh is embedded");
         for (name, number) in [("F32", dtype::F32), ("F16", dtype::F16), ("BF16", dtype::BF16)] {
             let line = format!("constexpr int DTYPE_{name} = {number};");
             assert!(types.lines().any(|found| found == line), "types.cuh has no line `{line}`");
