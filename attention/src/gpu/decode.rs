@@ -7,44 +7,14 @@ use cuda::params::{DECODE_TILE, DecodeParams};
 use cuda::storage::Storage;
 use cuda::workspace::{Carver, Layout, Region};
 
-use crate::{DType, Error, HeadShape, Mask, PageLayout, Score};
-
+use super::cache::{CacheLayout, to_u32};
 use super::check_sm_count;
+use crate::{DType, Error, HeadShape, Mask, Score};
 
 /// Blocks per SM; the rings of three fit the 227 KB of an sm_90 SM.
 const BLOCKS_PER_SM: u32 = 3;
 /// Tiles below which a block's range is not split further: a part costs a partial state and a share of the merge.
 const MIN_TILES_PER_BLOCK: u32 = 2;
-
-/// Where keys and values lie.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CacheLayout {
-    /// Pages named by a block table.
-    Paged {
-        /// Tokens per page: a power of two, 8 or more.
-        page_size: usize,
-        /// Pages in the pool.
-        pages: usize,
-        /// Entries of the block table per sequence.
-        max_pages: usize,
-        /// Whether every KV head has its own pages: block table `[kv_heads, batch, max_pages]` instead of
-        /// `[batch, max_pages]`.
-        per_head: bool,
-        /// Strides of K in elements, multiples of 8.
-        k: PageLayout,
-        /// Strides of V in elements, multiples of 8.
-        v: PageLayout,
-    },
-    /// One run of tokens per sequence, starting where `kv_start` says.
-    Contiguous {
-        /// Tokens in the cache, all sequences together.
-        tokens: usize,
-        /// Strides of K in elements, multiples of 8; the page stride is not used.
-        k: PageLayout,
-        /// Strides of V in elements, multiples of 8; the page stride is not used.
-        v: PageLayout,
-    },
-}
 
 /// How the keys of a sequence are split over blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,20 +81,6 @@ struct LayerBuffers {
     arrivals: Region<u32>,
 }
 
-fn to_u32(argument: &'static str, value: usize) -> Result<u32, Error> {
-    u32::try_from(value)
-        .ok()
-        .filter(|value| *value <= i32::MAX as u32)
-        .ok_or_else(|| Error::argument(argument, format!("at most {}", i32::MAX), value))
-}
-
-fn to_stride(argument: &'static str, stride: u64) -> Result<i64, Error> {
-    i64::try_from(stride)
-        .ok()
-        .filter(|stride| stride % 8 == 0)
-        .ok_or_else(|| Error::argument(argument, "strides that are multiples of 8 elements", stride))
-}
-
 impl DecodePlan {
     /// Plans decode steps. Needs no device.
     ///
@@ -162,27 +118,25 @@ impl DecodePlan {
 
         let queries = config.q_len * shape.group();
         let column_tiles = if queries <= 8 { 1 } else { 2 };
-        let (k, v) = match config.cache {
-            CacheLayout::Paged { k, v, .. } | CacheLayout::Contiguous { k, v, .. } => (k, v),
-        };
-        let mut params = DecodeParams {
-            k_page_stride: to_stride("k", k.page_stride)?,
-            k_token_stride: to_stride("k", k.token_stride)?,
-            k_head_stride: to_stride("k", k.head_stride)?,
-            v_page_stride: to_stride("v", v.page_stride)?,
-            v_token_stride: to_stride("v", v.token_stride)?,
-            v_head_stride: to_stride("v", v.head_stride)?,
-            table_batch_stride: 0,
-            table_head_stride: 0,
+        let cache = config.cache.params(config.batch)?;
+        let params = DecodeParams {
+            k_page_stride: cache.k[0],
+            k_token_stride: cache.k[1],
+            k_head_stride: cache.k[2],
+            v_page_stride: cache.v[0],
+            v_token_stride: cache.v[1],
+            v_head_stride: cache.v[2],
+            table_head_stride: cache.table[0],
+            table_batch_stride: cache.table[1],
             batch: to_u32("batch", config.batch)?,
             q_len: config.q_len as u32,
             kv_heads: to_u32("kv_heads", shape.kv_heads())?,
             group: shape.group() as u32,
             column_blocks: queries.div_ceil(kernels::columns(column_tiles)) as u32,
-            page_shift: 0,
-            max_pages: 0,
-            num_pages: 0,
-            num_tokens: 0,
+            page_shift: cache.page_shift,
+            max_pages: cache.max_pages,
+            num_pages: cache.pages,
+            num_tokens: cache.tokens,
             max_kv_len: to_u32("max_kv_len", config.max_kv_len)?,
             window,
             unit_tiles,
@@ -191,28 +145,11 @@ impl DecodePlan {
             scale: config.score.scale(),
             soft_cap: config.score.soft_cap().unwrap_or(0.0),
         };
-        let paged = match config.cache {
-            CacheLayout::Paged { page_size, pages, max_pages, per_head, .. } => {
-                if !page_size.is_power_of_two() || page_size < 8 {
-                    return Err(Error::argument("page_size", "a power of two from 8 on", page_size));
-                }
-                params.page_shift = page_size.trailing_zeros();
-                params.num_pages = to_u32("pages", pages)?;
-                params.max_pages = to_u32("max_pages", max_pages)?;
-                params.table_batch_stride = max_pages as i64;
-                params.table_head_stride = if per_head { (config.batch * max_pages) as i64 } else { 0 };
-                true
-            }
-            CacheLayout::Contiguous { tokens, .. } => {
-                params.num_tokens = to_u32("tokens", tokens)?;
-                false
-            }
-        };
         let variant = kernels::DecodeVariant {
             qk_dim: shape.qk_dim(),
             v_dim: shape.v_dim(),
             column_tiles,
-            paged,
+            paged: cache.paged,
             soft_cap: config.score.soft_cap().is_some(),
         };
 

@@ -7,14 +7,17 @@
 //!
 //! Everything here is generic over [`Device`](cuda::launch::Device), so the emulator runs the same plans as a GPU.
 
+mod cache;
 mod decode;
 mod merge_states;
+mod prefill;
 
+pub use cache::CacheLayout;
 pub use decode::{
-    CacheLayout, Decode, DecodeArgs, DecodeConfig, DecodePlan, DecodeStep, DecodeStepArgs, PlannedStep,
-    Splits,
+    Decode, DecodeArgs, DecodeConfig, DecodePlan, DecodeStep, DecodeStepArgs, PlannedStep, Splits,
 };
 pub use merge_states::{Merge, MergeArgs, MergeConfig, MergePlan};
+pub use prefill::{Prefill, PrefillConfig, PrefillInputs, PrefillOutput, PrefillPlan, PrefillState};
 
 use crate::Error;
 

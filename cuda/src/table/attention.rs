@@ -23,7 +23,40 @@ const fn decode_row(values: &'static [i64], registers: u32) -> Row {
     Row { values, registers, shared: 16 * values[0] as u32 * 2 + 4 * 16 * 1024 + 516, emulated: true }
 }
 
+const PREFILL_CONSTANTS: &[Constant] = &[
+    Constant { name: "QK_DIM", allowed: &[64, 128, 192, 256] },
+    Constant { name: "V_DIM", allowed: &[64, 128, 192, 256] },
+    Constant { name: "KV_DTYPE", allowed: &[dtype::F16, dtype::BF16] },
+    Constant { name: "PAGED", allowed: &[0, 1] },
+    Constant { name: "SOFT_CAP", allowed: &[0, 1] },
+    Constant { name: "CARRY", allowed: &[0, 1] },
+];
+
+/// Rows of q, a tile of 64 keys, a tile of 64 values and a flag.
+const fn prefill_row(values: &'static [i64]) -> Row {
+    let (qk_dim, v_dim) = (values[0] as u32, values[1] as u32);
+    let rows = if qk_dim <= 128 && v_dim <= 128 { 128 } else { 64 };
+    Row { values, registers: 255, shared: rows * qk_dim * 2 + 64 * (qk_dim + v_dim) * 2 + 4, emulated: true }
+}
+
 pub(super) const KERNELS: &[Kernel] = &[
+    Kernel {
+        name: "prefill",
+        group: "attention",
+        source: include_str!("../../kernels/attention/prefill.cu"),
+        constants: PREFILL_CONSTANTS,
+        arch: ArchClass::Portable,
+        threads: 128,
+        rows: &[
+            prefill_row(&[64, 64, dtype::F16, 0, 0, 0]),
+            prefill_row(&[64, 64, dtype::BF16, 1, 0, 1]),
+            prefill_row(&[128, 128, dtype::BF16, 1, 0, 0]),
+            prefill_row(&[128, 128, dtype::F16, 0, 0, 0]),
+            prefill_row(&[128, 128, dtype::BF16, 0, 0, 1]),
+            prefill_row(&[192, 128, dtype::BF16, 1, 0, 0]),
+            prefill_row(&[256, 256, dtype::BF16, 1, 1, 0]),
+        ],
+    },
     Kernel {
         name: "decode_plan",
         group: "attention",

@@ -9,6 +9,8 @@ use crate::params::{DECODE_TILE, DecodeParams};
 use crate::storage::Storage;
 use crate::table::Instance;
 
+use super::cache::{CacheExtent, check_cache, table_len};
+
 const THREADS: u32 = 128;
 const WARPS: usize = 4;
 const WARP_RING: usize = 16 * 1024;
@@ -19,7 +21,7 @@ pub const fn columns(column_tiles: usize) -> usize {
 }
 
 /// Checks what both kernels read from [`DecodeParams`]; everything else follows from buffers and strides.
-fn check_params(kernel: &str, params: &DecodeParams, paged: bool) -> Result<(), Error> {
+fn check_params(kernel: &str, params: &DecodeParams) -> Result<(), Error> {
     let at_least_1 = [
         ("batch", params.batch),
         ("q_len", params.q_len),
@@ -34,17 +36,6 @@ fn check_params(kernel: &str, params: &DecodeParams, paged: bool) -> Result<(), 
             return Err(Error::argument(kernel, argument, "at least 1", value));
         }
     }
-    if paged && !(3..=30).contains(&params.page_shift) {
-        return Err(Error::argument(
-            kernel,
-            "page_shift",
-            "3 to 30: pages of 8 tokens or more",
-            params.page_shift,
-        ));
-    }
-    if paged && params.num_pages == 0 {
-        return Err(Error::argument(kernel, "num_pages", "at least 1", 0));
-    }
     // Token numbers and sums of units are 32-bit on the device.
     let tiles = u64::from(params.max_kv_len).div_ceil(u64::from(DECODE_TILE)).max(1);
     if u64::from(params.batch) * tiles > i32::MAX as u64 || params.max_kv_len > i32::MAX as u32 {
@@ -58,13 +49,18 @@ fn check_params(kernel: &str, params: &DecodeParams, paged: bool) -> Result<(), 
     Ok(())
 }
 
-/// Elements of a block table that the strides of `params` can reach.
-fn table_len(params: &DecodeParams) -> usize {
-    let last = |count: u32, stride: i64| (count as usize - 1) * stride as usize;
-    let heads = if params.table_head_stride == 0 { 1 } else { params.kv_heads };
-    last(heads, params.table_head_stride)
-        + last(params.batch, params.table_batch_stride)
-        + params.max_pages as usize
+/// What the step's sequences can index, and the length of their block table.
+fn extent_of(params: &DecodeParams, paged: bool) -> CacheExtent {
+    CacheExtent {
+        pages: paged.then_some((params.num_pages, params.page_shift)),
+        tokens: params.num_tokens,
+        heads: params.kv_heads,
+    }
+}
+
+fn table_len_of(params: &DecodeParams) -> usize {
+    let strides = [params.table_head_stride, params.table_batch_stride];
+    table_len(strides, params.kv_heads, params.batch, params.max_pages)
 }
 
 /// `decode_plan`: checks lengths and page ids on the device and sums up the work of a step.
@@ -107,16 +103,15 @@ impl<F: Function> DecodePlan<F> {
     pub fn launch(&self, queue: &F::Queue, mut args: DecodePlanArgs<'_>) -> Result<(), Error> {
         const KERNEL: &str = "decode_plan";
         let params = args.params;
-        check_params(KERNEL, params, args.block_table.is_some())?;
+        check_params(KERNEL, params)?;
         let batch = params.batch as usize;
-        match (args.block_table, args.kv_start) {
-            (Some(table), None) => table.check(KERNEL, "block_table", table_len(params), 4)?,
-            (None, Some(start)) => start.check(KERNEL, "kv_start", batch, 4)?,
-            (table, _) => {
-                let found = if table.is_some() { "both" } else { "neither" };
-                return Err(Error::argument(KERNEL, "block_table", "either block_table or kv_start", found));
-            }
-        }
+        extent_of(params, args.block_table.is_some()).check_places(
+            KERNEL,
+            args.block_table,
+            args.kv_start,
+            batch,
+            || table_len_of(params),
+        )?;
         args.kv_len.check(KERNEL, "kv_len", batch, 4)?;
         args.valid_len.check(KERNEL, "valid_len", batch, 4)?;
         args.first_unit.check(KERNEL, "first_unit", batch + 1, 4)?;
@@ -244,7 +239,7 @@ impl<F: Function, E: Storage> Decode<F, E> {
         const KERNEL: &str = "decode";
         let params = args.params;
         let DecodeVariant { qk_dim, v_dim, column_tiles, paged, soft_cap } = self.variant;
-        check_params(KERNEL, params, paged)?;
+        check_params(KERNEL, params)?;
         let columns = columns(column_tiles);
         let queries = params.q_len as usize * params.group as usize;
         if params.column_blocks as usize != queries.div_ceil(columns) {
@@ -267,40 +262,12 @@ impl<F: Function, E: Storage> Decode<F, E> {
         let slots = part_slots(params, args.blocks);
         let items = batch * params.kv_heads as usize * params.column_blocks as usize;
         args.q.check(KERNEL, "q", rows * qk_dim, 16)?;
-        self.check_cache(
-            params,
-            "k",
-            args.k,
-            qk_dim,
-            [params.k_page_stride, params.k_token_stride, params.k_head_stride],
-        )?;
-        self.check_cache(
-            params,
-            "v",
-            args.v,
-            v_dim,
-            [params.v_page_stride, params.v_token_stride, params.v_head_stride],
-        )?;
-        match (paged, args.block_table, args.kv_start) {
-            (true, Some(table), None) => table.check(KERNEL, "block_table", table_len(params), 4)?,
-            (false, None, Some(start)) => start.check(KERNEL, "kv_start", batch, 4)?,
-            (true, ..) => {
-                return Err(Error::argument(
-                    KERNEL,
-                    "block_table",
-                    "a block table and no kv_start",
-                    "another layout",
-                ));
-            }
-            (false, ..) => {
-                return Err(Error::argument(
-                    KERNEL,
-                    "kv_start",
-                    "kv_start and no block table",
-                    "another layout",
-                ));
-            }
-        }
+        let extent = extent_of(params, paged);
+        let k_strides = [params.k_page_stride, params.k_token_stride, params.k_head_stride];
+        let v_strides = [params.v_page_stride, params.v_token_stride, params.v_head_stride];
+        check_cache(KERNEL, "k", args.k, qk_dim, extent, k_strides)?;
+        check_cache(KERNEL, "v", args.v, v_dim, extent, v_strides)?;
+        extent.check_places(KERNEL, args.block_table, args.kv_start, batch, || table_len_of(params))?;
         args.valid_len.check(KERNEL, "valid_len", batch, 4)?;
         args.first_unit.check(KERNEL, "first_unit", batch + 1, 4)?;
         args.out.check(KERNEL, "out", rows * v_dim, 4 * size_of::<E>() as u64)?;
@@ -330,41 +297,5 @@ impl<F: Function, E: Storage> Decode<F, E> {
         // as the kernel's index range, and the kernel clamps page ids to the pool. `valid_len` and `first_unit` are outputs
         // of `decode_plan`, which has checked the lengths; the plan that passes them here lends them to nobody else.
         unsafe { self.function.launch(queue, &config, &kernel_args) }
-    }
-
-    /// Checks that every vector the strides can reach lies within `view` and starts at a 16-byte boundary.
-    fn check_cache(
-        &self,
-        params: &DecodeParams,
-        argument: &'static str,
-        view: &View<'_, E>,
-        dim: usize,
-        strides: [i64; 3],
-    ) -> Result<(), Error> {
-        const KERNEL: &str = "decode";
-        let chunk = 16 / size_of::<E>() as i64;
-        if strides.iter().any(|stride| *stride < 0 || stride % chunk != 0) {
-            return Err(Error::argument(
-                KERNEL,
-                argument,
-                format_args!("strides that are multiples of {chunk} elements"),
-                format_args!("page, token and head strides of {strides:?}"),
-            ));
-        }
-        let [page, token, head] = strides.map(|stride| stride as u128);
-        let (pages, tokens) = if self.variant.paged {
-            (params.num_pages, 1u32 << params.page_shift)
-        } else {
-            (1, params.num_tokens)
-        };
-        let mut needed = 0;
-        if pages > 0 && tokens > 0 {
-            needed = u128::from(pages - 1) * page
-                + u128::from(tokens - 1) * token
-                + u128::from(params.kv_heads - 1) * head
-                + dim as u128;
-        }
-        let needed = usize::try_from(needed).unwrap_or(usize::MAX);
-        view.check(KERNEL, argument, needed, 16)
     }
 }

@@ -1,19 +1,19 @@
-//! The decode kernels against the oracle: on the emulator in every order of warps and lanes, and on a GPU.
-#![cfg(feature = "cuda")]
+//! Split-KV decode.
 
 use attention::gpu::{
     CacheLayout, Decode, DecodeArgs, DecodeConfig, DecodePlan, DecodeStep, DecodeStepArgs, Splits,
 };
-use attention::testing::{Comparison, Inputs, Tolerance, paged_copy, shuffled_pages};
+use attention::testing::{Comparison, Inputs, Tolerance};
 use attention::{
-    AttentionSpec, Element, Error, HeadShape, HeadsView, Mask, PageLayout, RaggedKv, RaggedView, Score,
-    reference,
+    AttentionSpec, Element, Error, HeadShape, HeadsView, Mask, PageLayout, RaggedView, Score, reference,
 };
 use cuda::status::Fault;
 use cuda::storage::Storage;
 use emulator::rig::Rig;
 use half::{bf16, f16};
 use longkv_attention as attention;
+
+use crate::cache::{Cache, KeysValues};
 
 emulator::device_test!(
     equals_the_oracle,
@@ -22,17 +22,6 @@ emulator::device_test!(
     bad_sequences_are_reported_and_the_others_stay_right,
     many_steps_repeat_bitwise,
 );
-
-/// Where a case keeps its keys and values.
-#[derive(Debug, Clone, Copy)]
-enum Cache {
-    /// `[pages, page_size, kv_heads, dim]`.
-    Nhd(usize),
-    /// `[pages, kv_heads, page_size, dim]`.
-    Hnd(usize),
-    /// `[tokens, kv_heads, dim]`.
-    Contiguous,
-}
 
 #[derive(Debug, Clone)]
 struct Case {
@@ -81,94 +70,27 @@ impl Case {
     }
 }
 
-/// Packed tensors of a case, and the same keys and values in the case's cache.
+/// Queries of a case, and its keys and values.
 struct Tensors<E> {
+    /// `[batch, q_len, q_heads, qk_dim]`.
     q: Vec<E>,
-    k: Vec<E>,
-    v: Vec<E>,
-    cu_seqlens: Vec<u32>,
-    k_cache: Vec<E>,
-    v_cache: Vec<E>,
-    /// Entries of unused pages are out of range: nobody may read them.
-    block_table: Vec<u32>,
-    layout: CacheLayout,
+    kv: KeysValues<E>,
 }
 
 fn tensors<E: Element>(case: &Case, seed: u64) -> Tensors<E> {
-    let Case { q_heads, kv_heads, qk_dim, v_dim, q_len, .. } = *case;
-    let batch = case.kv_lens.len();
-    let mut cu_seqlens = vec![0u32];
-    for len in &case.kv_lens {
-        cu_seqlens.push(cu_seqlens[cu_seqlens.len() - 1] + *len as u32);
-    }
-    let tokens = cu_seqlens[batch] as usize;
-    let q = case.inputs.generate(batch * q_len * q_heads, qk_dim, seed);
-    let k: Vec<E> = case.inputs.generate(tokens * kv_heads, qk_dim, seed + 1);
-    let v: Vec<E> = Inputs::Normal.generate(tokens * kv_heads, v_dim, seed + 2);
-    let (page_size, layout): (usize, fn(usize, usize, usize) -> PageLayout) = match case.cache {
-        Cache::Nhd(page_size) => (page_size, PageLayout::nhd),
-        Cache::Hnd(page_size) => (page_size, PageLayout::hnd),
-        Cache::Contiguous => {
-            let (k_layout, v_layout) =
-                (PageLayout::nhd(1, kv_heads, qk_dim), PageLayout::nhd(1, kv_heads, v_dim));
-            return Tensors {
-                k_cache: k.clone(),
-                v_cache: v.clone(),
-                block_table: Vec::new(),
-                layout: CacheLayout::Contiguous { tokens, k: k_layout, v: v_layout },
-                q,
-                k,
-                v,
-                cu_seqlens,
-            };
-        }
-    };
-    // One page more than needed, so that the last one is nobody's.
-    let max_pages = case.kv_lens.iter().max().map_or(0, |len| len.div_ceil(page_size)) + 1;
-    let needed: usize = case.kv_lens.iter().map(|len| len.div_ceil(page_size)).sum();
-    let pages = needed + 1;
-    let mut free = shuffled_pages(pages, seed).into_iter();
-    let mut block_table = vec![u32::MAX; batch * max_pages];
-    for (sequence, len) in case.kv_lens.iter().enumerate() {
-        for page in 0..len.div_ceil(page_size) {
-            block_table[sequence * max_pages + page] = free.next().expect("enough pages");
-        }
-    }
-    let (k_layout, v_layout) = (layout(page_size, kv_heads, qk_dim), layout(page_size, kv_heads, v_dim));
-    let place = |layout: PageLayout| {
-        move |page: usize, slot: usize, head: usize| {
-            layout.offset(page as u64, slot as u64, head as u64).expect("small offsets") as usize
-        }
-    };
-    let store = |packed: &[E], dim: usize, layout: PageLayout| {
-        let len = pages * page_size * kv_heads * dim;
-        paged_copy(packed, kv_heads, dim, &cu_seqlens, &block_table, page_size, len, place(layout))
-    };
+    let Case { q_heads, kv_heads, qk_dim, v_dim, q_len, cache, inputs, .. } = *case;
     Tensors {
-        k_cache: store(&k, qk_dim, k_layout),
-        v_cache: store(&v, v_dim, v_layout),
-        layout: CacheLayout::Paged { page_size, pages, max_pages, per_head: false, k: k_layout, v: v_layout },
-        block_table,
-        q,
-        k,
-        v,
-        cu_seqlens,
+        q: inputs.generate(case.kv_lens.len() * q_len * q_heads, qk_dim, seed),
+        kv: KeysValues::random(&case.kv_lens, kv_heads, (qk_dim, v_dim), cache, inputs, seed),
     }
 }
 
 fn oracle<E: Element>(case: &Case, tensors: &Tensors<E>) -> reference::Output {
-    let Case { q_heads, kv_heads, qk_dim, v_dim, q_len, .. } = *case;
-    let tokens = tensors.cu_seqlens[case.kv_lens.len()] as usize;
-    let queries = case.kv_lens.len() * q_len;
+    let Case { q_heads, qk_dim, q_len, .. } = *case;
     let cu_queries: Vec<u32> = (0..=case.kv_lens.len()).map(|b| (b * q_len) as u32).collect();
-    let q = HeadsView::nhd(&tensors.q, queries, q_heads, qk_dim).expect("q");
-    let kv = RaggedKv::new(
-        HeadsView::nhd(&tensors.k, tokens, kv_heads, qk_dim).expect("k"),
-        HeadsView::nhd(&tensors.v, tokens, kv_heads, v_dim).expect("v"),
-        &tensors.cu_seqlens,
-    )
-    .expect("kv");
+    let q = HeadsView::nhd(&tensors.q, case.kv_lens.len() * q_len, q_heads, qk_dim).expect("q");
     let q = RaggedView::new(q, &cu_queries).expect("ragged q");
+    let kv = tensors.kv.packed();
     reference::prefill_parallel(&case.spec(), &q, &kv, reference::Probabilities::Rounded)
         .expect("a valid case")
 }
@@ -197,7 +119,7 @@ fn decode<R: Rig, E: Storage>(
         batch: case.kv_lens.len(),
         q_len: case.q_len,
         max_kv_len: 4096,
-        cache: tensors.layout,
+        cache: tensors.kv.layout,
         splits: case.splits,
         // Two SMs split small cases into many parts; a GPU has the SMs that it has.
         sm_count: cuda::launch::Device::sm_count(rig.device()).unwrap_or(2),
@@ -207,11 +129,12 @@ fn decode<R: Rig, E: Storage>(
     let kernel = Decode::<_, E>::prepare(rig.device(), &plan).expect("prepare the kernel");
     let rows = case.kv_lens.len() * case.q_len * case.q_heads;
 
-    let (q, k, v) = (rig.upload(&tensors.q), rig.upload(&tensors.k_cache), rig.upload(&tensors.v_cache));
+    let (q, k, v) =
+        (rig.upload(&tensors.q), rig.upload(&tensors.kv.k_cache), rig.upload(&tensors.kv.v_cache));
     let kv_len = rig.upload(kv_len);
     let contiguous = matches!(case.cache, Cache::Contiguous);
-    let block_table = (!contiguous).then(|| rig.upload(&tensors.block_table));
-    let kv_start = contiguous.then(|| rig.upload(&tensors.cu_seqlens[..case.kv_lens.len()]));
+    let block_table = (!contiguous).then(|| rig.upload(&tensors.kv.block_table));
+    let kv_start = contiguous.then(|| rig.upload(&tensors.kv.cu_seqlens[..case.kv_lens.len()]));
     let mut status = rig.zeroed::<u64>(1);
     let mut step_workspace = rig.workspace(plan.step_workspace());
     let mut workspace = rig.workspace(plan.workspace());
@@ -329,24 +252,13 @@ fn equals_the_oracle<R: Rig>(rig: &R) {
 
 fn page_order_does_not_matter<R: Rig>(rig: &R) {
     let case = Case::new((4, 2), (64, 64), 1, &[100, 257], Cache::Nhd(16));
-    let [straight, reversed] = [tensors::<f16>(&case, 5), reverse_pages(&case, tensors::<f16>(&case, 5))]
-        .map(|tensors| decode(rig, &case, &tensors, &lens(&case), 1));
+    let straight = tensors::<f16>(&case, 5);
+    let mut reversed = tensors::<f16>(&case, 5);
+    reversed.kv = reversed.kv.reverse_pages();
+    let [straight, reversed] =
+        [straight, reversed].map(|tensors| decode(rig, &case, &tensors, &lens(&case), 1));
     assert_eq!(straight.lse, reversed.lse, "on {}", rig.name());
     assert_eq!(straight.out, reversed.out, "on {}", rig.name());
-}
-
-/// The same cache with its pages in reverse order.
-fn reverse_pages(case: &Case, mut tensors: Tensors<f16>) -> Tensors<f16> {
-    let CacheLayout::Paged { pages, .. } = tensors.layout else { panic!("{case:?} is not paged") };
-    for (store, dim) in [(&mut tensors.k_cache, case.qk_dim), (&mut tensors.v_cache, case.v_dim)] {
-        let page = store.len() / pages;
-        assert_eq!(page % dim, 0);
-        *store = store.chunks(page).rev().flatten().copied().collect();
-    }
-    for id in tensors.block_table.iter_mut().filter(|id| **id != u32::MAX) {
-        *id = pages as u32 - 1 - *id;
-    }
-    tensors
 }
 
 fn fixed_splits_are_batch_invariant<R: Rig>(rig: &R) {
@@ -371,9 +283,9 @@ fn bad_sequences_are_reported_and_the_others_stay_right<R: Rig>(rig: &R) {
     // (what is wrong, lengths given to the kernel, code and sequence of the report)
     let case = Case::new((4, 2), (64, 64), 1, &[40, 50, 60], Cache::Nhd(16));
     let good = tensors::<f16>(&case, 31);
-    let CacheLayout::Paged { max_pages, pages, .. } = good.layout else { panic!("{case:?} is not paged") };
+    let CacheLayout::Paged { max_pages, pages, .. } = good.kv.layout else { panic!("{case:?} is not paged") };
     let mut bad_page = tensors::<f16>(&case, 31);
-    bad_page.block_table[max_pages + 2] = pages as u32;
+    bad_page.kv.block_table[max_pages + 2] = pages as u32;
     let contiguous = Case { cache: Cache::Contiguous, ..case.clone() };
     let contiguous = Case { qk_dim: 128, v_dim: 128, ..contiguous };
     let past_the_end = tensors::<f16>(&contiguous, 31);

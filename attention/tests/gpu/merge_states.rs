@@ -1,5 +1,4 @@
-//! The merge kernels against the oracle: on the emulator in every order of warps and lanes, and on a GPU.
-#![cfg(feature = "cuda")]
+//! The merge of partial states.
 
 use attention::gpu::{Merge, MergeArgs, MergeConfig, MergePlan};
 use attention::testing::{Comparison, Rng, Tolerance};

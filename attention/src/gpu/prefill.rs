@@ -1,0 +1,223 @@
+//! Prefill attention: ragged batches of queries over cached keys, whole or step by step.
+
+use cuda::kernels::attention as kernels;
+use cuda::launch::{Device, Function};
+use cuda::memory::{View, ViewMut};
+use cuda::params::PrefillParams;
+use cuda::storage::Storage;
+
+use super::cache::{CacheLayout, to_u32};
+use crate::{AttentionSpec, DType, Error, Mask};
+
+/// What a prefill is for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PrefillConfig {
+    /// Heads, score and mask. Causal masks are aligned to the end of the keys, so that a chunk of queries after a cached
+    /// prefix is the plain case.
+    pub spec: AttentionSpec,
+    /// Sequences of every run; empty ones have no queries.
+    pub batch: usize,
+    /// Query tokens of every run, all sequences together.
+    pub num_queries: usize,
+    /// Longest sequence of keys.
+    pub max_kv_len: usize,
+    /// Where keys and values lie.
+    pub cache: CacheLayout,
+    /// Whether the softmax state (m, l, O) is kept in f32 from run to run instead of an output: what the steps of a ring
+    /// need.
+    pub carry: bool,
+}
+
+/// Grid and variant of a prefill. It needs no workspace.
+#[derive(Debug, Clone)]
+pub struct PrefillPlan {
+    config: PrefillConfig,
+    variant: kernels::PrefillVariant,
+    params: PrefillParams,
+}
+
+impl PrefillPlan {
+    /// Plans a prefill. Needs no device.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a shape, mask, cache or size that the kernel does not support.
+    pub fn new(config: PrefillConfig) -> Result<Self, Error> {
+        let AttentionSpec { shape, score, mask } = config.spec;
+        if config.batch == 0 {
+            return Err(Error::argument("batch", "at least 1", 0));
+        }
+        let cache = config.cache.params(config.batch)?;
+        let (causal, window, sinks, prefix) = match mask {
+            Mask::Full => (0, 0, 0, 0),
+            Mask::Causal => (1, 0, 0, 0),
+            Mask::SlidingWindow { window, sinks } => {
+                (1, to_u32("window", window)?, to_u32("sinks", sinks)?, 0)
+            }
+            Mask::Prefix { prefix } => (1, 0, 0, to_u32("prefix", prefix.min(config.max_kv_len))?),
+        };
+        let params = PrefillParams {
+            k_page_stride: cache.k[0],
+            k_token_stride: cache.k[1],
+            k_head_stride: cache.k[2],
+            v_page_stride: cache.v[0],
+            v_token_stride: cache.v[1],
+            v_head_stride: cache.v[2],
+            table_head_stride: cache.table[0],
+            table_batch_stride: cache.table[1],
+            batch: to_u32("batch", config.batch)?,
+            num_queries: to_u32("num_queries", config.num_queries)?,
+            kv_heads: to_u32("kv_heads", shape.kv_heads())?,
+            group: shape.group() as u32,
+            page_shift: cache.page_shift,
+            max_pages: cache.max_pages,
+            num_pages: cache.pages,
+            num_tokens: cache.tokens,
+            max_kv_len: to_u32("max_kv_len", config.max_kv_len)?,
+            causal,
+            window,
+            sinks,
+            prefix,
+            resume: 0,
+            scale: score.scale(),
+            soft_cap: score.soft_cap().unwrap_or(0.0),
+        };
+        to_u32("num_queries", config.num_queries.saturating_mul(shape.group()))?;
+        let variant = kernels::PrefillVariant {
+            qk_dim: shape.qk_dim(),
+            v_dim: shape.v_dim(),
+            paged: cache.paged,
+            soft_cap: score.soft_cap().is_some(),
+            carry: config.carry,
+        };
+        Ok(Self { config, variant, params })
+    }
+
+    /// Floating-point operations for sequences of these (queries, keys): QKᵀ and PV over the keys that the mask leaves.
+    pub fn flops(&self, sequences: &[(usize, usize)]) -> u64 {
+        let AttentionSpec { shape, mask, .. } = self.config.spec;
+        let per_key = 2 * shape.q_heads() * (shape.qk_dim() + shape.v_dim());
+        let keys = |&(queries, kv_len): &(usize, usize)| -> u64 {
+            (0..queries).map(|query| mask.keys(query, queries, kv_len).len() as u64).sum()
+        };
+        sequences.iter().map(keys).sum::<u64>() * per_key as u64
+    }
+
+    /// Bytes of queries, keys, values and results for sequences of these (queries, keys), each counted once.
+    pub fn bytes_moved(&self, sequences: &[(usize, usize)], dtype: DType) -> u64 {
+        let shape = self.config.spec.shape;
+        let per_query = shape.q_heads() * ((shape.qk_dim() + shape.v_dim()) * dtype.size() + 4);
+        let per_key = shape.kv_heads() * (shape.qk_dim() + shape.v_dim()) * dtype.size();
+        sequences.iter().map(|(queries, keys)| (queries * per_query + keys * per_key) as u64).sum()
+    }
+}
+
+/// A prepared prefill. `E` is the storage type of q, K, V and the output.
+#[derive(Debug, Clone)]
+pub struct Prefill<F, E> {
+    plan: PrefillPlan,
+    kernel: kernels::Prefill<F, E>,
+}
+
+/// Inputs of a prefill; one of `block_table` and `kv_start` is given, as the cache asks for.
+#[derive(Debug)]
+pub struct PrefillInputs<'a, E> {
+    /// Queries `[num_queries, q_heads, qk_dim]`.
+    pub q: &'a View<'a, E>,
+    /// Keys, by the cache's strides.
+    pub k: &'a View<'a, E>,
+    /// Values, by the cache's strides.
+    pub v: &'a View<'a, E>,
+    /// First query of each sequence, then the number of queries `[batch + 1]`.
+    pub cu_queries: &'a View<'a, u32>,
+    /// Keys of each sequence `[batch]`.
+    pub kv_len: &'a View<'a, u32>,
+    /// Page ids `[batch, max_pages]` or `[kv_heads, batch, max_pages]`.
+    pub block_table: Option<&'a View<'a, u32>>,
+    /// First token of each sequence `[batch]`.
+    pub kv_start: Option<&'a View<'a, u32>>,
+    /// Status word: [`FaultCode::BadLength`](crate::FaultCode::BadLength) or
+    /// [`BadPage`](crate::FaultCode::BadPage) with the sequence, all of whose rows then give 0 and −inf.
+    pub status: ViewMut<'a, u64>,
+}
+
+/// Where a prefill without `carry` leaves its output.
+#[derive(Debug)]
+pub struct PrefillOutput<'a, E> {
+    /// Outputs `[num_queries, q_heads, v_dim]`.
+    pub out: ViewMut<'a, E>,
+    /// Log-sum-exps `[num_queries, q_heads]`, natural log.
+    pub lse: ViewMut<'a, f32>,
+}
+
+/// The softmax state that a prefill with `carry` continues and leaves, in natural units.
+#[derive(Debug)]
+pub struct PrefillState<'a> {
+    /// Unnormalised outputs O `[num_queries, q_heads, v_dim]`.
+    pub o: ViewMut<'a, f32>,
+    /// Maxima m and sums l `[num_queries, q_heads, 2]`.
+    pub ml: ViewMut<'a, f32>,
+    /// Whether to continue the state that is there, or to start anew over whatever is there.
+    pub resume: bool,
+}
+
+impl<F: Function, E: Storage> Prefill<F, E> {
+    /// Compiles and loads. May block.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] when the kernel cannot be loaded.
+    pub fn prepare<D: Device<Function = F>>(device: &D, plan: &PrefillPlan) -> Result<Self, Error> {
+        Ok(Self { plan: plan.clone(), kernel: kernels::Prefill::prepare(device, plan.variant)? })
+    }
+
+    /// Enqueues a whole prefill and returns.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] names an argument that does not fit; a plan with `carry` has no output.
+    pub fn run(
+        &self,
+        queue: &F::Queue,
+        inputs: PrefillInputs<'_, E>,
+        output: PrefillOutput<'_, E>,
+    ) -> Result<(), Error> {
+        let result = kernels::PrefillResult::Output { out: output.out, lse: output.lse };
+        self.launch(queue, inputs, result, false)
+    }
+
+    /// Enqueues one step over some of the keys and returns: the state takes them in.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] names an argument that does not fit; a plan without `carry` keeps no state.
+    pub fn run_step(
+        &self,
+        queue: &F::Queue,
+        inputs: PrefillInputs<'_, E>,
+        state: PrefillState<'_>,
+    ) -> Result<(), Error> {
+        let result = kernels::PrefillResult::State { o: state.o, ml: state.ml };
+        self.launch(queue, inputs, result, state.resume)
+    }
+
+    fn launch(
+        &self,
+        queue: &F::Queue,
+        inputs: PrefillInputs<'_, E>,
+        result: kernels::PrefillResult<'_, E>,
+        resume: bool,
+    ) -> Result<(), Error> {
+        let params = PrefillParams { resume: u32::from(resume), ..self.plan.params };
+        let args = kernels::PrefillArgs {
+            params: &params,
+            q: inputs.q,
+            k: inputs.k,
+            v: inputs.v,
+            cu_queries: inputs.cu_queries,
+            kv_len: inputs.kv_len,
+            kv_start: inputs.kv_start,
+            block_table: inputs.block_table,
+            result,
+            status: inputs.status,
+            programmatic: false,
+        };
+        Ok(self.kernel.launch(queue, args)?)
+    }
+}

@@ -1,0 +1,323 @@
+//! Flash prefill.
+
+use attention::gpu::{Prefill, PrefillConfig, PrefillInputs, PrefillOutput, PrefillPlan, PrefillState};
+use attention::testing::{Comparison, Inputs, Tolerance};
+use attention::{
+    AttentionSpec, Element, Error, HeadShape, HeadsView, Mask, PageLayout, RaggedView, Score, reference,
+};
+use cuda::status::Fault;
+use cuda::storage::Storage;
+use emulator::rig::Rig;
+use half::{bf16, f16};
+use longkv_attention as attention;
+
+use crate::cache::{Cache, KeysValues};
+
+emulator::device_test!(
+    equals_the_oracle,
+    steps_over_chunks_of_keys_equal_one_prefill,
+    bad_sequences_are_reported_and_the_others_stay_right,
+);
+
+#[derive(Debug, Clone)]
+struct Case {
+    q_heads: usize,
+    kv_heads: usize,
+    dims: (usize, usize),
+    /// (queries, keys) of each sequence.
+    sequences: Vec<(usize, usize)>,
+    cache: Cache,
+    mask: Mask,
+    soft_cap: Option<f32>,
+    inputs: Inputs,
+}
+
+impl Case {
+    fn new(
+        (q_heads, kv_heads): (usize, usize),
+        dims: (usize, usize),
+        sequences: &[(usize, usize)],
+        cache: Cache,
+        mask: Mask,
+    ) -> Self {
+        let sequences = sequences.to_vec();
+        Case { q_heads, kv_heads, dims, sequences, cache, mask, soft_cap: None, inputs: Inputs::Normal }
+    }
+
+    fn spec(&self) -> AttentionSpec {
+        let shape =
+            HeadShape::new(self.q_heads, self.kv_heads, self.dims.0, self.dims.1).expect("a valid shape");
+        let score = Score::new((self.dims.0 as f32).powf(-0.5)).expect("a finite scale");
+        let score = self.soft_cap.map_or(score, |cap| score.with_soft_cap(cap).expect("a positive cap"));
+        AttentionSpec { shape, score, mask: self.mask }
+    }
+
+    fn queries(&self) -> usize {
+        self.sequences.iter().map(|(queries, _)| queries).sum()
+    }
+
+    fn kv_lens(&self) -> Vec<usize> {
+        self.sequences.iter().map(|(_, keys)| *keys).collect()
+    }
+
+    fn cu_queries(&self) -> Vec<u32> {
+        let mut cu_queries = vec![0];
+        cu_queries.extend(self.sequences.iter().scan(0, |sum, (queries, _)| {
+            *sum += *queries as u32;
+            Some(*sum)
+        }));
+        cu_queries
+    }
+}
+
+struct Tensors<E> {
+    /// `[queries, q_heads, qk_dim]`.
+    q: Vec<E>,
+    kv: KeysValues<E>,
+}
+
+fn tensors<E: Element>(case: &Case, seed: u64) -> Tensors<E> {
+    Tensors {
+        q: case.inputs.generate(case.queries() * case.q_heads, case.dims.0, seed),
+        kv: KeysValues::random(&case.kv_lens(), case.kv_heads, case.dims, case.cache, case.inputs, seed),
+    }
+}
+
+fn oracle<E: Element>(case: &Case, tensors: &Tensors<E>) -> reference::Output {
+    let cu_queries = case.cu_queries();
+    let q = HeadsView::nhd(&tensors.q, case.queries(), case.q_heads, case.dims.0).expect("q");
+    let q = RaggedView::new(q, &cu_queries).expect("ragged q");
+    let kv = tensors.kv.packed();
+    reference::prefill_parallel(&case.spec(), &q, &kv, reference::Probabilities::Rounded)
+        .expect("a valid case")
+}
+
+fn plan(case: &Case, cache: attention::gpu::CacheLayout, carry: bool) -> PrefillPlan {
+    PrefillPlan::new(PrefillConfig {
+        spec: case.spec(),
+        batch: case.sequences.len(),
+        num_queries: case.queries(),
+        max_kv_len: 4096,
+        cache,
+        carry,
+    })
+    .expect("a valid plan")
+}
+
+/// What a prefill leaves behind.
+struct Prefilled<E> {
+    out: Vec<E>,
+    lse: Vec<f32>,
+    fault: Option<Fault>,
+}
+
+fn prefill<R: Rig, E: Storage>(rig: &R, case: &Case, tensors: &Tensors<E>, kv_len: &[u32]) -> Prefilled<E> {
+    let plan = plan(case, tensors.kv.layout, false);
+    let kernel = Prefill::<_, E>::prepare(rig.device(), &plan).expect("prepare");
+    let rows = case.queries() * case.q_heads;
+    let (q, k, v) =
+        (rig.upload(&tensors.q), rig.upload(&tensors.kv.k_cache), rig.upload(&tensors.kv.v_cache));
+    let (cu_queries, kv_len) = (rig.upload(&case.cu_queries()), rig.upload(kv_len));
+    let contiguous = matches!(case.cache, Cache::Contiguous);
+    let block_table = (!contiguous).then(|| rig.upload(&tensors.kv.block_table));
+    let kv_start = contiguous.then(|| rig.upload(&tensors.kv.cu_seqlens[..case.sequences.len()]));
+    let (block_table, kv_start) =
+        (block_table.as_ref().map(|x| rig.view(x)), kv_start.as_ref().map(|x| rig.view(x)));
+    let mut status = rig.zeroed::<u64>(1);
+    let mut out = rig.poisoned::<E>(rows * case.dims.1);
+    let mut lse = rig.poisoned::<f32>(rows);
+    let inputs = PrefillInputs {
+        q: &rig.view(&q),
+        k: &rig.view(&k),
+        v: &rig.view(&v),
+        cu_queries: &rig.view(&cu_queries),
+        kv_len: &rig.view(&kv_len),
+        block_table: block_table.as_ref(),
+        kv_start: kv_start.as_ref(),
+        status: rig.view_mut(&mut status),
+    };
+    let output = PrefillOutput { out: rig.view_mut(&mut out), lse: rig.view_mut(&mut lse) };
+    kernel
+        .run(rig.queue(), inputs, output)
+        .unwrap_or_else(|error| panic!("{case:?} on {}: {error}", rig.name()));
+    let (out, lse) = (rig.download(&out), rig.download(&lse));
+    Prefilled { out, lse, fault: Fault::decode(rig.download(&status)[0]) }
+}
+
+fn lens(case: &Case) -> Vec<u32> {
+    case.sequences.iter().map(|(_, keys)| *keys as u32).collect()
+}
+
+fn check<R: Rig, E: Storage + Element>(rig: &R, case: &Case, seed: u64) {
+    let tensors = tensors::<E>(case, seed);
+    let expected = oracle(case, &tensors);
+    let prefilled = prefill(rig, case, &tensors, &lens(case));
+    let name = format!("{case:?} as {} with seed {seed} on {}", E::NAME, rig.name());
+    Comparison::new(&prefilled.out, &expected.out, Tolerance::tensor_core::<E>())
+        .assert(format_args!("out of {name}"));
+    Comparison::new(&prefilled.lse, &expected.lse, Tolerance::LSE).assert(format_args!("lse of {name}"));
+    assert_eq!(prefilled.fault, None, "{name}");
+}
+
+fn equals_the_oracle<R: Rig>(rig: &R) {
+    let window = |window, sinks| Mask::sliding_window(window, sinks).expect("a window");
+    // Every mask, head size, head ratio and layout; chunks after a cached prefix, more queries than keys, empty sequences.
+    let edges = [(0, 5), (1, 1), (3, 0), (64, 64), (65, 129)];
+    check::<R, f16>(rig, &Case::new((2, 2), (64, 64), &edges, Cache::Contiguous, Mask::Causal), 1);
+    check::<R, f16>(rig, &Case::new((3, 1), (64, 64), &[(50, 70)], Cache::Contiguous, Mask::Full), 2);
+    check::<R, bf16>(
+        rig,
+        &Case::new((4, 2), (128, 128), &[(70, 70), (5, 200), (0, 0)], Cache::Nhd(16), Mask::Causal),
+        3,
+    );
+    check::<R, bf16>(rig, &Case::new((5, 1), (128, 128), &[(30, 230)], Cache::Hnd(8), window(40, 0)), 4);
+    check::<R, bf16>(rig, &Case::new((8, 1), (128, 128), &[(20, 300)], Cache::Nhd(64), window(33, 70)), 5);
+    check::<R, bf16>(
+        rig,
+        &Case::new((2, 1), (128, 128), &[(90, 90), (10, 4)], Cache::Hnd(128), Mask::Prefix { prefix: 40 }),
+        6,
+    );
+    check::<R, f16>(
+        rig,
+        &Case {
+            inputs: Inputs::Saturated,
+            ..Case::new((7, 1), (128, 128), &[(20, 80)], Cache::Contiguous, Mask::Causal)
+        },
+        7,
+    );
+    check::<R, bf16>(rig, &Case::new((4, 4), (192, 128), &[(66, 80)], Cache::Nhd(16), Mask::Causal), 8);
+    check::<R, bf16>(
+        rig,
+        &Case {
+            soft_cap: Some(30.0),
+            inputs: Inputs::OutlierChannels,
+            ..Case::new((2, 1), (256, 256), &[(40, 100)], Cache::Hnd(32), window(50, 4))
+        },
+        9,
+    );
+}
+
+/// A ring step sees a chunk of the keys; the state that steps carry is that of one prefill over all of them.
+fn steps_over_chunks_of_keys_equal_one_prefill<R: Rig>(rig: &R) {
+    let whole = Case::new((4, 2), (128, 128), &[(70, 170)], Cache::Contiguous, Mask::Full);
+    carried::<R, bf16>(rig, &whole, &[0, 64, 64, 101, 170], 11);
+    let paged = Case::new((2, 2), (64, 64), &[(33, 96)], Cache::Nhd(16), Mask::Full);
+    carried::<R, bf16>(rig, &paged, &[0, 32, 96], 12);
+}
+
+fn carried<R: Rig, E: Storage + Element>(rig: &R, case: &Case, cuts: &[usize], seed: u64) {
+    let tensors = tensors::<E>(case, seed);
+    let expected = oracle(case, &tensors);
+    let rows = case.queries() * case.q_heads;
+    let (q, cu_queries) = (rig.upload(&tensors.q), rig.upload(&case.cu_queries()));
+    // NaN: the first step starts anew over whatever is there.
+    let (mut o, mut ml) = (rig.poisoned::<f32>(rows * case.dims.1), rig.poisoned::<f32>(rows * 2));
+    let mut status = rig.zeroed::<u64>(1);
+    let (k, v) = (rig.upload(&tensors.kv.k_cache), rig.upload(&tensors.kv.v_cache));
+    let plan = plan(case, tensors.kv.layout, true);
+    let kernel = Prefill::<_, E>::prepare(rig.device(), &plan).expect("prepare");
+    for (step, cut) in cuts.windows(2).enumerate() {
+        let kv_len = rig.upload(&[(cut[1] - cut[0]) as u32]);
+        let contiguous = matches!(case.cache, Cache::Contiguous);
+        let kv_start = contiguous.then(|| rig.upload(&[cut[0] as u32]));
+        let table = (!contiguous).then(|| rig.upload(&chunk_of_table(&tensors.kv, cut[0])));
+        let (kv_start, table) = (kv_start.as_ref().map(|x| rig.view(x)), table.as_ref().map(|x| rig.view(x)));
+        let inputs = PrefillInputs {
+            q: &rig.view(&q),
+            k: &rig.view(&k),
+            v: &rig.view(&v),
+            cu_queries: &rig.view(&cu_queries),
+            kv_len: &rig.view(&kv_len),
+            block_table: table.as_ref(),
+            kv_start: kv_start.as_ref(),
+            status: rig.view_mut(&mut status),
+        };
+        let state = PrefillState { o: rig.view_mut(&mut o), ml: rig.view_mut(&mut ml), resume: step > 0 };
+        kernel
+            .run_step(rig.queue(), inputs, state)
+            .unwrap_or_else(|error| panic!("{case:?}, step {step} on {}: {error}", rig.name()));
+    }
+    let (o, ml) = (rig.download(&o), rig.download(&ml));
+    let out: Vec<f64> =
+        o.iter().enumerate().map(|(i, x)| f64::from(*x) / f64::from(ml[i / case.dims.1 * 2 + 1])).collect();
+    let lse: Vec<f64> = ml.chunks(2).map(|ml| f64::from(ml[0]) + f64::from(ml[1]).ln()).collect();
+    let name = format!("{case:?} in steps {cuts:?} with seed {seed} on {}", rig.name());
+    Comparison::of_f64(&out, &expected.out, Tolerance::tensor_core::<E>())
+        .assert(format_args!("out of {name}"));
+    Comparison::of_f64(&lse, &expected.lse, Tolerance::LSE).assert(format_args!("lse of {name}"));
+    assert_eq!(Fault::decode(rig.download(&status)[0]), None, "{name}");
+}
+
+/// The block table of one sequence from a token on, which starts a page.
+fn chunk_of_table<E>(kv: &KeysValues<E>, first: usize) -> Vec<u32> {
+    let attention::gpu::CacheLayout::Paged { page_size, .. } = kv.layout else { panic!("not paged") };
+    assert!(first.is_multiple_of(page_size));
+    let mut table = kv.block_table[first / page_size..].to_vec();
+    table.resize(kv.block_table.len(), u32::MAX);
+    table
+}
+
+fn bad_sequences_are_reported_and_the_others_stay_right<R: Rig>(rig: &R) {
+    let case = Case::new((4, 2), (128, 128), &[(20, 40), (10, 50), (5, 60)], Cache::Nhd(16), Mask::Causal);
+    let good = tensors::<bf16>(&case, 31);
+    let attention::gpu::CacheLayout::Paged { max_pages, pages, .. } = good.kv.layout else {
+        panic!("not paged")
+    };
+    let mut bad_page = tensors::<bf16>(&case, 31);
+    bad_page.kv.block_table[max_pages + 2] = pages as u32;
+    let cases: [(&str, &Tensors<bf16>, [u32; 3], (u32, u32)); 3] = [
+        ("longer than its pages", &good, [40, 16 * max_pages as u32 + 1, 60], (1, 1)),
+        ("longer than the plan allows", &good, [40, 50, u32::MAX], (1, 2)),
+        ("a page outside the pool", &bad_page, [40, 50, 60], (2, 1)),
+    ];
+    for (what, tensors, kv_len, (code, index)) in cases {
+        let prefilled = prefill(rig, &case, tensors, &kv_len);
+        let name = format!("{what} on {}", rig.name());
+        assert_eq!(prefilled.fault, Some(Fault { code, index }), "{name}");
+        let mut expected = oracle(&case, tensors);
+        let cu_queries = case.cu_queries();
+        let bad = cu_queries[index as usize] as usize..cu_queries[index as usize + 1] as usize;
+        let (heads, row) = (case.q_heads, case.q_heads * case.dims.1);
+        expected.out[bad.start * row..bad.end * row].fill(0.0);
+        expected.lse[bad.start * heads..bad.end * heads].fill(f64::NEG_INFINITY);
+        Comparison::new(&prefilled.out, &expected.out, Tolerance::tensor_core::<bf16>()).assert(&name);
+        Comparison::new(&prefilled.lse, &expected.lse, Tolerance::LSE).assert(&name);
+    }
+}
+
+#[test]
+fn plans_refuse_what_no_kernel_can_do() {
+    let case = Case::new((4, 2), (128, 128), &[(20, 40)], Cache::Nhd(16), Mask::Causal);
+    let layout = PageLayout::nhd(16, 2, 128);
+    let cache = |page_size, pages, head_stride| attention::gpu::CacheLayout::Paged {
+        page_size,
+        pages,
+        max_pages: 4,
+        per_head: false,
+        k: layout,
+        v: PageLayout { head_stride, ..layout },
+    };
+    let good = PrefillConfig {
+        spec: case.spec(),
+        batch: 1,
+        num_queries: 20,
+        max_kv_len: 64,
+        cache: cache(16, 8, 128),
+        carry: false,
+    };
+    PrefillPlan::new(good).expect("a valid plan");
+    let bad = [
+        ("batch", PrefillConfig { batch: 0, ..good }),
+        ("num_queries", PrefillConfig { num_queries: usize::MAX, ..good }),
+        ("max_kv_len", PrefillConfig { max_kv_len: usize::MAX, ..good }),
+        ("page_size", PrefillConfig { cache: cache(12, 8, 128), ..good }),
+        ("pages", PrefillConfig { cache: cache(16, 0, 128), ..good }),
+        ("v", PrefillConfig { cache: cache(16, 8, 127), ..good }),
+    ];
+    for (argument, config) in bad {
+        match PrefillPlan::new(config) {
+            Err(Error::Argument { argument: found, .. }) => assert_eq!(found, argument),
+            other => panic!("{argument}: {other:?}"),
+        }
+    }
+}

@@ -1,0 +1,59 @@
+/* Parameters of the kernel kernels/attention/prefill.cu. */
+#ifndef LONGKV_PREFILL_PARAMS_H
+#define LONGKV_PREFILL_PARAMS_H
+
+#include <stdint.h>
+
+/* Shape, layout and mask of one prefill. */
+struct PrefillParams {
+    /* Elements between two pages of K, or 0 where K is not paged. */
+    int64_t k_page_stride;
+    /* Elements between two tokens of K. */
+    int64_t k_token_stride;
+    /* Elements between two heads of K. */
+    int64_t k_head_stride;
+    /* Elements between two pages of V, or 0 where V is not paged. */
+    int64_t v_page_stride;
+    /* Elements between two tokens of V. */
+    int64_t v_token_stride;
+    /* Elements between two heads of V. */
+    int64_t v_head_stride;
+    /* Entries between two sequences of the block table. */
+    int64_t table_batch_stride;
+    /* Entries between two KV heads of the block table; 0 where all heads share it. */
+    int64_t table_head_stride;
+    /* Sequences. */
+    uint32_t batch;
+    /* Query tokens of all sequences. */
+    uint32_t num_queries;
+    /* KV heads. */
+    uint32_t kv_heads;
+    /* Query heads that read one KV head. */
+    uint32_t group;
+    /* log2 of the tokens in a page. */
+    uint32_t page_shift;
+    /* Pages that the block table holds for one sequence. */
+    uint32_t max_pages;
+    /* Pages in the pool; a page id is below this. */
+    uint32_t num_pages;
+    /* Tokens in a contiguous cache. */
+    uint32_t num_tokens;
+    /* Largest length that the plan allows. */
+    uint32_t max_kv_len;
+    /* 1 where a query sees the keys up to its own position, 0 where it sees all. */
+    uint32_t causal;
+    /* Keys that a query sees, itself included; 0 for all. */
+    uint32_t window;
+    /* First keys of the sequence that stay visible outside the window. */
+    uint32_t sinks;
+    /* First keys of the sequence that every query sees, past its own position too. */
+    uint32_t prefix;
+    /* 1 where the softmax state starts from the one stored, 0 where it starts empty. */
+    uint32_t resume;
+    /* Softmax scale. */
+    float scale;
+    /* Soft-cap of the scaled scores; read only where the kernel is compiled with it. */
+    float soft_cap;
+};
+
+#endif

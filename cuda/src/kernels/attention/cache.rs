@@ -1,0 +1,91 @@
+//! Checks of KV caches that the attention kernels share.
+
+use bytemuck::Pod;
+
+use crate::Error;
+use crate::memory::View;
+
+/// How much of a cache the kernels can index.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct CacheExtent {
+    /// Pages in the pool and log2 of the tokens in each; `None` for a contiguous cache.
+    pub(super) pages: Option<(u32, u32)>,
+    /// Tokens of a contiguous cache.
+    pub(super) tokens: u32,
+    /// KV heads.
+    pub(super) heads: u32,
+}
+
+impl CacheExtent {
+    /// Checks that a paged cache has a block table, long enough, and a contiguous one its starts, and neither both.
+    pub(super) fn check_places(
+        &self,
+        kernel: &str,
+        block_table: Option<&View<'_, u32>>,
+        kv_start: Option<&View<'_, u32>>,
+        batch: usize,
+        table_len: impl FnOnce() -> usize,
+    ) -> Result<(), Error> {
+        let given = |view: Option<&View<'_, u32>>| if view.is_some() { "given" } else { "missing" };
+        match (self.pages, block_table, kv_start) {
+            (Some((pages, page_shift)), Some(table), None) => {
+                if pages == 0 {
+                    return Err(Error::argument(kernel, "num_pages", "at least 1", 0));
+                }
+                if !(3..=30).contains(&page_shift) {
+                    let expected = "3 to 30: pages of 8 tokens or more";
+                    return Err(Error::argument(kernel, "page_shift", expected, page_shift));
+                }
+                table.check(kernel, "block_table", table_len(), 4)
+            }
+            (None, None, Some(start)) => start.check(kernel, "kv_start", batch, 4),
+            (pages, ..) => {
+                let expected = match pages {
+                    Some(_) => "given, and kv_start missing, for a paged cache",
+                    None => "missing, and kv_start given, for a contiguous cache",
+                };
+                let found = format!("{}, and kv_start {}", given(block_table), given(kv_start));
+                Err(Error::argument(kernel, "block_table", expected, found))
+            }
+        }
+    }
+}
+
+/// Elements of a block table that `[head, batch]` strides can reach; a head stride of 0 means that heads share it.
+pub(super) fn table_len(strides: [i64; 2], heads: u32, batch: u32, max_pages: u32) -> usize {
+    let last = |count: u32, stride: i64| (count as usize - 1) * stride as usize;
+    let heads = if strides[0] == 0 { 1 } else { heads };
+    last(heads, strides[0]) + last(batch, strides[1]) + max_pages as usize
+}
+
+/// Checks that every vector `[dim]` that `[page, token, head]` strides can reach lies within `view` and starts at a 16-byte
+/// boundary.
+pub(super) fn check_cache<E: Pod>(
+    kernel: &str,
+    argument: &'static str,
+    view: &View<'_, E>,
+    dim: usize,
+    extent: CacheExtent,
+    strides: [i64; 3],
+) -> Result<(), Error> {
+    let chunk = 16 / size_of::<E>() as i64;
+    if strides.iter().any(|stride| *stride < 0 || stride % chunk != 0) {
+        return Err(Error::argument(
+            kernel,
+            argument,
+            format_args!("strides that are multiples of {chunk} elements"),
+            format_args!("page, token and head strides of {strides:?}"),
+        ));
+    }
+    let [page, token, head] = strides.map(|stride| stride as u128);
+    let (pages, tokens) = match extent.pages {
+        Some((pages, page_shift)) => (u128::from(pages), 1u128 << page_shift),
+        None => (1, u128::from(extent.tokens)),
+    };
+    let needed = if pages > 0 && tokens > 0 {
+        (pages - 1) * page + (tokens - 1) * token + u128::from(extent.heads - 1) * head + dim as u128
+    } else {
+        0
+    };
+    view.check(kernel, argument, usize::try_from(needed).unwrap_or(usize::MAX), 16)
+}
