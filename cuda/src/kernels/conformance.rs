@@ -2,8 +2,6 @@
 //!
 //! Tests compare them, on a GPU and in the emulator alike, with tables written from the PTX ISA. Nothing else needs them.
 
-use bytemuck::{Pod, Zeroable};
-
 use crate::Error;
 use crate::launch::{Arg, Device, Function, LaunchConfig};
 use crate::memory::{View, ViewMut};
@@ -40,6 +38,10 @@ macro_rules! kernel {
         }
     };
 }
+
+mod hopper;
+
+pub use hopper::{BulkCopies, MbarrierRounds, StmatrixFragments, TensorMap, WgmmaProduct};
 
 /// Number of elements, or an error if the product is beyond a 32-bit count of threads.
 fn count(kernel: &str, argument: &'static str, factors: &[usize]) -> Result<u32, Error> {
@@ -124,36 +126,6 @@ impl<F: Function> LdmatrixFragments<F> {
         out.check(Self::KERNEL, "out", 7 * 128, 4)?;
         let args =
             [Arg::read("matrices", matrices), Arg::read("row_of_lane", row_of_lane), Arg::write("out", out)];
-        // SAFETY: the arguments are the kernel's parameters, each as long as one warp indexes it; rows are taken modulo 32.
-        unsafe { self.function.launch(queue, &LaunchConfig::new(1, 32).shared(512), &args) }
-    }
-}
-
-kernel! {
-    /// `stmatrix_fragments`: every form of `stmatrix`.
-    StmatrixFragments = "stmatrix_fragments"
-}
-
-impl<F: Function> StmatrixFragments<F> {
-    /// Enqueues one warp: registers `[32, 4]`, rows `[32]`, out `[6, 4, 8, 4]` of 16-bit pairs.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] names an argument that is too short or misaligned.
-    pub fn launch(
-        &self,
-        queue: &F::Queue,
-        registers: &View<'_, u32>,
-        row_of_lane: &View<'_, u32>,
-        out: &mut ViewMut<'_, u32>,
-    ) -> Result<(), Error> {
-        registers.check(Self::KERNEL, "registers", 128, 4)?;
-        row_of_lane.check(Self::KERNEL, "row_of_lane", 32, 4)?;
-        out.check(Self::KERNEL, "out", 6 * 128, 4)?;
-        let args = [
-            Arg::read("registers", registers),
-            Arg::read("row_of_lane", row_of_lane),
-            Arg::write("out", out),
-        ];
         // SAFETY: the arguments are the kernel's parameters, each as long as one warp indexes it; rows are taken modulo 32.
         unsafe { self.function.launch(queue, &LaunchConfig::new(1, 32).shared(512), &args) }
     }
@@ -552,123 +524,5 @@ impl<F: Function> StatusContention<F> {
         let args = [Arg::write_optional("status", status), Arg::value("stride", &stride)];
         // SAFETY: the arguments are the kernel's parameters; the status word is one u64 or null.
         unsafe { self.function.launch(queue, &LaunchConfig::new(blocks as u32, 64), &args) }
-    }
-}
-
-kernel! {
-    /// `mbarrier_rounds`: a producer warp and three consumer warps share two slots.
-    MbarrierRounds = "mbarrier_rounds"
-}
-
-impl<F: Function> MbarrierRounds<F> {
-    /// Enqueues one block: in `[rounds, 32]`, out `[rounds, 3, 32]`.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] names an argument that is too short or misaligned.
-    pub fn launch(
-        &self,
-        queue: &F::Queue,
-        rounds: usize,
-        input: &View<'_, u32>,
-        out: &mut ViewMut<'_, u32>,
-    ) -> Result<(), Error> {
-        count(Self::KERNEL, "rounds", &[rounds, 96])?;
-        input.check(Self::KERNEL, "in", rounds * 32, 4)?;
-        out.check(Self::KERNEL, "out", rounds * 96, 4)?;
-        let rounds = rounds as u32;
-        let args = [Arg::read("in", input), Arg::write("out", out), Arg::value("rounds", &rounds)];
-        // SAFETY: the arguments are the kernel's parameters, each as long as one block indexes it.
-        unsafe { self.function.launch(queue, &LaunchConfig::new(1, 128).shared(288), &args) }
-    }
-}
-
-kernel! {
-    /// `bulk_copies`: one-dimensional bulk copies into shared memory and back.
-    BulkCopies = "bulk_copies"
-}
-
-impl<F: Function> BulkCopies<F> {
-    /// Enqueues one block: source and out `[pieces, bytes]`, both 16-byte aligned.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] names an argument that is too short or misaligned, or `bytes` that is not a multiple of 16 in
-    /// 16..=8192.
-    pub fn launch(
-        &self,
-        queue: &F::Queue,
-        pieces: usize,
-        bytes: usize,
-        source: &View<'_, u8>,
-        out: &mut ViewMut<'_, u8>,
-    ) -> Result<(), Error> {
-        if !bytes.is_multiple_of(16) || !(16..=8192).contains(&bytes) {
-            return Err(Error::argument(Self::KERNEL, "bytes", "a multiple of 16 in 16..=8192", bytes));
-        }
-        count(Self::KERNEL, "pieces", &[pieces, bytes])?;
-        source.check(Self::KERNEL, "source", pieces * bytes, 16)?;
-        out.check(Self::KERNEL, "out", pieces * bytes, 16)?;
-        let (pieces, bytes) = (pieces as u32, bytes as u32);
-        let args = [
-            Arg::read("source", source),
-            Arg::write("out", out),
-            Arg::value("pieces", &pieces),
-            Arg::value("bytes", &bytes),
-        ];
-        // SAFETY: the arguments are the kernel's parameters, each as long as one block indexes it, and shared memory holds
-        // two pieces and two barriers.
-        unsafe { self.function.launch(queue, &LaunchConfig::new(1, 128).shared(2 * bytes + 16), &args) }
-    }
-}
-
-/// A tensor map as kernels take it: the driver's `CUtensorMap`, or the emulator's stand-in.
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-#[repr(C, align(64))]
-pub struct TensorMap(pub [u64; 16]);
-
-kernel! {
-    /// `wgmma_product`: C = A·Bᵀ by TMA and wgmma.
-    WgmmaProduct = "wgmma_product", "DTYPE": dtype: i64
-}
-
-impl<F: Function> WgmmaProduct<F> {
-    /// Enqueues the product of `[m, k]` and `[n, k]` into c `[m, n]`; m and n are multiples of 64.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] names an argument that is too short or misaligned, or an extent that is no multiple of 64.
-    ///
-    /// # Safety
-    /// The maps must have been encoded for this device, from tensors of 16-bit elements with `m` and `n` rows of `k`, in
-    /// boxes of 64 × 64 with the 128-byte swizzle, and the tensors must stay alive until the launch has run.
-    #[allow(clippy::too_many_arguments, reason = "one per extent and tensor")]
-    pub unsafe fn launch(
-        &self,
-        queue: &F::Queue,
-        m: usize,
-        n: usize,
-        k: usize,
-        a_map: &TensorMap,
-        b_map: &TensorMap,
-        c: &mut ViewMut<'_, f32>,
-    ) -> Result<(), Error> {
-        for (argument, extent) in [("m", m), ("n", n)] {
-            if !extent.is_multiple_of(64) {
-                return Err(Error::argument(Self::KERNEL, argument, "a multiple of 64", extent));
-            }
-        }
-        count(Self::KERNEL, "c", &[m, n])?;
-        count(Self::KERNEL, "k", &[k])?;
-        c.check(Self::KERNEL, "c", m * n, 4)?;
-        let (columns, depth) = (n as u32, k as u32);
-        let args = [
-            Arg::value("a_map", a_map),
-            Arg::value("b_map", b_map),
-            Arg::write("c", c),
-            Arg::value("n", &columns),
-            Arg::value("k", &depth),
-        ];
-        let config = LaunchConfig::new((columns / 64, m as u32 / 64), 160).shared(32800);
-        // SAFETY: the arguments are the kernel's parameters, `c` is as long as the grid indexes it, shared memory holds two
-        // slots and four barriers, and the caller vouches for the maps.
-        unsafe { self.function.launch(queue, &config, &args) }
     }
 }
