@@ -26,6 +26,7 @@ fn main() {
     }
     if let Err(reason) = build() {
         println!("cargo:rustc-cfg=no_emulator");
+        let reason = reason.replace('\n', " ");
         println!("cargo:rustc-env=EMULATOR_UNAVAILABLE={reason}");
         println!("cargo:warning=the emulator is left out: {reason}");
     }

@@ -37,10 +37,12 @@ void cp_async(uint32_t dst, const void* src, unsigned bytes, unsigned source_byt
     if (bytes != 4 && bytes != 8 && bytes != 16) fail(pc, "cp.async of %u bytes: only 4, 8 and 16 exist", bytes);
     if (source_bytes > bytes) fail(pc, "cp.async: %u source bytes for a copy of %u", source_bytes, bytes);
     shared_bytes(dst, bytes, bytes, "cp.async", pc);
-    if (reinterpret_cast<uintptr_t>(src) % bytes) fail(pc, "cp.async: source address %p is not a multiple of %u", src, bytes);
+    if (reinterpret_cast<uintptr_t>(src) % bytes)
+        fail(pc, "cp.async: source address %p is not a multiple of %u", src, bytes);
     if (source_bytes) check_access(src, source_bytes, Kind::Read, pc);
     mark_shared(self, mark_of(self), dst, bytes, Kind::Write, pc);
-    self.copies.copies.push_back({dst, (uint16_t)bytes, (uint16_t)source_bytes, static_cast<const unsigned char*>(src)});
+    self.copies.copies.push_back(
+        {dst, (uint16_t)bytes, (uint16_t)source_bytes, static_cast<const unsigned char*>(src)});
     self.block->counters.async_copies++;
 }
 
@@ -71,7 +73,7 @@ void cp_async_mbarrier_arrive_noinc(uint32_t mbar) {
     issue_pending(std::move(arrival), CALLER);
 }
 
-// ---- bulk stores: shared to global memory ------------------------------------------------------------------------------------
+// ---- bulk stores: shared to global memory -------------------------------------------------------------------------
 
 void bulk_store(void* dst, uint32_t src, uint32_t bytes) {
     const void* pc = CALLER;
@@ -122,12 +124,13 @@ void bulk_wait(unsigned pending) {
         read_source(self, store, CALLER);
         complete_global({store.async_stamp}, self.stamp(), store.dst, store.bytes);
     }
-    if (queue.group_ends.size() > pending) queue.group_ends.erase(queue.group_ends.begin(), queue.group_ends.end() - pending);
+    if (queue.group_ends.size() > pending)
+        queue.group_ends.erase(queue.group_ends.begin(), queue.group_ends.end() - pending);
     queue.stores.erase(queue.stores.begin(), queue.stores.begin() + count);
     for (size_t& end : queue.group_ends) end -= count;
 }
 
-// ---- the async proxy's fence -------------------------------------------------------------------------------------------------------
+// ---- the async proxy's fence --------------------------------------------------------------------------------------
 
 void fence_proxy_async() {
     Thread& self = *current;
@@ -140,9 +143,11 @@ void fence_proxy_async() {
 
 void check_thread_end(Thread& self) {
     if (!self.copies.copies.empty())
-        fail(nullptr, "the thread ended with %zu cp.async copies on their way: wait for them", self.copies.copies.size());
+        fail(nullptr, "the thread ended with %zu cp.async copies on their way: wait for them",
+             self.copies.copies.size());
     for (const BulkStore& store : self.stores.stores)
-        if (!store.source_read) fail(nullptr, "the thread ended while a bulk store still reads its shared memory: wait for it");
+        if (!store.source_read)
+            fail(nullptr, "the thread ended while a bulk store still reads its shared memory: wait for it");
     if (!self.warp->products.empty() && self.lane == 0)
         fail(nullptr, "the warp ended with %zu wgmma products on their way: wait for them", self.warp->products.size());
 }

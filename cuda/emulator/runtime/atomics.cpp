@@ -29,7 +29,8 @@ T apply(Atomic operation, T old, T value) {
     using Signed = std::make_signed_t<T>;
     using Float = typename FloatOf<T>::type;
     switch (operation) {
-    case Atomic::Add: return old + value;
+    case Atomic::Add:
+        return old + value;
     case Atomic::AddFloat: {
         Float a, b;
         memcpy(&a, &old, sizeof a);
@@ -38,16 +39,26 @@ T apply(Atomic operation, T old, T value) {
         memcpy(&old, &a, sizeof a);
         return old;
     }
-    case Atomic::MinSigned: return (Signed)value < (Signed)old ? value : old;
-    case Atomic::MaxSigned: return (Signed)value > (Signed)old ? value : old;
-    case Atomic::MinUnsigned: return value < old ? value : old;
-    case Atomic::MaxUnsigned: return value > old ? value : old;
-    case Atomic::And: return old & value;
-    case Atomic::Or: return old | value;
-    case Atomic::Xor: return old ^ value;
-    case Atomic::Exchange: return value;
-    case Atomic::Increment: return old >= value ? 0 : old + 1;
-    case Atomic::Decrement: return old == 0 || old > value ? value : old - 1;
+    case Atomic::MinSigned:
+        return (Signed)value < (Signed)old ? value : old;
+    case Atomic::MaxSigned:
+        return (Signed)value > (Signed)old ? value : old;
+    case Atomic::MinUnsigned:
+        return value < old ? value : old;
+    case Atomic::MaxUnsigned:
+        return value > old ? value : old;
+    case Atomic::And:
+        return old & value;
+    case Atomic::Or:
+        return old | value;
+    case Atomic::Xor:
+        return old ^ value;
+    case Atomic::Exchange:
+        return value;
+    case Atomic::Increment:
+        return old >= value ? 0 : old + 1;
+    case Atomic::Decrement:
+        return old == 0 || old > value ? value : old - 1;
     }
     __builtin_unreachable();
 }
@@ -78,7 +89,7 @@ T update_relaxed(void* address, const void* pc, const Update& update) {
     return old;
 }
 
-// ---- order between blocks ----------------------------------------------------------------------------------------------------
+// ---- order between blocks -----------------------------------------------------------------------------------------
 
 void acquire(Thread& self, const Known& released) {
     if (released.empty()) return;
@@ -87,7 +98,8 @@ void acquire(Thread& self, const Known& released) {
     next->blocks.join(released);
     // What threads of this block released comes back as their own times.
     if (const uint32_t* own = released.find(block.linear))
-        for (unsigned i = 0; i < block.clocks.entries(); i++) next->time[i] = next->time[i] > own[i] ? next->time[i] : own[i];
+        for (unsigned i = 0; i < block.clocks.entries(); i++)
+            next->time[i] = next->time[i] > own[i] ? next->time[i] : own[i];
     block.clocks.release(self.knows);
     self.knows = next;
 }
@@ -109,7 +121,8 @@ void check_word(const void* address, size_t bytes, Kind kind, const char* what, 
     check_alignment(address, bytes, pc);
     const Block& block = *current->block;
     const ptrdiff_t offset = static_cast<const unsigned char*>(address) - block.shared;
-    if (offset >= 0 && offset < (ptrdiff_t)SHARED_LIMIT) fail(pc, "%s on shared memory: it orders blocks, so its word is in global memory", what);
+    if (offset >= 0 && offset < (ptrdiff_t)SHARED_LIMIT)
+        fail(pc, "%s on shared memory: it orders blocks, so its word is in global memory", what);
     check_access(address, bytes, kind, pc);
 }
 
@@ -199,7 +212,11 @@ uint32_t atomic_add_acq_rel_u32(uint32_t* word, uint32_t value) { return add_rel
 uint64_t atomic_add_acq_rel_u64(uint64_t* word, uint64_t value) { return add_release(word, value, true, CALLER); }
 uint32_t atomic_add_release_u32(uint32_t* word, uint32_t value) { return add_release(word, value, false, CALLER); }
 uint64_t atomic_add_release_u64(uint64_t* word, uint64_t value) { return add_release(word, value, false, CALLER); }
-uint32_t atomic_cas_acq_rel_u32(uint32_t* word, uint32_t compare, uint32_t value) { return cas_acq_rel(word, compare, value, CALLER); }
-uint64_t atomic_cas_acq_rel_u64(uint64_t* word, uint64_t compare, uint64_t value) { return cas_acq_rel(word, compare, value, CALLER); }
+uint32_t atomic_cas_acq_rel_u32(uint32_t* word, uint32_t compare, uint32_t value) {
+    return cas_acq_rel(word, compare, value, CALLER);
+}
+uint64_t atomic_cas_acq_rel_u64(uint64_t* word, uint64_t compare, uint64_t value) {
+    return cas_acq_rel(word, compare, value, CALLER);
+}
 
 }  // namespace emulator

@@ -56,10 +56,12 @@ Barrier& named_barrier(unsigned id, unsigned threads, const char* operation, con
     Block& block = *current->block;
     if (id >= NAMED_BARRIERS) fail(pc, "%s: barrier %u does not exist, there are %u", operation, id, NAMED_BARRIERS);
     if (threads == 0 || threads % LANES != 0 || threads > block.warps_in_block * LANES)
-        fail(pc, "%s: %u threads at barrier %u, but the block's %u threads come in whole warps", operation, threads, id, block.threads_in_block);
+        fail(pc, "%s: %u threads at barrier %u, but the block's %u threads come in whole warps", operation, threads, id,
+             block.threads_in_block);
     Barrier& barrier = block.barriers[id];
     if (barrier.arrived && barrier.expected != threads)
-        fail(pc, "%s: barrier %u expects %u threads, because thread %u said so, and %u here", operation, id, barrier.expected, barrier.first_thread, threads);
+        fail(pc, "%s: barrier %u expects %u threads, because thread %u said so, and %u here", operation, id,
+             barrier.expected, barrier.first_thread, threads);
     barrier.expected = threads;
     barrier.file = "";
     barrier.line = 0;
@@ -73,7 +75,8 @@ void check_whole_warps(Block& block, const Barrier& barrier, unsigned id, const 
     for (unsigned w = 0; w < block.warps_in_block; w++) {
         const uint32_t came = barrier.participants[w];
         if (came && (came | block.warps[w].exited) != ~0u)
-            fail(pc, "barrier %u is full, but only lanes %08x of warp %u are among its %u threads", id, came, w, barrier.expected);
+            fail(pc, "barrier %u is full, but only lanes %08x of warp %u are among its %u threads", id, came, w,
+                 barrier.expected);
     }
 }
 
@@ -97,7 +100,8 @@ int block_barrier(Vote vote, int predicate, const char* file, unsigned line) {
         barrier.vote = vote;
         barrier.votes = 0;
         barrier.expected = block.threads_in_block;
-    } else if (barrier.line != line || (barrier.file != file && strcmp(barrier.file, file) != 0) || barrier.expected != block.threads_in_block) {
+    } else if (barrier.line != line || (barrier.file != file && strcmp(barrier.file, file) != 0) ||
+               barrier.expected != block.threads_in_block) {
         fail(pc, "divergent __syncthreads: this thread came to line %u, %s to line %u", line,
              thread_name(block, barrier.first_thread).c_str(), barrier.line);
     }
@@ -105,7 +109,9 @@ int block_barrier(Vote vote, int predicate, const char* file, unsigned line) {
     arrive(barrier, self);
     if (barrier.arrived == barrier.expected) {
         const int all = (int)block.threads_in_block;
-        barrier.result = vote == Vote::Count ? barrier.votes : vote == Vote::And ? barrier.votes == all : barrier.votes != 0;
+        barrier.result = vote == Vote::Count ? barrier.votes
+                         : vote == Vote::And ? barrier.votes == all
+                                             : barrier.votes != 0;
     }
     // The result stays until all have read it: nobody completes the next round before everybody has arrived there.
     wait(barrier, self, 0, "__syncthreads", pc);

@@ -1,7 +1,7 @@
 // The running block: its threads, warps, barriers and everything else that lives and dies with it.
 //
-// A Block object belongs to one OS thread at a time and runs one block of the grid after another; stacks, shared memory and
-// shadow are kept from block to block. `current` is the CUDA thread whose fiber runs on this OS thread.
+// A Block object belongs to one OS thread at a time and runs one block of the grid after another; stacks, shared
+// memory and shadow are kept from block to block. `current` is the CUDA thread whose fiber runs on this OS thread.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,8 @@ constexpr unsigned MAX_THREADS = 1024;
 constexpr unsigned MAX_WARPS = MAX_THREADS / LANES;
 constexpr unsigned NAMED_BARRIERS = 16;
 constexpr uint32_t SHARED_LIMIT = 227 * 1024;
-constexpr uint32_t SHARED_FIRST = 1024;  // shared address of the first byte, so that a null shared address is out of bounds
+constexpr uint32_t SHARED_FIRST =
+    1024;  // shared address of the first byte, so that a null shared address is out of bounds
 
 enum class Order : uint32_t { Forward, Reverse, Random };
 
@@ -71,14 +72,14 @@ struct Thread {
     uint64_t polled_value;
     // checker
     uint32_t time;
-    uint32_t fenced_time;   // of the last fence.proxy.async
+    uint32_t fenced_time;  // of the last fence.proxy.async
     Clock* knows;
     Clock* fenced_knows;
     // asynchronous copies
     CpAsyncQueue copies;
     BulkStoreQueue stores;
 
-    uint64_t stamp_bits;    // of `time`
+    uint64_t stamp_bits;  // of `time`
 
     void step_time() {
         time++;
@@ -177,7 +178,7 @@ struct Block {
     std::vector<PendingCopy> pending_copies;
     uint32_t agent_time[AGENTS];
 
-    unsigned char* shared;  // the dynamic shared memory
+    unsigned char* shared;    // the dynamic shared memory
     uint32_t dynamic_shared;  // its size in this launch
     Order order;
     Shadow shared_shadow;

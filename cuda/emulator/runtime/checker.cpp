@@ -10,18 +10,20 @@ namespace emulator {
 
 namespace {
 
-constexpr uintptr_t SHARED_WINDOW_BELOW = 64 * 1024;  // addresses around shared memory count as shared memory out of bounds
+constexpr uintptr_t SHARED_WINDOW_BELOW =
+    64 * 1024;  // addresses around shared memory count as shared memory out of bounds
 constexpr uintptr_t SHARED_WINDOW = SHARED_WINDOW_BELOW + SHARED_LIMIT + 64 * 1024;
 
 uintptr_t shared_base(const Block& block) { return reinterpret_cast<uintptr_t>(block.shared); }
 
 std::string shared_range(const Block& block, uintptr_t address, size_t bytes) {
     char text[96];
-    snprintf(text, sizeof text, "%zu byte%s at offset %td", bytes, bytes == 1 ? "" : "s", (ptrdiff_t)(address - shared_base(block)));
+    snprintf(text, sizeof text, "%zu byte%s at offset %td", bytes, bytes == 1 ? "" : "s",
+             (ptrdiff_t)(address - shared_base(block)));
     return text;
 }
 
-// ---- order -------------------------------------------------------------------------------------------------------------------
+// ---- order --------------------------------------------------------------------------------------------------------
 
 struct SharedPast {
     const uint32_t* times;
@@ -50,7 +52,7 @@ struct GlobalPast {
 
 GlobalPast global_past(const Thread& thread) { return {thread.knows, thread.block->tag, AGENTS + thread.linear}; }
 
-// ---- shared memory -------------------------------------------------------------------------------------------------------------
+// ---- shared memory ------------------------------------------------------------------------------------------------
 
 // False if the access reads bytes that were never written.
 bool touch_shared(const Thread& thread, uintptr_t address, size_t bytes, Kind kind, Stamp now, const void* pc) {
@@ -77,30 +79,35 @@ void access_shared(const Thread& thread, uintptr_t address, size_t bytes, Kind k
     Block& block = *thread.block;
     const uintptr_t offset = address - shared_base(block);
     if (offset > block.launch->dynamic_shared || bytes > block.launch->dynamic_shared - offset)
-        fail(pc, "shared memory: %s out of bounds, %s, but the launch has %u bytes", kind == Kind::Write ? "write" : "access",
-             shared_range(block, address, bytes).c_str(), block.launch->dynamic_shared);
+        fail(pc, "shared memory: %s out of bounds, %s, but the launch has %u bytes",
+             kind == Kind::Write ? "write" : "access", shared_range(block, address, bytes).c_str(),
+             block.launch->dynamic_shared);
     if (CHECKED && !touch_shared(thread, address, bytes, kind, thread.stamp(), pc))
-        fail(pc, "shared memory: read of bytes that this block never wrote, %s", shared_range(block, address, bytes).c_str());
+        fail(pc, "shared memory: read of bytes that this block never wrote, %s",
+             shared_range(block, address, bytes).c_str());
 }
 
-// ---- global memory -------------------------------------------------------------------------------------------------------------
+// ---- global memory ------------------------------------------------------------------------------------------------
 
 std::string global_range(const Buffer& buffer, uintptr_t address, size_t bytes) {
     char text[160];
-    snprintf(text, sizeof text, "%zu byte%s at byte %zu of `%s`", bytes, bytes == 1 ? "" : "s", (size_t)(address - buffer.begin), buffer.name);
+    snprintf(text, sizeof text, "%zu byte%s at byte %zu of `%s`", bytes, bytes == 1 ? "" : "s",
+             (size_t)(address - buffer.begin), buffer.name);
     return text;
 }
 
 [[noreturn]] void fail_outside(GlobalMemory& memory, uintptr_t address, size_t bytes, bool write, const void* pc) {
     unsigned ignored = 0;
     if (const Buffer* buffer = write ? memory.find(address, bytes, false, ignored) : nullptr)
-        fail(pc, "global memory: write to the read-only buffer `%s`, %s", buffer->name, global_range(*buffer, address, bytes).c_str());
-    fail(pc, "global memory: %s outside of every buffer, %zu bytes at 0x%zx%s", write ? "write" : "read", bytes, (size_t)address,
-         memory.describe(address, bytes).c_str());
+        fail(pc, "global memory: write to the read-only buffer `%s`, %s", buffer->name,
+             global_range(*buffer, address, bytes).c_str());
+    fail(pc, "global memory: %s outside of every buffer, %zu bytes at 0x%zx%s", write ? "write" : "read", bytes,
+         (size_t)address, memory.describe(address, bytes).c_str());
 }
 
 template <class Visit>
-bool visit_global(GlobalMemory& memory, const Launch& launch, const Buffer& buffer, uintptr_t address, size_t bytes, bool whole, const Visit& visit) {
+bool visit_global(GlobalMemory& memory, const Launch& launch, const Buffer& buffer, uintptr_t address, size_t bytes,
+                  bool whole, const Visit& visit) {
     if (launch.os_threads == 1) return buffer.shadow->visit(address, bytes, whole, visit);
     while (bytes > 0) {  // line by line, each under its lock
         const size_t part = 64 - address % 64 < bytes ? 64 - address % 64 : bytes;
@@ -146,23 +153,27 @@ void access(uintptr_t address, size_t bytes, Kind kind, const void* pc) {
     }
 }
 
-// An access of the kernel's own. What can be told at once is: a thread's own stack, and shared memory that it accesses again.
+// An access of the kernel's own. What can be told at once is: a thread's own stack, and shared memory that it accesses
+// again.
 template <size_t bytes, Kind kind>
 inline __attribute__((always_inline)) void instrumented(uintptr_t address, const void* pc) {
     Thread* thread = current;
     if (!thread || address - thread->stack_low < STACK_BYTES) return;
     // A device faults on an address that is not a multiple of the access; x86 does not.
-    if (address & (bytes - 1)) fail(pc, "misaligned %s of %zu bytes at 0x%zx", kind == Kind::Read ? "read" : "write", bytes, (size_t)address);
+    if (address & (bytes - 1))
+        fail(pc, "misaligned %s of %zu bytes at 0x%zx", kind == Kind::Read ? "read" : "write", bytes, (size_t)address);
     Block& block = *thread->block;
     const uintptr_t offset = address - shared_base(block);
     const uint32_t limit = block.dynamic_shared;
-    if (offset < limit && bytes <= limit - offset && block.shared_shadow.repeated(address, bytes, kind, thread->stamp())) return;
+    if (offset < limit && bytes <= limit - offset &&
+        block.shared_shadow.repeated(address, bytes, kind, thread->stamp()))
+        return;
     access(address, bytes, kind, pc);
 }
 
 }  // namespace
 
-// ---- for the runtime -------------------------------------------------------------------------------------------------------------
+// ---- for the runtime ----------------------------------------------------------------------------------------------
 
 bool happened_before(const Thread& thread, Stamp stamp) { return shared_past(thread)(stamp); }
 
@@ -189,29 +200,36 @@ void check_proxy_fence(const Thread& thread, uint32_t address, size_t bytes, con
     if (!CHECKED) return;
     Block& block = *thread.block;
     Conflict missing;
-    const bool misses = block.shared_shadow.visit(shared_base(block) + (address - SHARED_FIRST), bytes, false, [&](Cell& cell) {
-        const Stamp w = cell.write;
-        if (w.block_tag() != block.tag || w.by_agent()) return false;  // written by the async proxy itself
-        // The fence may be the writer's, after the write, or the reader's, after it had heard of the write.
-        if (block.threads[w.thread()].fenced_time >= w.time()) return false;
-        if (thread.fenced_knows && thread.fenced_knows->time[w.who()] >= w.time()) return false;
-        return missing.with("no fence", w, cell.write_place);
-    });
+    const bool misses =
+        block.shared_shadow.visit(shared_base(block) + (address - SHARED_FIRST), bytes, false, [&](Cell& cell) {
+            const Stamp w = cell.write;
+            if (w.block_tag() != block.tag || w.by_agent()) return false;  // written by the async proxy itself
+            // The fence may be the writer's, after the write, or the reader's, after it had heard of the write.
+            if (block.threads[w.thread()].fenced_time >= w.time()) return false;
+            if (thread.fenced_knows && thread.fenced_knows->time[w.who()] >= w.time()) return false;
+            return missing.with("no fence", w, cell.write_place);
+        });
     if (misses)
-        fail(pc, "%s reads shared memory that %s wrote through the generic proxy at {@%x}, without fence.proxy.async between", what,
-             thread_name(block, missing.other.thread()).c_str(), missing.place);
+        fail(pc,
+             "%s reads shared memory that %s wrote through the generic proxy at {@%x}, without fence.proxy.async "
+             "between",
+             what, thread_name(block, missing.other.thread()).c_str(), missing.place);
 }
 
-Stamp under_way_stamp(const Thread& thread) { return Stamp::make(thread.block->tag, AGENTS + thread.linear, thread.time, true); }
+Stamp under_way_stamp(const Thread& thread) {
+    return Stamp::make(thread.block->tag, AGENTS + thread.linear, thread.time, true);
+}
 
 void mark_shared(const Thread& thread, Stamp mark, uint32_t address, size_t bytes, Kind kind, const void* pc) {
     if (!CHECKED) return;
     const uintptr_t a = shared_base(*thread.block) + (address - SHARED_FIRST);
     if (!touch_shared(thread, a, bytes, kind, mark, pc))
-        fail(pc, "shared memory: read of bytes that this block never wrote, %s", shared_range(*thread.block, a, bytes).c_str());
+        fail(pc, "shared memory: read of bytes that this block never wrote, %s",
+             shared_range(*thread.block, a, bytes).c_str());
 }
 
-void complete_shared(const Thread& thread, Stamp mark, Stamp done, uint32_t address, size_t bytes, Kind kind, const void* pc) {
+void complete_shared(const Thread& thread, Stamp mark, Stamp done, uint32_t address, size_t bytes, Kind kind,
+                     const void* pc) {
     if (!CHECKED) return;
     const SharedPast past = shared_past(thread);
     const uintptr_t a = shared_base(*thread.block) + (address - SHARED_FIRST);
@@ -238,11 +256,13 @@ void mark_global(const Thread& thread, Stamp mark, const void* address, size_t b
 void complete_global(Stamp mark, Stamp done, const void* address, size_t bytes) {
     if (!CHECKED) return;
     Block& block = *current->block;
-    const Buffer* buffer = block.launch->memory.find(reinterpret_cast<uintptr_t>(address), bytes, true, block.last_buffer);
-    visit_global(block.launch->memory, *block.launch, *buffer, reinterpret_cast<uintptr_t>(address), bytes, true, [&](Cell& cell) {
-        if (cell.write.bits == mark.bits) cell.write = done;
-        return false;
-    });
+    const Buffer* buffer =
+        block.launch->memory.find(reinterpret_cast<uintptr_t>(address), bytes, true, block.last_buffer);
+    visit_global(block.launch->memory, *block.launch, *buffer, reinterpret_cast<uintptr_t>(address), bytes, true,
+                 [&](Cell& cell) {
+                     if (cell.write.bits == mark.bits) cell.write = done;
+                     return false;
+                 });
 }
 
 void set_shared(Stamp mark, uint32_t address, size_t bytes) {
@@ -257,9 +277,8 @@ void set_shared(Stamp mark, uint32_t address, size_t bytes) {
 
 }  // namespace emulator
 
-// ---- the compiler's instrumentation --------------------------------------------------------------------------------------------------
-// -fsanitize=thread makes g++ call these before each access to memory that is not a local variable's register. ThreadSanitizer's
-// own library is never linked.
+// ---- the compiler's instrumentation -------------------------------------------------------------------------------
+// -fsanitize=thread makes g++ call these before each access to memory. ThreadSanitizer's own library is never linked.
 
 #if !defined(EMULATOR_SANITIZE)
 
@@ -267,11 +286,11 @@ using emulator::Kind;
 
 #define ADDRESS reinterpret_cast<uintptr_t>(address)
 #define CALLER __builtin_return_address(0)
-#define ACCESS(bytes)                                                                                                             \
-    void __tsan_read##bytes(void* address) { (emulator::instrumented<bytes, Kind::Read>(ADDRESS, CALLER)); }                      \
+#define ACCESS(bytes)                                                                                        \
+    void __tsan_read##bytes(void* address) { (emulator::instrumented<bytes, Kind::Read>(ADDRESS, CALLER)); } \
     void __tsan_write##bytes(void* address) { (emulator::instrumented<bytes, Kind::Write>(ADDRESS, CALLER)); }
-#define UNALIGNED_ACCESS(bytes)                                                                                                   \
-    void __tsan_unaligned_read##bytes(void* address) { emulator::access(ADDRESS, bytes, Kind::Read, CALLER); }                    \
+#define UNALIGNED_ACCESS(bytes)                                                                                \
+    void __tsan_unaligned_read##bytes(void* address) { emulator::access(ADDRESS, bytes, Kind::Read, CALLER); } \
     void __tsan_unaligned_write##bytes(void* address) { emulator::access(ADDRESS, bytes, Kind::Write, CALLER); }
 
 extern "C" {

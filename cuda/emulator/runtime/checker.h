@@ -1,6 +1,7 @@
 // Checks memory accesses: of kernels, through the compiler's instrumentation, and of the runtime on their behalf.
 //
-// With `EMULATOR_SANITIZE` the kernels are built for AddressSanitizer instead and report nothing here: then only bounds are checked.
+// With `EMULATOR_SANITIZE` the kernels are built for AddressSanitizer instead and report nothing here: then only
+// bounds are checked.
 #pragma once
 
 #include "block.h"
@@ -16,23 +17,26 @@ constexpr bool CHECKED = true;
 // What the running thread is about to do to [address, address + bytes), wherever that is.
 void check_access(const void* address, size_t bytes, Kind kind, const void* pc);
 
-// ---- shared memory, by shared address --------------------------------------------------------------------------------------
+// ---- shared memory, by shared address -----------------------------------------------------------------------------
 
 // The bytes behind a shared address. Fails unless all of them lie within the launch's dynamic shared memory, aligned.
 unsigned char* shared_bytes(uint32_t address, size_t bytes, size_t alignment, const char* what, const void* pc);
 // An access by another thread of the running warp.
 void check_shared(const Thread& thread, uint32_t address, size_t bytes, Kind kind, const void* pc);
-// A read by the running thread for an operation of the async proxy: writes through the generic proxy need a proxy fence.
+// A read by the running thread for an operation of the async proxy: writes through the generic proxy need a proxy
+// fence.
 void check_proxy_fence(const Thread& thread, uint32_t address, size_t bytes, const char* what, const void* pc);
 
-// ---- asynchronous operations -------------------------------------------------------------------------------------------------
-// Between issue and completion the bytes are marked: nobody may touch what is being written, nor write what is being read.
+// ---- asynchronous operations --------------------------------------------------------------------------------------
+// Between issue and completion the bytes are marked: nobody may touch what is being written, nor write what is being
+// read.
 
 // The stamp for an operation that `thread` issues now.
 Stamp under_way_stamp(const Thread& thread);
 void mark_shared(const Thread& thread, Stamp mark, uint32_t address, size_t bytes, Kind kind, const void* pc);
 // Replaces the marks by an access of `done`.
-void complete_shared(const Thread& thread, Stamp mark, Stamp done, uint32_t address, size_t bytes, Kind kind, const void* pc);
+void complete_shared(const Thread& thread, Stamp mark, Stamp done, uint32_t address, size_t bytes, Kind kind,
+                     const void* pc);
 void mark_global(const Thread& thread, Stamp mark, const void* address, size_t bytes, const void* pc);
 void complete_global(Stamp mark, Stamp done, const void* address, size_t bytes);
 // The bytes hold an mbarrier: nobody may touch them. `mark`: a stamp that is under way. Or they hold nothing any more.

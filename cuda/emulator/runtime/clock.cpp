@@ -8,7 +8,7 @@
 
 namespace emulator {
 
-// ---- Known ---------------------------------------------------------------------------------------------------------
+// ---- Known --------------------------------------------------------------------------------------------------------
 
 constexpr unsigned FAN_OUT_BITS = 4, FAN_OUT = 1 << FAN_OUT_BITS;
 
@@ -129,7 +129,7 @@ unsigned Known::levels_for(uint64_t blocks) {
     return levels;
 }
 
-// ---- ClockPool -------------------------------------------------------------------------------------------------------
+// ---- ClockPool ----------------------------------------------------------------------------------------------------
 
 void ClockPool::destroy_all() {
     for (Clock* clock : all) {
@@ -190,7 +190,7 @@ Clock* ClockPool::join(Clock* a, Clock* b) {
     return result;
 }
 
-// ---- Gathering ---------------------------------------------------------------------------------------------------------
+// ---- Gathering ----------------------------------------------------------------------------------------------------
 
 void Gathering::add(ClockPool& pool, Thread& thread) {
     if (!sum) {
@@ -203,7 +203,8 @@ void Gathering::add(ClockPool& pool, Thread& thread) {
     }
     sum->time[AGENTS + thread.linear] = thread.time;
     thread.step_time();
-    if (thread.time > Stamp::MAX_TIME - 2) fail(nullptr, "this thread has synchronised %u times, more than the checker can count", thread.time);
+    if (thread.time > Stamp::MAX_TIME - 2)
+        fail(nullptr, "this thread has synchronised %u times, more than the checker can count", thread.time);
 }
 
 void Gathering::add_agent(ClockPool& pool, unsigned agent, uint32_t time) {

@@ -1,12 +1,12 @@
 // Vector clocks: which accesses of which threads happened before the present.
 //
 // Every thread counts its own time, and steps it whenever it publishes what it did so far (at a barrier, an arrival, a
-// release). A Clock says up to which time its owner has heard of each thread of the block; an access of thread u at time t
-// happened before whatever the owner does next if the owner's clock has t or more for u. Clocks are immutable once shared, so
-// that after a barrier all threads hold the same one.
+// release). A Clock says up to which time its owner has heard of each thread of the block; an access of thread u at
+// time t happened before whatever the owner does next if the owner's clock has t or more for u. Clocks are immutable
+// once shared, so that after a barrier all threads hold the same one.
 //
-// The block's asynchronous copies run beside the threads: they complete in the name of one of 32 agents, whose times come
-// before the threads' in each clock.
+// The block's asynchronous copies run beside the threads: they complete in the name of one of 32 agents, whose times
+// come before the threads' in each clock.
 //
 // Of other blocks a clock knows what came through acquire/release on a global word: a persistent map from block to that
 // block's times, shared between clocks of all blocks.
@@ -23,7 +23,8 @@ namespace emulator {
 
 struct Thread;
 
-// A persistent map from block to the times of its threads: a 16-way trie whose nodes never change, with shared subtrees.
+// A persistent map from block to the times of its threads: a 16-way trie whose nodes never change, with shared
+// subtrees.
 class Known {
 public:
     struct Node;  // level 0: the times of one block; else 16 children

@@ -1,4 +1,5 @@
-// What a CUDA kernel sees when it is compiled for the CPU: keywords, builtins and the functions behind the `ptx/` wrappers.
+// What a CUDA kernel sees when it is compiled for the CPU: keywords, builtins and the functions behind the `ptx/`
+// wrappers.
 //
 // Every emulated variant of a kernel is one translation unit:
 //
@@ -9,8 +10,9 @@
 //     }
 //     EMULATOR_ENTRY(row_17, merge_states)
 //
-// The namespace keeps variants apart: two variants of one function template in one binary would otherwise be merged by the
-// linker. This header is included before it, is light, and holds no state; all work is done by the runtime beside it.
+// The namespace keeps variants apart: two variants of one function template in one binary would otherwise be merged by
+// the linker. This header is included before it, is light, and holds no state; all work is done by the runtime beside
+// it.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -29,9 +31,9 @@
 #include "emulator_builtins.h"
 
 // Makes a kernel known to the runtime under the name of its namespace.
-#define EMULATOR_ENTRY(space, kernel)                                                             \
-    extern "C" const ::emulator::Entry emulator_entry_##space;                                      \
-    const ::emulator::Entry emulator_entry_##space = {                                              \
-            &::emulator::Signature<decltype(&space::kernel)>::template run<&space::kernel>,             \
-            ::emulator::Signature<decltype(&space::kernel)>::parameters,                                \
-            ::emulator::Signature<decltype(&space::kernel)>::count};
+#define EMULATOR_ENTRY(space, kernel)                                                   \
+    extern "C" const ::emulator::Entry emulator_entry_##space;                          \
+    const ::emulator::Entry emulator_entry_##space = {                                  \
+        &::emulator::Signature<decltype(&space::kernel)>::template run<&space::kernel>, \
+        ::emulator::Signature<decltype(&space::kernel)>::parameters,                    \
+        ::emulator::Signature<decltype(&space::kernel)>::count};

@@ -1,8 +1,8 @@
 // The interface between kernels and the runtime. `cuda/include/ptx` calls these on the host; kernels call the wrappers.
 //
-// Addresses of shared memory are 32-bit "shared addresses", as `cvta.to.shared` gives them. Every function here is a plain
-// call into the runtime, which is compiled once and without instrumentation, so that only a kernel's own accesses reach the
-// checker as such.
+// Addresses of shared memory are 32-bit "shared addresses", as `cvta.to.shared` gives them. Every function here is a
+// plain call into the runtime, which is compiled once and without instrumentation, so that only a kernel's own
+// accesses reach the checker as such.
 #pragma once
 
 #include <stddef.h>
@@ -21,7 +21,7 @@ struct dim3 {
 
 namespace emulator {
 
-// ---- the running thread ----------------------------------------------------------------------------------------------
+// ---- the running thread -------------------------------------------------------------------------------------------
 // The values never change while a thread runs, so the compiler may call these once and keep the result.
 
 __attribute__((const)) uint3 thread_index();
@@ -32,14 +32,14 @@ __attribute__((const)) dim3 grid_extent();
 // A thread that waits for others by polling calls this between two looks (`__nanosleep` does).
 void yield();
 
-// ---- shared memory ---------------------------------------------------------------------------------------------------
+// ---- shared memory ------------------------------------------------------------------------------------------------
 
 // The block's dynamic shared memory, aligned to 1024 bytes and filled with 0xFF before the block starts.
 __attribute__((const)) unsigned char* dynamic_shared();
 uint32_t shared_address(const void* pointer);
 void* shared_pointer(uint32_t address);
 
-// ---- barriers --------------------------------------------------------------------------------------------------------
+// ---- barriers -----------------------------------------------------------------------------------------------------
 
 enum class Vote : uint8_t { None, Count, And, Or };
 // `__syncthreads` and its voting forms: every thread of the block must come, to the same line of source.
@@ -48,7 +48,7 @@ int block_barrier(Vote vote, int predicate, const char* file, unsigned line);
 void named_barrier_sync(unsigned id, unsigned threads);
 void named_barrier_arrive(unsigned id, unsigned threads);
 
-// ---- warp operations -------------------------------------------------------------------------------------------------
+// ---- warp operations ----------------------------------------------------------------------------------------------
 
 void warp_barrier(uint32_t mask);
 enum class Shuffle : uint8_t { Index, Up, Down, Xor };
@@ -61,7 +61,7 @@ uint32_t match_all(uint32_t mask, uint64_t value, int* all_equal);
 enum class Reduction : uint8_t { Add, MinS32, MaxS32, MinU32, MaxU32, And, Or, Xor };
 uint32_t reduce(Reduction kind, uint32_t mask, uint32_t value);
 
-// ---- tensor cores: D += A * B, registers as in the PTX ISA --------------------------------------------------------------
+// ---- tensor cores: D += A * B, registers as in the PTX ISA --------------------------------------------------------
 
 void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
@@ -80,7 +80,7 @@ void ldmatrix(uint32_t* r, unsigned count, bool transposed, uint32_t row_address
 void stmatrix(const uint32_t* r, unsigned count, bool transposed, uint32_t row_address);
 uint32_t movmatrix_trans(uint32_t r);
 
-// ---- cp.async --------------------------------------------------------------------------------------------------------
+// ---- cp.async -----------------------------------------------------------------------------------------------------
 
 // Copies `source_bytes` of `bytes` (4, 8 or 16) and fills the rest with zeros.
 void cp_async(uint32_t dst, const void* src, unsigned bytes, unsigned source_bytes);
@@ -89,7 +89,7 @@ void cp_async_wait(unsigned pending);
 // The mbarrier gets an arrival once this thread's copies so far are done; its pending count is not raised for it.
 void cp_async_mbarrier_arrive_noinc(uint32_t mbar);
 
-// ---- mbarriers -------------------------------------------------------------------------------------------------------
+// ---- mbarriers ----------------------------------------------------------------------------------------------------
 
 void mbarrier_init(uint32_t mbar, uint32_t count);
 void mbarrier_invalidate(uint32_t mbar);
@@ -99,7 +99,7 @@ void mbarrier_expect_tx(uint32_t mbar, uint32_t bytes);
 // True once the phase of this parity is complete. Suspends the thread first; false only where nobody else can run.
 bool mbarrier_try_wait_parity(uint32_t mbar, uint32_t parity);
 
-// ---- bulk copies and TMA ---------------------------------------------------------------------------------------------
+// ---- bulk copies and TMA ------------------------------------------------------------------------------------------
 
 void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbar);
 void bulk_store(void* dst, uint32_t src, uint32_t bytes);
@@ -109,13 +109,13 @@ void bulk_wait_read(unsigned pending);
 
 // The 128 bytes that stand for a CUtensorMap here. The Rust side builds it (`emulator::TensorMap`).
 struct alignas(64) TensorMap {
-    uint64_t magic;            // TENSOR_MAP_MAGIC
-    uint64_t address;          // of element (0, 0), divisible by 16
-    uint64_t columns, rows;    // extent in elements; x runs along columns
-    uint64_t row_bytes;        // distance of two rows, divisible by 16
+    uint64_t magic;          // TENSOR_MAP_MAGIC
+    uint64_t address;        // of element (0, 0), divisible by 16
+    uint64_t columns, rows;  // extent in elements; x runs along columns
+    uint64_t row_bytes;      // distance of two rows, divisible by 16
     uint32_t box_columns, box_rows;
     uint32_t element_bytes;
-    uint32_t swizzle_128;      // 0: rows of the box are packed; 1: 128-byte rows, 16-byte chunks XOR-swizzled
+    uint32_t swizzle_128;  // 0: rows of the box are packed; 1: 128-byte rows, 16-byte chunks XOR-swizzled
     uint64_t reserved[8];
 };
 static_assert(sizeof(TensorMap) == 128, "a CUtensorMap has 128 bytes");
@@ -124,7 +124,7 @@ constexpr uint64_t TENSOR_MAP_MAGIC = 0x70616d726f736e74;
 // Loads the map's box whose first element is column x, row y; elements outside of the tensor are zero.
 void tma_load_2d(uint32_t dst, const void* map, uint32_t mbar, int x, int y);
 
-// ---- wgmma -----------------------------------------------------------------------------------------------------------
+// ---- wgmma --------------------------------------------------------------------------------------------------------
 
 void wgmma_fence();
 void wgmma_commit();
@@ -133,12 +133,12 @@ void wgmma_wait(unsigned pending);
 void wgmma_m64n64k16_bf16(float (&d)[32], uint64_t a_desc, uint64_t b_desc);
 void wgmma_m64n64k16_f16(float (&d)[32], uint64_t a_desc, uint64_t b_desc);
 
-// ---- fences and order between blocks -------------------------------------------------------------------------------------
+// ---- fences and order between blocks ------------------------------------------------------------------------------
 
 void fence_proxy_async();
 inline void fence_mbarrier_init() {}
-// Blocks are ordered by these alone. A fence with relaxed atomics beside it is an order on a GPU too, but the emulator does
-// not accept it: the wrappers say which word carries the order, a fence does not.
+// Blocks are ordered by these alone. A fence with relaxed atomics beside it is an order on a GPU too, but the emulator
+// does not accept it: the wrappers say which word carries the order, a fence does not.
 uint32_t load_acquire_u32(const uint32_t* word);
 void store_release_u32(uint32_t* word, uint32_t value);
 uint32_t atomic_add_acq_rel_u32(uint32_t* word, uint32_t value);
@@ -155,19 +155,32 @@ inline void grid_dependency_wait() {}
 inline void grid_dependency_launch() {}
 
 // Relaxed atomics, on global and shared memory.
-enum class Atomic : uint8_t { Add, AddFloat, MinSigned, MaxSigned, MinUnsigned, MaxUnsigned, And, Or, Xor, Exchange, Increment, Decrement };
+enum class Atomic : uint8_t {
+    Add,
+    AddFloat,
+    MinSigned,
+    MaxSigned,
+    MinUnsigned,
+    MaxUnsigned,
+    And,
+    Or,
+    Xor,
+    Exchange,
+    Increment,
+    Decrement
+};
 uint32_t atomic_u32(Atomic operation, void* word, uint32_t value);
 uint64_t atomic_u64(Atomic operation, void* word, uint64_t value);
 uint32_t atomic_cas_u32(void* word, uint32_t compare, uint32_t value);
 uint64_t atomic_cas_u64(void* word, uint64_t compare, uint64_t value);
 
-// ---- approximate functions: here they are exact to a float's rounding ------------------------------------------------------
+// ---- approximate functions: here they are exact to a float's rounding ---------------------------------------------
 
 float exp2_approx(float x);
 float rcp_approx(float x);
 float log2_approx(float x);
 
-// ---- a kernel as the runtime sees it -------------------------------------------------------------------------------------
+// ---- a kernel as the runtime sees it ------------------------------------------------------------------------------
 
 struct Parameter {
     uint32_t bytes;

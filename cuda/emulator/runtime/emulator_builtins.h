@@ -3,7 +3,7 @@
 
 #include "emulator_api.h"
 
-// ---- keywords --------------------------------------------------------------------------------------------------------
+// ---- keywords -----------------------------------------------------------------------------------------------------
 
 #define __global__
 #define __device__
@@ -24,16 +24,12 @@
 #define gridDim (::emulator::grid_extent())
 constexpr int warpSize = 32;
 
-// ---- vector types ----------------------------------------------------------------------------------------------------
+// ---- vector types -------------------------------------------------------------------------------------------------
 
-#define EMULATOR_VECTOR_TYPES(type, name)                                                         \
-    struct alignas(sizeof(type) * 2) name##2 {                                                      \
-        type x, y;                                                                                    \
-    };                                                                                              \
-    struct alignas(sizeof(type) * 4 > 16 ? 16 : sizeof(type) * 4) name##4 {                         \
-        type x, y, z, w;                                                                              \
-    };                                                                                              \
-    inline name##2 make_##name##2(type x, type y) { return {x, y}; }                                \
+#define EMULATOR_VECTOR_TYPES(type, name)                                                       \
+    struct alignas(sizeof(type) * 2) name##2 { type x, y; };                                    \
+    struct alignas(sizeof(type) * 4 > 16 ? 16 : sizeof(type) * 4) name##4 { type x, y, z, w; }; \
+    inline name##2 make_##name##2(type x, type y) { return {x, y}; }                            \
     inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 EMULATOR_VECTOR_TYPES(signed char, char)
 EMULATOR_VECTOR_TYPES(unsigned char, uchar)
@@ -57,7 +53,7 @@ inline int3 make_int3(int x, int y, int z) { return {x, y, z}; }
 inline uint3 make_uint3(unsigned x, unsigned y, unsigned z) { return {x, y, z}; }
 inline float3 make_float3(float x, float y, float z) { return {x, y, z}; }
 
-// ---- block and warp --------------------------------------------------------------------------------------------------
+// ---- block and warp -----------------------------------------------------------------------------------------------
 
 // The line of the call tells two divergent barriers apart that would otherwise meet by chance.
 inline void __syncthreads(const char* file = __builtin_FILE(), unsigned line = __builtin_LINE()) {
@@ -95,45 +91,69 @@ inline T from_bits(uint64_t bits) {
 
 template <class T>
 inline T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
-    return emulator::from_bits<T>(emulator::shuffle(emulator::Shuffle::Index, mask, emulator::to_bits(value), lane, width));
+    return emulator::from_bits<T>(
+        emulator::shuffle(emulator::Shuffle::Index, mask, emulator::to_bits(value), lane, width));
 }
 template <class T>
 inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-    return emulator::from_bits<T>(emulator::shuffle(emulator::Shuffle::Up, mask, emulator::to_bits(value), (int)delta, width));
+    return emulator::from_bits<T>(
+        emulator::shuffle(emulator::Shuffle::Up, mask, emulator::to_bits(value), (int)delta, width));
 }
 template <class T>
 inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-    return emulator::from_bits<T>(emulator::shuffle(emulator::Shuffle::Down, mask, emulator::to_bits(value), (int)delta, width));
+    return emulator::from_bits<T>(
+        emulator::shuffle(emulator::Shuffle::Down, mask, emulator::to_bits(value), (int)delta, width));
 }
 template <class T>
 inline T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
-    return emulator::from_bits<T>(emulator::shuffle(emulator::Shuffle::Xor, mask, emulator::to_bits(value), lanes, width));
+    return emulator::from_bits<T>(
+        emulator::shuffle(emulator::Shuffle::Xor, mask, emulator::to_bits(value), lanes, width));
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) { return emulator::ballot(mask, predicate != 0); }
 inline int __any_sync(unsigned mask, int predicate) { return emulator::vote_any(mask, predicate != 0); }
 inline int __all_sync(unsigned mask, int predicate) { return emulator::vote_all(mask, predicate != 0); }
 template <class T>
-inline unsigned __match_any_sync(unsigned mask, T value) { return emulator::match_any(mask, emulator::to_bits(value)); }
+inline unsigned __match_any_sync(unsigned mask, T value) {
+    return emulator::match_any(mask, emulator::to_bits(value));
+}
 template <class T>
 inline unsigned __match_all_sync(unsigned mask, T value, int* all_equal) {
     return emulator::match_all(mask, emulator::to_bits(value), all_equal);
 }
-inline unsigned __reduce_add_sync(unsigned mask, unsigned value) { return emulator::reduce(emulator::Reduction::Add, mask, value); }
-inline int __reduce_add_sync(unsigned mask, int value) { return (int)emulator::reduce(emulator::Reduction::Add, mask, (uint32_t)value); }
-inline unsigned __reduce_min_sync(unsigned mask, unsigned value) { return emulator::reduce(emulator::Reduction::MinU32, mask, value); }
-inline int __reduce_min_sync(unsigned mask, int value) { return (int)emulator::reduce(emulator::Reduction::MinS32, mask, (uint32_t)value); }
-inline unsigned __reduce_max_sync(unsigned mask, unsigned value) { return emulator::reduce(emulator::Reduction::MaxU32, mask, value); }
-inline int __reduce_max_sync(unsigned mask, int value) { return (int)emulator::reduce(emulator::Reduction::MaxS32, mask, (uint32_t)value); }
-inline unsigned __reduce_and_sync(unsigned mask, unsigned value) { return emulator::reduce(emulator::Reduction::And, mask, value); }
-inline unsigned __reduce_or_sync(unsigned mask, unsigned value) { return emulator::reduce(emulator::Reduction::Or, mask, value); }
-inline unsigned __reduce_xor_sync(unsigned mask, unsigned value) { return emulator::reduce(emulator::Reduction::Xor, mask, value); }
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
+    return emulator::reduce(emulator::Reduction::Add, mask, value);
+}
+inline int __reduce_add_sync(unsigned mask, int value) {
+    return (int)emulator::reduce(emulator::Reduction::Add, mask, (uint32_t)value);
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+    return emulator::reduce(emulator::Reduction::MinU32, mask, value);
+}
+inline int __reduce_min_sync(unsigned mask, int value) {
+    return (int)emulator::reduce(emulator::Reduction::MinS32, mask, (uint32_t)value);
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+    return emulator::reduce(emulator::Reduction::MaxU32, mask, value);
+}
+inline int __reduce_max_sync(unsigned mask, int value) {
+    return (int)emulator::reduce(emulator::Reduction::MaxS32, mask, (uint32_t)value);
+}
+inline unsigned __reduce_and_sync(unsigned mask, unsigned value) {
+    return emulator::reduce(emulator::Reduction::And, mask, value);
+}
+inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
+    return emulator::reduce(emulator::Reduction::Or, mask, value);
+}
+inline unsigned __reduce_xor_sync(unsigned mask, unsigned value) {
+    return emulator::reduce(emulator::Reduction::Xor, mask, value);
+}
 
-// ---- atomics (relaxed) -------------------------------------------------------------------------------------------------
+// ---- atomics (relaxed) --------------------------------------------------------------------------------------------
 
-#define EMULATOR_ATOMIC(name, type, bits, operation)                                              \
-    inline type name(type* word, type value) {                                                      \
-        return emulator::from_bits<type>(                                                             \
-                emulator::atomic_u##bits(emulator::Atomic::operation, word, (uint##bits##_t)emulator::to_bits(value))); \
+#define EMULATOR_ATOMIC(name, type, bits, operation)                                                                \
+    inline type name(type* word, type value) {                                                                      \
+        return emulator::from_bits<type>(                                                                           \
+            emulator::atomic_u##bits(emulator::Atomic::operation, word, (uint##bits##_t)emulator::to_bits(value))); \
     }
 EMULATOR_ATOMIC(atomicAdd, int, 32, Add)
 EMULATOR_ATOMIC(atomicAdd, unsigned, 32, Add)
@@ -166,8 +186,12 @@ EMULATOR_ATOMIC(atomicDec, unsigned, 32, Decrement)
 #undef EMULATOR_ATOMIC
 inline int atomicSub(int* word, int value) { return atomicAdd((unsigned*)word, 0u - (unsigned)value); }
 inline unsigned atomicSub(unsigned* word, unsigned value) { return atomicAdd(word, 0u - value); }
-inline int atomicCAS(int* word, int compare, int value) { return (int)emulator::atomic_cas_u32(word, (uint32_t)compare, (uint32_t)value); }
-inline unsigned atomicCAS(unsigned* word, unsigned compare, unsigned value) { return emulator::atomic_cas_u32(word, compare, value); }
+inline int atomicCAS(int* word, int compare, int value) {
+    return (int)emulator::atomic_cas_u32(word, (uint32_t)compare, (uint32_t)value);
+}
+inline unsigned atomicCAS(unsigned* word, unsigned compare, unsigned value) {
+    return emulator::atomic_cas_u32(word, compare, value);
+}
 inline unsigned long long atomicCAS(unsigned long long* word, unsigned long long compare, unsigned long long value) {
     return emulator::atomic_cas_u64(word, compare, value);
 }
@@ -179,17 +203,35 @@ inline void __threadfence_system() {}
 inline void __nanosleep(unsigned) { emulator::yield(); }
 [[noreturn]] inline void __trap() { emulator::trap(); }
 
-// ---- loads and stores with cache hints -----------------------------------------------------------------------------------
+// ---- loads and stores with cache hints ----------------------------------------------------------------------------
 
-template <class T> inline T __ldg(const T* p) { return *p; }
-template <class T> inline T __ldca(const T* p) { return *p; }
-template <class T> inline T __ldcg(const T* p) { return *p; }
-template <class T> inline T __ldcs(const T* p) { return *p; }
-template <class T> inline void __stcg(T* p, T value) { *p = value; }
-template <class T> inline void __stcs(T* p, T value) { *p = value; }
+template <class T>
+inline T __ldg(const T* p) {
+    return *p;
+}
+template <class T>
+inline T __ldca(const T* p) {
+    return *p;
+}
+template <class T>
+inline T __ldcg(const T* p) {
+    return *p;
+}
+template <class T>
+inline T __ldcs(const T* p) {
+    return *p;
+}
+template <class T>
+inline void __stcg(T* p, T value) {
+    *p = value;
+}
+template <class T>
+inline void __stcs(T* p, T value) {
+    *p = value;
+}
 inline size_t __cvta_generic_to_shared(const void* p) { return emulator::shared_address(p); }
 
-// ---- integers ----------------------------------------------------------------------------------------------------------
+// ---- integers -----------------------------------------------------------------------------------------------------
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
@@ -232,8 +274,8 @@ inline int __mulhi(int a, int b) { return (int)((long long)a * b >> 32); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
 inline int __mul24(int a, int b) { return (a << 8 >> 8) * (b << 8 >> 8); }
 
-#define EMULATOR_MIN_MAX(type)                                                                    \
-    inline type min(type a, type b) { return b < a ? b : a; }                                       \
+#define EMULATOR_MIN_MAX(type)                                \
+    inline type min(type a, type b) { return b < a ? b : a; } \
     inline type max(type a, type b) { return a < b ? b : a; }
 EMULATOR_MIN_MAX(int)
 EMULATOR_MIN_MAX(unsigned)
@@ -248,18 +290,24 @@ inline unsigned max(int a, unsigned b) { return max((unsigned)a, b); }
 inline unsigned max(unsigned a, int b) { return max(a, (unsigned)b); }
 inline int abs(int x) { return x < 0 ? -x : x; }
 
-// ---- floats: -ffp-contract=off makes plain operators the `_rn` intrinsics ------------------------------------------------
+// ---- floats: -ffp-contract=off makes plain operators the `_rn` intrinsics -----------------------------------------
 
-#define EMULATOR_LIBM(name) extern "C" float name##f(float) noexcept; extern "C" double name(double) noexcept;
-EMULATOR_LIBM(exp) EMULATOR_LIBM(exp2) EMULATOR_LIBM(expm1) EMULATOR_LIBM(log) EMULATOR_LIBM(log2) EMULATOR_LIBM(log10)
-EMULATOR_LIBM(log1p) EMULATOR_LIBM(sqrt) EMULATOR_LIBM(sin) EMULATOR_LIBM(cos) EMULATOR_LIBM(tanh) EMULATOR_LIBM(erf)
-EMULATOR_LIBM(floor) EMULATOR_LIBM(ceil) EMULATOR_LIBM(trunc) EMULATOR_LIBM(rint) EMULATOR_LIBM(round) EMULATOR_LIBM(fabs)
-EMULATOR_LIBM(nearbyint)
+#define EMULATOR_LIBM(name)                   \
+    extern "C" float name##f(float) noexcept; \
+    extern "C" double name(double) noexcept;
+EMULATOR_LIBM(exp)
+EMULATOR_LIBM(exp2)
+EMULATOR_LIBM(expm1) EMULATOR_LIBM(log) EMULATOR_LIBM(log2) EMULATOR_LIBM(log10) EMULATOR_LIBM(log1p)
+    EMULATOR_LIBM(sqrt) EMULATOR_LIBM(sin) EMULATOR_LIBM(cos) EMULATOR_LIBM(tanh) EMULATOR_LIBM(erf)
+        EMULATOR_LIBM(floor) EMULATOR_LIBM(ceil) EMULATOR_LIBM(trunc) EMULATOR_LIBM(rint) EMULATOR_LIBM(round)
+            EMULATOR_LIBM(fabs) EMULATOR_LIBM(nearbyint)
 #undef EMULATOR_LIBM
-#define EMULATOR_LIBM2(name) extern "C" float name##f(float, float) noexcept; extern "C" double name(double, double) noexcept;
-EMULATOR_LIBM2(pow) EMULATOR_LIBM2(fmod) EMULATOR_LIBM2(copysign)
+#define EMULATOR_LIBM2(name)                         \
+    extern "C" float name##f(float, float) noexcept; \
+    extern "C" double name(double, double) noexcept;
+                EMULATOR_LIBM2(pow) EMULATOR_LIBM2(fmod) EMULATOR_LIBM2(copysign)
 #undef EMULATOR_LIBM2
-extern "C" float fmaf(float, float, float) noexcept;
+                    extern "C" float fmaf(float, float, float) noexcept;
 extern "C" double fma(double, double, double) noexcept;
 extern "C" float ldexpf(float, int) noexcept;
 extern "C" float fmaxf(float, float) noexcept;

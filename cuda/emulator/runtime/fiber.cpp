@@ -33,7 +33,8 @@ namespace emulator {
 constexpr size_t GUARD_BYTES = 4096;
 
 uintptr_t map_stack() {
-    void* memory = mmap(nullptr, STACK_BYTES + GUARD_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory = mmap(nullptr, STACK_BYTES + GUARD_BYTES, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory, GUARD_BYTES, PROT_NONE) != 0) throw std::bad_alloc();
     return reinterpret_cast<uintptr_t>(memory) + GUARD_BYTES;
 }
@@ -44,9 +45,9 @@ void* prepare_stack(uintptr_t low, unsigned number, void (*entry)()) {
     // Stacks lie whole pages apart. Were their tops too, all would compete for the same few sets of the cache.
     const size_t colour = number * 320 % 4096 / 64 * 64;
     void** top = reinterpret_cast<void**>(low + STACK_BYTES - colour);
-    *--top = nullptr;                           // where entry would return to; keeps its frame aligned as after a call
-    *--top = reinterpret_cast<void*>(entry);    // popped by `ret`
-    top -= 6;                                   // the six registers
+    *--top = nullptr;                         // where entry would return to; keeps its frame aligned as after a call
+    *--top = reinterpret_cast<void*>(entry);  // popped by `ret`
+    top -= 6;                                 // the six registers
     memset(top, 0, 6 * sizeof(void*));
     return top;
 }

@@ -20,6 +20,6 @@ void* prepare_stack(uintptr_t low, unsigned number, void (*entry)());
 
 }  // namespace emulator
 
-// Saves the running context's stack pointer to *save and goes on where `to` was saved. Only the registers that the System V
-// ABI lets a callee keep are saved; kernels never change the floating-point control words.
+// Saves the running context's stack pointer to *save and goes on where `to` was saved. Only the registers that the
+// System V ABI lets a callee keep are saved; kernels never change the floating-point control words.
 extern "C" void emulator_switch(void** save, void* to);

@@ -23,7 +23,8 @@ void GlobalMemory::set_up(std::vector<Buffer> all, uintptr_t parameters, size_t 
     for (size_t i = 0; i < buffers.size() && buffers[i].writable;) {
         size_t next = i + 1;
         uintptr_t end = buffers[i].end;
-        for (; next < buffers.size() && buffers[next].writable && buffers[next].begin < end; next++) end = std::max(end, buffers[next].end);
+        for (; next < buffers.size() && buffers[next].writable && buffers[next].begin < end; next++)
+            end = std::max(end, buffers[next].end);
         shadows.push_back(std::make_unique<Shadow>());
         shadows.back()->map(buffers[i].begin, end - buffers[i].begin);
         for (; i < next; i++) buffers[i].shadow = shadows.back().get();
@@ -56,7 +57,9 @@ std::string GlobalMemory::describe(uintptr_t address, size_t bytes) const {
     const Buffer* nearest = nullptr;
     uintptr_t distance = 0;
     for (const Buffer& b : buffers) {
-        const uintptr_t d = address + bytes > b.end && address >= b.begin ? address + bytes - b.end : address < b.begin ? b.begin - address : 0;
+        const uintptr_t d = address + bytes > b.end && address >= b.begin ? address + bytes - b.end
+                            : address < b.begin                           ? b.begin - address
+                                                                          : 0;
         if (!nearest || d < distance) {
             nearest = &b;
             distance = d;
@@ -65,9 +68,11 @@ std::string GlobalMemory::describe(uintptr_t address, size_t bytes) const {
     if (!nearest) return "; the launch has no buffers";
     char text[256];
     if (address < nearest->begin) {
-        snprintf(text, sizeof text, "; it begins %zu bytes before `%s` (%zu bytes)", (size_t)distance, nearest->name, (size_t)(nearest->end - nearest->begin));
+        snprintf(text, sizeof text, "; it begins %zu bytes before `%s` (%zu bytes)", (size_t)distance, nearest->name,
+                 (size_t)(nearest->end - nearest->begin));
     } else {
-        snprintf(text, sizeof text, "; it ends %zu bytes past the end of `%s` (%zu bytes)", (size_t)distance, nearest->name, (size_t)(nearest->end - nearest->begin));
+        snprintf(text, sizeof text, "; it ends %zu bytes past the end of `%s` (%zu bytes)", (size_t)distance,
+                 nearest->name, (size_t)(nearest->end - nearest->begin));
     }
     return text;
 }

@@ -41,7 +41,8 @@ public:
 
     // The buffer that holds [address, address + bytes) and may be used so, or null. `last` caches its place.
     const Buffer* find(uintptr_t address, size_t bytes, bool write, unsigned& last) const;
-    // Whether this is constant memory outside of every buffer: the executable's read-only data or the kernel's parameters.
+    // Whether this is constant memory outside of every buffer: the executable's read-only data or the kernel's
+    // parameters.
     bool constant(uintptr_t address, size_t bytes) const;
     // What lies near a wild address, for reports.
     std::string describe(uintptr_t address, size_t bytes) const;

@@ -11,14 +11,14 @@ int visit(dl_phdr_info* info, size_t, void* context) {
     const uintptr_t self = reinterpret_cast<uintptr_t>(&visit);
     bool ours = false;
     for (int i = 0; i < info->dlpi_phnum; i++) {
-        const ElfW(Phdr)& segment = info->dlpi_phdr[i];
+        const ElfW(Phdr) & segment = info->dlpi_phdr[i];
         const uintptr_t begin = info->dlpi_addr + segment.p_vaddr;
         ours |= segment.p_type == PT_LOAD && self >= begin && self < begin + segment.p_memsz;
     }
     if (!ours) return 0;
     image.base = info->dlpi_addr;
     for (int i = 0; i < info->dlpi_phnum; i++) {
-        const ElfW(Phdr)& segment = info->dlpi_phdr[i];
+        const ElfW(Phdr) & segment = info->dlpi_phdr[i];
         const uintptr_t begin = info->dlpi_addr + segment.p_vaddr;
         // Constants with addresses in them are written once by the loader and sealed: PT_GNU_RELRO.
         if ((segment.p_type == PT_LOAD && !(segment.p_flags & PF_W)) || segment.p_type == PT_GNU_RELRO)

@@ -12,7 +12,7 @@
 
 namespace emulator {
 
-// ---- blocks are kept for later launches -----------------------------------------------------------------------------------
+// ---- blocks are kept for later launches ---------------------------------------------------------------------------
 
 namespace {
 
@@ -56,13 +56,16 @@ Block::~Block() {
     munmap(shared - GUARD, GUARD + SHARED_LIMIT + GUARD);
 }
 
-// ---- the order of blocks --------------------------------------------------------------------------------------------------
+// ---- the order of blocks ------------------------------------------------------------------------------------------
 
 uint64_t Launch::block_at(uint64_t place) const {
     switch (order) {
-    case Order::Forward: return place;
-    case Order::Reverse: return blocks - 1 - place;
-    case Order::Random: break;
+    case Order::Forward:
+        return place;
+    case Order::Reverse:
+        return blocks - 1 - place;
+    case Order::Random:
+        break;
     }
     // A step that shares no factor with the number of blocks visits each once.
     uint64_t step = (seed * 2654435761ull >> 7) % blocks | 1;
@@ -90,6 +93,7 @@ void work(Launch& launch, Outcome& outcome) {
         if (place >= launch.blocks || launch.stop) break;
         if (block->run(launch, launch.block_at(place))) continue;
         launch.stop = true;  // one fault is enough to report
+        if (block->report.empty()) continue;
         const std::lock_guard<std::mutex> lock(outcome.mutex);
         outcome.reports.push_back({block->linear, std::move(block->report)});
     }
@@ -119,7 +123,7 @@ size_t slot_of(const Parameter& parameter) {
 
 }  // namespace
 
-// ---- what a thread asks about itself ----------------------------------------------------------------------------------------
+// ---- what a thread asks about itself ------------------------------------------------------------------------------
 
 uint3 thread_index() { return current->index; }
 uint3 block_index() { return current->block->index; }
@@ -169,9 +173,12 @@ extern "C" int emulator_launch(EmulatorLaunch* request, void (*report)(void*, co
     std::vector<Buffer> buffers;
     for (uint64_t i = 0; i < request->buffer_count; i++) {
         const EmulatorBuffer& b = request->buffers[i];
-        if (b.bytes) buffers.push_back({(uintptr_t)b.address, (uintptr_t)(b.address + b.bytes), b.name, b.writable != 0, false, (unsigned)i, nullptr});
+        if (b.bytes)
+            buffers.push_back({(uintptr_t)b.address, (uintptr_t)(b.address + b.bytes), b.name, b.writable != 0, false,
+                               (unsigned)i, nullptr});
     }
-    launch.memory.set_up(std::move(buffers), reinterpret_cast<uintptr_t>(parameters.get()), bytes + PARAMETER_ALIGNMENT);
+    launch.memory.set_up(std::move(buffers), reinterpret_cast<uintptr_t>(parameters.get()),
+                         bytes + PARAMETER_ALIGNMENT);
 
     Outcome outcome;
     outcome.traffic.resize(request->buffer_count);

@@ -51,13 +51,14 @@ struct EmulatorLaunch {
     const char* kernel;
     uint32_t grid[3], block[3];
     uint32_t dynamic_shared, order, seed, os_threads;
-    const void* const* values;       // one per parameter: the address of its bytes
+    const void* const* values;  // one per parameter: the address of its bytes
     EmulatorBuffer* buffers;
     uint64_t buffer_count;
     uint64_t switches, barriers, collectives, mma, async_copies, spins;  // out
 };
 
-// Runs the launch. 0: all blocks ended well. Otherwise `report(context, text, length)` was called for the first blocks at fault.
-int emulator_launch(EmulatorLaunch* launch, void (*report)(void* context, const char* text, size_t length), void* context);
-
+// Runs the launch. 0: all blocks ended well. Otherwise `report(context, text, length)` was called for the first blocks
+// at fault.
+int emulator_launch(EmulatorLaunch* launch, void (*report)(void* context, const char* text, size_t length),
+                    void* context);
 }

@@ -29,8 +29,8 @@ Mbarrier& use(uint32_t address, const char* what, const void* pc) {
     Mbarrier* m = find(*self.block, address);
     if (!m) fail(pc, "%s: there is no mbarrier at shared address %u; was it initialised?", what, address);
     if (CHECKED && !happened_before(self, m->initialised))
-        fail(pc, "%s: the mbarrier at shared address %u was initialised by %s, but no barrier makes that known here", what, address,
-             thread_name(*self.block, m->initialised.thread()).c_str());
+        fail(pc, "%s: the mbarrier at shared address %u was initialised by %s, but no barrier makes that known here",
+             what, address, thread_name(*self.block, m->initialised.thread()).c_str());
     return *m;
 }
 
@@ -52,7 +52,9 @@ void complete_phase_if_due(Block& block, Mbarrier& m) {
 }
 
 void arrive(Thread& thread, Mbarrier& m, const char* what, const void* pc) {
-    if (m.pending == 0) fail(pc, "%s: more arrivals than the %u of a phase, at the mbarrier at shared address %u", what, m.count, m.address);
+    if (m.pending == 0)
+        fail(pc, "%s: more arrivals than the %u of a phase, at the mbarrier at shared address %u", what, m.count,
+             m.address);
     m.arriving.add(thread.block->clocks, thread);
     m.pending--;
     complete_phase_if_due(*thread.block, m);
@@ -66,7 +68,9 @@ Stamp agent_stamp(Block& block, const Mbarrier& m) {
 // Performs one copy now. Its bytes are known to whoever waits for the phase.
 void perform(Block& block, PendingCopy& copy) {
     Mbarrier* m = find(block, copy.mbar);
-    if (!m) fail(nullptr, "the mbarrier at shared address %u was invalidated while copies are on their way to it", copy.mbar);
+    if (!m)
+        fail(nullptr, "the mbarrier at shared address %u was invalidated while copies are on their way to it",
+             copy.mbar);
     const Thread& issuer = block.threads[copy.issuer];
     const Stamp done = agent_stamp(block, *m);
     const Stamp mark{copy.async_stamp};
@@ -84,7 +88,10 @@ void perform(Block& block, PendingCopy& copy) {
         break;
     case PendingCopy::CpAsyncArrival:
         complete_copies(issuer, copy.copies, copy.copies.size(), mark, done);
-        if (m->pending == 0) fail(nullptr, "cp.async.mbarrier.arrive: more arrivals than the %u of a phase, at the mbarrier at shared address %u", m->count, m->address);
+        if (m->pending == 0)
+            fail(nullptr,
+                 "cp.async.mbarrier.arrive: more arrivals than the %u of a phase, at the mbarrier at shared address %u",
+                 m->count, m->address);
         m->pending--;
         break;
     }
@@ -146,11 +153,14 @@ void complete_cp_async_arrivals(Thread& self) {
 
 void check_block_end(Block& block) {
     size_t copies = 0;
-    for (const PendingCopy& copy : block.pending_copies) copies += copy.kind != PendingCopy::CpAsyncArrival || !copy.copies.empty();
-    if (copies) fail(nullptr, "the block ended with %zu asynchronous copies on their way into its shared memory: wait for them", copies);
+    for (const PendingCopy& copy : block.pending_copies)
+        copies += copy.kind != PendingCopy::CpAsyncArrival || !copy.copies.empty();
+    if (copies)
+        fail(nullptr, "the block ended with %zu asynchronous copies on their way into its shared memory: wait for them",
+             copies);
 }
 
-// ---- what kernels call ---------------------------------------------------------------------------------------------------------
+// ---- what kernels call --------------------------------------------------------------------------------------------
 
 void mbarrier_init(uint32_t mbar, uint32_t count) {
     const void* pc = CALLER;

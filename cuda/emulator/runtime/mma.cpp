@@ -1,14 +1,14 @@
 // mma.sync and the matrix moves: ldmatrix, stmatrix, movmatrix.
 //
-// Fragment maps of the PTX ISA ("Matrix Fragments for mma.m16n8k16 …"). With g = lane / 4, t = lane % 4 and E elements per
-// 32-bit register (4 for 8-bit types, 2 for 16-bit types, 1 for tf32):
+// Fragment maps of the PTX ISA ("Matrix Fragments for mma.m16n8k16 …"). With g = lane / 4, t = lane % 4 and E elements
+// per 32-bit register (4 for 8-bit types, 2 for 16-bit types, 1 for tf32):
 //
 //   A, register i: row g + 8 * (i % 2), k = t * E + e + (i / 2) * 4 * E     for e < E
 //   B, register i: column g,            k = t * E + e + i * 4 * E
 //   D, register i: row g + 8 * (i / 2), column 2 * t + i % 2
 //
-// Sums run over k in order, in f32 for floats, and are then added to the accumulator. A tensor core adds in another order
-// and truncates, so the last bits of float results differ from a GPU's; integer results do not.
+// Sums run over k in order, in f32 for floats, and are then added to the accumulator. A tensor core adds in another
+// order and truncates, so the last bits of float results differ from a GPU's; integer results do not.
 #include <cstring>
 
 #include "checker.h"
@@ -101,29 +101,30 @@ void mma(const char* name, void* d, const uint32_t* a, const uint32_t* b, const 
 
 }  // namespace
 
-#define FLOAT_MMA(name, type, k)                                                       \
-    void name(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {         \
-        mma<type, type, k>(#name, d, a, b, CALLER);                                    \
+#define FLOAT_MMA(name, type, k)                                               \
+    void name(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+        mma<type, type, k>(#name, d, a, b, CALLER);                            \
     }
 FLOAT_MMA(mma_m16n8k16_bf16, Bf16, 16)
 FLOAT_MMA(mma_m16n8k16_f16, F16, 16)
 FLOAT_MMA(mma_m16n8k8_tf32, Tf32, 8)
 
-#define INTEGER_MMA(types, A, B)                                                                     \
-    void mma_m16n8k32_##types(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {         \
-        mma<A, B, 32>("mma_m16n8k32_" #types, d, a, b, CALLER);                                      \
-    }                                                                                                \
-    void mma_m16n8k16_##types(int (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {         \
-        mma<A, B, 16>("mma_m16n8k16_" #types, d, a, b, CALLER);                                      \
+#define INTEGER_MMA(types, A, B)                                                             \
+    void mma_m16n8k32_##types(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+        mma<A, B, 32>("mma_m16n8k32_" #types, d, a, b, CALLER);                              \
+    }                                                                                        \
+    void mma_m16n8k16_##types(int (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) { \
+        mma<A, B, 16>("mma_m16n8k16_" #types, d, a, b, CALLER);                              \
     }
 INTEGER_MMA(s8s8, S8, S8)
 INTEGER_MMA(u8s8, U8, S8)
 INTEGER_MMA(s8u8, S8, U8)
 INTEGER_MMA(u8u8, U8, U8)
 
-// ---- ldmatrix, stmatrix, movmatrix -----------------------------------------------------------------------------------------------
-// Matrices are 8 x 8 elements of 16 bits. Register m of lane 4 * i + j holds elements (i, 2 * j) and (i, 2 * j + 1) of matrix m, or,
-// transposed, (2 * j, i) and (2 * j + 1, i). Row i of matrix m lies at the address that lane 8 * m + i gives.
+// ---- ldmatrix, stmatrix, movmatrix --------------------------------------------------------------------------------
+// Matrices are 8 x 8 elements of 16 bits. Register m of lane 4 * i + j holds elements (i, 2 * j) and (i, 2 * j + 1) of
+// matrix m, or, transposed, (2 * j, i) and (2 * j + 1, i). Row i of matrix m lies at the address that lane 8 * m + i
+// gives.
 
 namespace {
 
@@ -149,7 +150,8 @@ MatrixOperand& agree(Warp& warp, const char* what) {
     MatrixOperand& first = operand<MatrixOperand>(warp, 0);
     for (unsigned lane = 1; lane < LANES; lane++) {
         const MatrixOperand& o = operand<MatrixOperand>(warp, lane);
-        if (o.count != first.count || o.transposed != first.transposed) fail(o.pc, "%s: lanes 0 and %u want different shapes", what, lane);
+        if (o.count != first.count || o.transposed != first.transposed)
+            fail(o.pc, "%s: lanes 0 and %u want different shapes", what, lane);
     }
     return first;
 }
@@ -173,7 +175,8 @@ void run_ldmatrix(Warp& warp, uint32_t) {
         }
         for (unsigned lane = 0; lane < LANES; lane++) {
             const Position low = position(lane, 0, shape.transposed), high = position(lane, 1, shape.transposed);
-            operand<MatrixOperand>(warp, lane).r[m] = element[low.row][low.column] | (uint32_t)element[high.row][high.column] << 16;
+            operand<MatrixOperand>(warp, lane).r[m] =
+                element[low.row][low.column] | (uint32_t)element[high.row][high.column] << 16;
         }
     }
 }

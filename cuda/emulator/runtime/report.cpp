@@ -70,7 +70,8 @@ void fail_conflict(const void* pc, const char* memory, const Conflict& conflict,
     } else {
         message += conflict.what;
     }
-    message += ", " + bytes + "\n  by " + thread_name(block, current->linear) + " of " + block_name(block) + at(place_of(pc)) + "\n";
+    message += ", " + bytes + "\n  by " + thread_name(block, current->linear) + " of " + block_name(block) +
+               at(place_of(pc)) + "\n";
     if (other.bits) {
         message += "  against ";
         message += other.by_agent() ? "an asynchronous copy" : thread_name(block, other.thread());

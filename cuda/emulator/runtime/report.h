@@ -5,12 +5,12 @@
 
 namespace emulator {
 
-// Offset of a return address in this executable or library. Reports write places as `{@hex}`; the Rust side turns them into
-// file and line.
+// Offset of a return address in this executable or library. Reports write places as `{@hex}`; the Rust side turns them
+// into file and line.
 Place place_of(const void* pc);
 
-// Ends the running block: its fibers are abandoned and its OS thread goes on with the next block. The report opens with the
-// message and says which thread did it, where.
+// Ends the running block: its fibers are abandoned and its OS thread goes on with the next block. The report opens
+// with the message and says which thread did it, where.
 [[noreturn]] void fail(const void* pc, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 // The same for two accesses without order.

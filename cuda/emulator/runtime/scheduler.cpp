@@ -24,7 +24,7 @@ thread_local Thread* current = nullptr;
 
 namespace {
 
-// ---- choosing ----------------------------------------------------------------------------------------------------------
+// ---- choosing -----------------------------------------------------------------------------------------------------
 
 uint32_t next_random(Block& block) {  // xorshift32
     uint32_t x = block.random;
@@ -81,7 +81,7 @@ Thread* next_or_fail(Block& block, Thread& self) {
     return next;
 }
 
-// ---- switching ---------------------------------------------------------------------------------------------------------
+// ---- switching ----------------------------------------------------------------------------------------------------
 
 // Null stands for the OS thread's own stack.
 inline void switch_to(Block& block, Thread* from, Thread* to) {
@@ -191,13 +191,18 @@ void spin(const void* pc, const char* what) {
         set_stuck(block, false);
         return;
     }
-    // Nothing happens in this block. Another block may still be the one that is waited for, if it runs at the same time.
+    // Nothing happens in this block. Another block may still be the one that is waited for, if it runs at the same
+    // time.
     constexpr uint64_t PATIENCE = 50000, CHECKS = 1000;
     if (++block.spin_rounds < PATIENCE) return;
     Launch& launch = *block.launch;
     set_stuck(block, true);
     const bool all_stuck = launch.stuck.load() >= launch.running.load();
-    if ((all_stuck && block.spin_rounds > PATIENCE + CHECKS) || launch.stop.load()) fail_deadlock(what);
+    if (launch.stop.load()) {  // the block that is waited for was found at fault; that report is enough
+        block.report.clear();
+        abandon_block();
+    }
+    if (all_stuck && block.spin_rounds > PATIENCE + CHECKS) fail_deadlock(what);
     usleep(20);
     if (!all_stuck) block.spin_rounds = PATIENCE;
 }
@@ -213,7 +218,7 @@ bool poll_in_vain(const void* address, uint64_t value) {
 
 void yield() { spin(__builtin_return_address(0), "deadlock: all threads that have not ended only poll"); }
 
-// ---- a block -------------------------------------------------------------------------------------------------------------
+// ---- a block ------------------------------------------------------------------------------------------------------
 
 bool Block::run(Launch& launched, uint64_t linear_index) {
     launch = &launched;
@@ -222,7 +227,8 @@ bool Block::run(Launch& launched, uint64_t linear_index) {
     dynamic_shared = launch->dynamic_shared;
     order = launch->order;
     const dim3 grid = launch->grid, extent = launch->extent;
-    index = {(unsigned)(linear % grid.x), (unsigned)(linear / grid.x % grid.y), (unsigned)(linear / ((uint64_t)grid.x * grid.y))};
+    index = {(unsigned)(linear % grid.x), (unsigned)(linear / grid.x % grid.y),
+             (unsigned)(linear / ((uint64_t)grid.x * grid.y))};
     threads_in_block = alive = launch->threads;
     warps_in_block = (alive + LANES - 1) / LANES;
     ready_warps = 0;
@@ -289,9 +295,9 @@ bool Block::run(Launch& launched, uint64_t linear_index) {
     set_stuck(*this, false);
     launch->running--;
 #if defined(__SANITIZE_ADDRESS__)
-    if (failed)  // frames of abandoned fibers
-        for (unsigned i = 0; i < threads_in_block; i++)
-            __asan_unpoison_memory_region(reinterpret_cast<void*>(threads[i].stack_low), STACK_BYTES);
+    // No fiber returns from its last frames, so they are still marked as in use.
+    for (unsigned i = 0; i < threads_in_block; i++)
+        __asan_unpoison_memory_region(reinterpret_cast<void*>(threads[i].stack_low), STACK_BYTES);
 #endif
     return !failed;
 }

@@ -1,11 +1,11 @@
 // Shadow memory: for every byte, who wrote it last and who has read it since.
 //
-// An access is recorded as a Stamp: block, thread and the thread's time. The checkers compare it with the stamps that a byte
-// holds; "did that happen before this?" is answered by the accessing thread's clock, so that a verdict never depends on which
-// of two unordered accesses really ran first.
+// An access is recorded as a Stamp: block, thread and the thread's time. The checkers compare it with the stamps that
+// a byte holds; "did that happen before this?" is answered by the accessing thread's clock, so that a verdict never
+// depends on which of two unordered accesses really ran first.
 //
-// Cells stand for aligned 4-byte words as long as all four bytes are alike; an access to a part of a word splits its cell into
-// four byte cells, and the next write of the whole word joins them again.
+// Cells stand for aligned 4-byte words as long as all four bytes are alike; an access to a part of a word splits its
+// cell into four byte cells, and the next write of the whole word joins them again.
 #pragma once
 
 #include <cstddef>
@@ -32,7 +32,8 @@ struct Stamp {
     unsigned who() const { return bits >> 25 & 2047; }
     bool by_agent() const { return who() < AGENTS; }
     unsigned thread() const { return who() - AGENTS; }
-    // The access belongs to an asynchronous operation that has been issued and not waited for: nothing is ordered after it.
+    // The access belongs to an asynchronous operation that has been issued and not waited for: nothing is ordered
+    // after it.
     bool under_way() const { return bits >> 36 & 1; }
     uint32_t time() const { return (uint32_t)(bits >> TIME_SHIFT); }
     bool same_warp(Stamp other) const { return ((bits ^ other.bits) & (((1ull << 36) - 1) & ~(31ull << 25))) == 0; }
@@ -63,17 +64,20 @@ struct Conflict {
     }
 };
 
-// Checks one access against a cell and records it; true if there is a conflict. `past(stamp)` tells whether an earlier access
-// happened before this one.
+// Checks one access against a cell and records it; true if there is a conflict. `past(stamp)` tells whether an earlier
+// access happened before this one.
 template <class Past>
 inline bool touch(Cell& cell, Kind kind, Stamp now, Place place, const Past& past, Conflict& conflict) {
     const bool writes = kind == Kind::Write;
     if (kind == Kind::Read) {
         if (!past(cell.write)) return conflict.with("read after an unordered write", cell.write, cell.write_place);
-        if (!past(cell.atomic)) return conflict.with("plain read beside an unordered atomic", cell.atomic, cell.atomic_place);
+        if (!past(cell.atomic))
+            return conflict.with("plain read beside an unordered atomic", cell.atomic, cell.atomic_place);
         // Replace a reader that happened before this one. Of unordered readers keep two of different warps.
         unsigned slot = 0;
-        const auto replaceable = [&](Stamp s) { return s.bits == 0 || s.bits == now.bits || (!s.under_way() && past(s)); };
+        const auto replaceable = [&](Stamp s) {
+            return s.bits == 0 || s.bits == now.bits || (!s.under_way() && past(s));
+        };
         if (!replaceable(cell.read[0])) {
             if (replaceable(cell.read[1]) || cell.read[0].same_warp(cell.read[1]) || cell.read[1].same_warp(now)) {
                 slot = 1;
@@ -86,12 +90,15 @@ inline bool touch(Cell& cell, Kind kind, Stamp now, Place place, const Past& pas
         return false;
     }
     if (!past(cell.write))
-        return conflict.with(writes ? "write after an unordered write" : "atomic beside an unordered plain write", cell.write, cell.write_place);
+        return conflict.with(writes ? "write after an unordered write" : "atomic beside an unordered plain write",
+                             cell.write, cell.write_place);
     if (kind == Kind::AtomicRead) return false;
-    if (writes && !past(cell.atomic)) return conflict.with("plain write beside an unordered atomic", cell.atomic, cell.atomic_place);
+    if (writes && !past(cell.atomic))
+        return conflict.with("plain write beside an unordered atomic", cell.atomic, cell.atomic_place);
     for (int i = 0; i < 2; i++) {
         if (!past(cell.read[i]))
-            return conflict.with(writes ? "write after an unordered read" : "atomic beside an unordered plain read", cell.read[i], cell.read_place[i]);
+            return conflict.with(writes ? "write after an unordered read" : "atomic beside an unordered plain read",
+                                 cell.read[i], cell.read_place[i]);
     }
     if (writes) {
         cell = Cell{};  // whoever is ordered after this write is ordered after all before it
@@ -117,8 +124,8 @@ public:
     // Empties the cells of the first `bytes` bytes.
     void clear(size_t bytes);
 
-    // Calls `visit_cell(cell)` for every cell of [address, address + bytes) until one returns true, and returns that. `whole`:
-    // the visit leaves equal cells behind, so that the bytes of a whole word can share one cell again.
+    // Calls `visit_cell(cell)` for every cell of [address, address + bytes) until one returns true, and returns that.
+    // `whole`: the visit leaves equal cells behind, so that the bytes of a whole word can share one cell again.
     template <class Visit>
     bool visit(uintptr_t address, size_t bytes, bool whole, const Visit& visit_cell) {
         uintptr_t offset = address - base;
@@ -144,8 +151,9 @@ public:
         return false;
     }
 
-    // Whether this thread made the same access at the same time before, and nobody another one since: it needs no check. Only for
-    // ranges within one word or of whole words. Other OS threads may change the cells meanwhile; a stamp is one load.
+    // Whether this thread made the same access at the same time before, and nobody another one since: it needs no
+    // check. Only for ranges within one word or of whole words. Other OS threads may change the cells meanwhile; a
+    // stamp is one load.
     bool repeated(uintptr_t address, size_t bytes, Kind kind, Stamp now) const {
         const uintptr_t offset = address - base;
         const Cell* cell = &words[offset / 4];
@@ -156,7 +164,8 @@ public:
         }
         for (size_t i = 0; i < cells; i++, cell++) {
             if (kind == Kind::Read ? cell->read[0].bits != now.bits
-                                   : (cell->write.bits != now.bits || (cell->atomic.bits | cell->read[0].bits | cell->read[1].bits) != 0))
+                                   : (cell->write.bits != now.bits ||
+                                      (cell->atomic.bits | cell->read[0].bits | cell->read[1].bits) != 0))
                 return false;
         }
         return true;

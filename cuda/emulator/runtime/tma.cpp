@@ -29,7 +29,8 @@ void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbar) {
     const void* pc = CALLER;
     if (bytes % 16) fail(pc, "cp.async.bulk: %u bytes are not a multiple of 16", bytes);
     shared_bytes(dst, bytes, 16, "cp.async.bulk", pc);
-    if (reinterpret_cast<uintptr_t>(src) % 16) fail(pc, "cp.async.bulk: source address %p is not a multiple of 16", src);
+    if (reinterpret_cast<uintptr_t>(src) % 16)
+        fail(pc, "cp.async.bulk: source address %p is not a multiple of 16", src);
     if (!bytes) return;
     check_access(src, bytes, Kind::Read, pc);
     PendingCopy copy{};
@@ -48,7 +49,8 @@ void tma_load_2d(uint32_t dst, const void* map_address, uint32_t mbar, int x, in
     const TensorMap& map = copy.map;
     if (map.magic != TENSOR_MAP_MAGIC) fail(pc, "tma_load_2d: this is no tensor map of the emulator");
     if (map.swizzle_128 && map.box_columns * map.element_bytes > 128)
-        fail(pc, "tma_load_2d: a box row of %u bytes does not fit the 128-byte swizzle", map.box_columns * map.element_bytes);
+        fail(pc, "tma_load_2d: a box row of %u bytes does not fit the 128-byte swizzle",
+             map.box_columns * map.element_bytes);
     copy.kind = PendingCopy::Tile;
     copy.mbar = mbar;
     copy.dst = dst;
@@ -70,7 +72,8 @@ void copy_tile(const TensorMap& map, int x, int y, unsigned char* dst) {
             if (map.swizzle_128) offset ^= (offset >> 7 & 7) << 4;
             const bool inside = row >= 0 && column >= 0 && (uint64_t)row < map.rows && (uint64_t)column < map.columns;
             if (inside) {
-                const uint64_t source = map.address + (uint64_t)row * map.row_bytes + (uint64_t)column * map.element_bytes;
+                const uint64_t source =
+                    map.address + (uint64_t)row * map.row_bytes + (uint64_t)column * map.element_bytes;
                 memcpy(dst + offset, reinterpret_cast<const unsigned char*>(source), map.element_bytes);
             } else {
                 memset(dst + offset, 0, map.element_bytes);

@@ -36,13 +36,17 @@ void meet(const Meeting& meeting, uint32_t mask, void* operand, const void* pc) 
     self.block->counters.collectives++;
     if (!(mask & bit)) fail(pc, "%s: lane %u is not in its own mask %08x", meeting.name, self.lane, mask);
     if (meeting.whole_warp && warp.exited)
-        fail(pc, "%s needs all 32 lanes, but lanes %08x of warp %u do not exist or have ended", meeting.name, warp.exited, warp.index);
+        fail(pc, "%s needs all 32 lanes, but lanes %08x of warp %u do not exist or have ended", meeting.name,
+             warp.exited, warp.index);
     if (const uint32_t there = warp.arrived & mask) {
         const unsigned lane = __builtin_ctz(there);
         const Arrival& other = warp.arrivals[lane];
         if (other.meeting != &meeting)
-            fail(pc, "lanes of a warp meet in different operations: %s here, %s in lane %u", meeting.name, other.meeting->name, lane);
-        if (other.mask != mask) fail(pc, "%s: mask %08x here, %08x in lane %u, which is part of both", meeting.name, mask, other.mask, lane);
+            fail(pc, "lanes of a warp meet in different operations: %s here, %s in lane %u", meeting.name,
+                 other.meeting->name, lane);
+        if (other.mask != mask)
+            fail(pc, "%s: mask %08x here, %08x in lane %u, which is part of both", meeting.name, mask, other.mask,
+                 lane);
     }
     warp.arrivals[self.lane] = {&meeting, operand, mask};
     warp.arrived |= bit;
@@ -72,14 +76,14 @@ void warp_thread_ended(Warp& warp) {
     }
 }
 
-// ---- __syncwarp ----------------------------------------------------------------------------------------------------------
+// ---- __syncwarp ---------------------------------------------------------------------------------------------------
 
 void warp_barrier(uint32_t mask) {
     static const Meeting meeting{"__syncwarp", [](Warp&, uint32_t) {}, true, false};
     meet(meeting, mask, nullptr, __builtin_return_address(0));
 }
 
-// ---- shuffles ------------------------------------------------------------------------------------------------------------
+// ---- shuffles -----------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -111,10 +115,18 @@ uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t value, int lane, int widt
     const int self = current->lane, first = self & ~(width - 1);
     int source = self;
     switch (kind) {
-    case Shuffle::Index: source = first + (lane & (width - 1)); break;
-    case Shuffle::Up: source = self - lane; break;
-    case Shuffle::Down: source = self + lane; break;
-    case Shuffle::Xor: source = self ^ lane; break;
+    case Shuffle::Index:
+        source = first + (lane & (width - 1));
+        break;
+    case Shuffle::Up:
+        source = self - lane;
+        break;
+    case Shuffle::Down:
+        source = self + lane;
+        break;
+    case Shuffle::Xor:
+        source = self ^ lane;
+        break;
     }
     // Out of the segment: one's own value. Xor may reach back into earlier segments.
     const bool inside = source < first + width && (kind == Shuffle::Xor ? source >= 0 : source >= first);
@@ -123,7 +135,7 @@ uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t value, int lane, int widt
     return o.value;
 }
 
-// ---- votes, matches, reductions --------------------------------------------------------------------------------------------
+// ---- votes, matches, reductions -----------------------------------------------------------------------------------
 
 namespace {
 
@@ -148,7 +160,9 @@ void run_match(Warp& warp, uint32_t lanes) {
     for_lanes(lanes, [&](unsigned lane) {
         VoteOperand& o = operand<VoteOperand>(warp, lane);
         o.result = 0;
-        for_lanes(lanes, [&](unsigned other) { o.result |= (uint32_t)(operand<VoteOperand>(warp, other).value == o.value) << other; });
+        for_lanes(lanes, [&](unsigned other) {
+            o.result |= (uint32_t)(operand<VoteOperand>(warp, other).value == o.value) << other;
+        });
     });
 }
 
@@ -158,14 +172,30 @@ void run_reduce(Warp& warp, uint32_t lanes) {
     for_lanes(lanes & (lanes - 1), [&](unsigned lane) {
         const uint32_t x = (uint32_t)operand<VoteOperand>(warp, lane).value;
         switch (kind) {
-        case Reduction::Add: result += x; break;
-        case Reduction::MinS32: result = (int32_t)x < (int32_t)result ? x : result; break;
-        case Reduction::MaxS32: result = (int32_t)x > (int32_t)result ? x : result; break;
-        case Reduction::MinU32: result = x < result ? x : result; break;
-        case Reduction::MaxU32: result = x > result ? x : result; break;
-        case Reduction::And: result &= x; break;
-        case Reduction::Or: result |= x; break;
-        case Reduction::Xor: result ^= x; break;
+        case Reduction::Add:
+            result += x;
+            break;
+        case Reduction::MinS32:
+            result = (int32_t)x < (int32_t)result ? x : result;
+            break;
+        case Reduction::MaxS32:
+            result = (int32_t)x > (int32_t)result ? x : result;
+            break;
+        case Reduction::MinU32:
+            result = x < result ? x : result;
+            break;
+        case Reduction::MaxU32:
+            result = x > result ? x : result;
+            break;
+        case Reduction::And:
+            result &= x;
+            break;
+        case Reduction::Or:
+            result |= x;
+            break;
+        case Reduction::Xor:
+            result ^= x;
+            break;
         }
     });
     for_lanes(lanes, [&](unsigned lane) { operand<VoteOperand>(warp, lane).result = result; });
@@ -205,15 +235,14 @@ uint32_t match_all(uint32_t mask, uint64_t value, int* all_equal) {
 }
 
 uint32_t reduce(Reduction kind, uint32_t mask, uint32_t value) {
-    static const Meeting meetings[8] = {
-        {"__reduce_add_sync", run_reduce<Reduction::Add>, false, false},
-        {"__reduce_min_sync", run_reduce<Reduction::MinS32>, false, false},
-        {"__reduce_max_sync", run_reduce<Reduction::MaxS32>, false, false},
-        {"__reduce_min_sync", run_reduce<Reduction::MinU32>, false, false},
-        {"__reduce_max_sync", run_reduce<Reduction::MaxU32>, false, false},
-        {"__reduce_and_sync", run_reduce<Reduction::And>, false, false},
-        {"__reduce_or_sync", run_reduce<Reduction::Or>, false, false},
-        {"__reduce_xor_sync", run_reduce<Reduction::Xor>, false, false}};
+    static const Meeting meetings[8] = {{"__reduce_add_sync", run_reduce<Reduction::Add>, false, false},
+                                        {"__reduce_min_sync", run_reduce<Reduction::MinS32>, false, false},
+                                        {"__reduce_max_sync", run_reduce<Reduction::MaxS32>, false, false},
+                                        {"__reduce_min_sync", run_reduce<Reduction::MinU32>, false, false},
+                                        {"__reduce_max_sync", run_reduce<Reduction::MaxU32>, false, false},
+                                        {"__reduce_and_sync", run_reduce<Reduction::And>, false, false},
+                                        {"__reduce_or_sync", run_reduce<Reduction::Or>, false, false},
+                                        {"__reduce_xor_sync", run_reduce<Reduction::Xor>, false, false}};
     VoteOperand o{value, 0};
     meet(meetings[(int)kind], mask, &o, __builtin_return_address(0));
     return o.result;

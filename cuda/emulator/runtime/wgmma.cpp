@@ -1,7 +1,7 @@
 // wgmma m64n64k16: products of tiles in shared memory, performed as late as allowed, at the wait.
 //
-// Each of the four warps of a warpgroup computes 16 of the 64 rows. Operands are K-major: row r of A (or column r of B) is 128
-// bytes of which a product uses 32, in the 128-byte swizzle: address bits 4-6 are XORed with bits 7-9.
+// Each of the four warps of a warpgroup computes 16 of the 64 rows. Operands are K-major: row r of A (or column r of
+// B) is 128 bytes of which a product uses 32, in the 128-byte swizzle: address bits 4-6 are XORed with bits 7-9.
 //
 // Accumulator of warp w, lane l, with g = l / 4, t = l % 4: register i is row 16 * w + g + 8 * (i / 2 % 2), column
 // 8 * (i / 4) + 2 * t + i % 2.
@@ -27,8 +27,12 @@ struct Tile {
     Tile(uint64_t descriptor, const char* which, const void* pc) {
         start = (uint32_t)(descriptor & 0x3fff) << 4;
         stride = (uint32_t)(descriptor >> 32 & 0x3fff) << 4;
-        if (descriptor >> 62 != 1) fail(pc, "wgmma: the descriptor of %s asks for swizzle mode %u, only 1 (128 bytes) is emulated", which, (unsigned)(descriptor >> 62));
-        if (descriptor >> 49 & 7) fail(pc, "wgmma: the descriptor of %s has base offset %u, only 0 is emulated", which, (unsigned)(descriptor >> 49 & 7));
+        if (descriptor >> 62 != 1)
+            fail(pc, "wgmma: the descriptor of %s asks for swizzle mode %u, only 1 (128 bytes) is emulated", which,
+                 (unsigned)(descriptor >> 62));
+        if (descriptor >> 49 & 7)
+            fail(pc, "wgmma: the descriptor of %s has base offset %u, only 0 is emulated", which,
+                 (unsigned)(descriptor >> 49 & 7));
     }
     // The shared address of 16-byte half `half` of a row.
     uint32_t chunk(unsigned row, unsigned half) const {
@@ -61,7 +65,8 @@ void run_issue(Warp& warp, uint32_t) {
     Wgmma product{first.a, first.b, {}, first.bf16, first.pc, {}};
     for (unsigned lane = 0; lane < LANES; lane++) {
         const ProductOperand& o = operand<ProductOperand>(warp, lane);
-        if (o.a != first.a || o.b != first.b || o.bf16 != first.bf16) fail(o.pc, "wgmma: lanes 0 and %u have different descriptors", lane);
+        if (o.a != first.a || o.b != first.b || o.bf16 != first.bf16)
+            fail(o.pc, "wgmma: lanes 0 and %u have different descriptors", lane);
         product.d[lane] = o.d;
     }
     if (!warp.wgmma_fenced) fail(first.pc, "wgmma without wgmma_fence before the first product");
@@ -94,7 +99,8 @@ void perform(Warp& warp, const Wgmma& product) {
         for (unsigned k = 0; k < K; k++)
             for (unsigned column = 0; column < N; column++) sum[row][column] += a[row][k] * b[k][column];
     for (unsigned lane = 0; lane < LANES; lane++)
-        for (unsigned i = 0; i < 32; i++) product.d[lane][i] += sum[lane / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (lane % 4) + i % 2];
+        for (unsigned i = 0; i < 32; i++)
+            product.d[lane][i] += sum[lane / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (lane % 4) + i % 2];
     const Thread& thread = warp.threads[0];
     for_chunks(warp, product, [&](uint32_t address) {
         complete_shared(thread, product.mark, thread.stamp(), address, 16, Kind::Read, product.pc);
@@ -110,7 +116,8 @@ struct WaitOperand {
 void run_wait(Warp& warp, uint32_t) {
     const unsigned pending = operand<WaitOperand>(warp, 0).pending;
     for (unsigned lane = 1; lane < LANES; lane++)
-        if (operand<WaitOperand>(warp, lane).pending != pending) fail(operand<WaitOperand>(warp, lane).pc, "wgmma_wait: lanes 0 and %u wait for different groups", lane);
+        if (operand<WaitOperand>(warp, lane).pending != pending)
+            fail(operand<WaitOperand>(warp, lane).pc, "wgmma_wait: lanes 0 and %u wait for different groups", lane);
     std::vector<size_t>& ends = warp.product_group_ends;
     if (ends.size() <= pending) return;
     const size_t groups = ends.size() - pending, count = ends[groups - 1];
@@ -122,7 +129,8 @@ void run_wait(Warp& warp, uint32_t) {
 
 void issue(uint64_t a, uint64_t b, float* d, bool bf16, const void* pc) {
     static const Meeting meeting{"wgmma", run_issue, false, true};
-    if (current->warp->index / 4 * 4 + 4 > current->block->warps_in_block) fail(pc, "wgmma: warp %u is not part of a warpgroup of four", current->warp->index);
+    if (current->warp->index / 4 * 4 + 4 > current->block->warps_in_block)
+        fail(pc, "wgmma: warp %u is not part of a warpgroup of four", current->warp->index);
     ProductOperand o{a, b, d, bf16, pc};
     meet(meeting, ~0u, &o, pc);
 }
@@ -135,7 +143,9 @@ void wgmma_fence() {
 }
 
 void wgmma_commit() {
-    static const Meeting meeting{"wgmma_commit", [](Warp& warp, uint32_t) { warp.product_group_ends.push_back(warp.products.size()); }, false, true};
+    static const Meeting meeting{"wgmma_commit",
+                                 [](Warp& warp, uint32_t) { warp.product_group_ends.push_back(warp.products.size()); },
+                                 false, true};
     meet(meeting, ~0u, nullptr, CALLER);
 }
 

@@ -5,9 +5,9 @@
 KERNEL(64, 1) between_blocks(uint32_t* out, uint32_t* flag, uint32_t bug) {
     const uint32_t block = blockIdx.x, i = threadIdx.x;
     out[block * 64 + i] = block;
-    if (bug == 1) out[i] = block;                                  // two blocks write one word
-    if (bug == 2 && block == 1) out[64 + i] = out[i];              // reads another block's word
-    if (bug == 3 && i == 0) {                                      // waits for a block that never comes
+    if (bug == 1) out[i] = block;                      // two blocks write one word
+    if (bug == 2 && block == 1) out[64 + i] = out[i];  // reads another block's word
+    if (bug == 3 && i == 0) {                          // waits for a block that never comes
         while (load_acquire_u32(flag) != gridDim.x + 1) __nanosleep(20);
     }
     // One lane of a warp releases what another one wrote.

@@ -8,7 +8,8 @@ KERNEL(64, 1) cp_async_ring(const uint32_t* in, uint32_t* out, uint32_t tiles, u
     const uint32_t base = shared_address(shared);
     const auto load = [&](uint32_t tile) {
         const uint32_t slot = tile % 2 * 256;
-        if (tile < tiles && threadIdx.x < 16) cp_async_16(base + slot + threadIdx.x * 16, in + tile * 64 + threadIdx.x * 4);
+        if (tile < tiles && threadIdx.x < 16)
+            cp_async_16(base + slot + threadIdx.x * 16, in + tile * 64 + threadIdx.x * 4);
         cp_async_commit();
     };
     uint32_t sum = 0;

@@ -1,8 +1,10 @@
-// total [1] u32: the sum of all blocks' inputs, added up by the block that arrives last. in [blocks, 64], partials [blocks, 64].
+// total [1] u32: the sum of all blocks' inputs, added up by the block that arrives last. in [blocks, 64], partials
+// [blocks, 64].
 #include "core.cuh"
 #include "ptx/sync.cuh"
 
-KERNEL(64, 1) last_arriver_sum(const uint32_t* in, uint32_t* partials, uint32_t* counter, uint32_t* total, uint32_t bug) {
+KERNEL(64, 1)
+last_arriver_sum(const uint32_t* in, uint32_t* partials, uint32_t* counter, uint32_t* total, uint32_t bug) {
     DYNAMIC_SHARED(shared);
     uint32_t* last = reinterpret_cast<uint32_t*>(shared);
     const uint32_t i = blockIdx.x * 64 + threadIdx.x;

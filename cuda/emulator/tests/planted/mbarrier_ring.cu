@@ -1,5 +1,5 @@
-// out [64] u32: the sum over `tiles` of in [tiles, 64] u32. Warp 2 loads tiles by bulk copies into a ring of two slots, the
-// 64 threads of warps 0 and 1 use them.
+// out [64] u32: the sum over `tiles` of in [tiles, 64] u32. Warp 2 loads tiles by bulk copies into a ring of two
+// slots, the 64 threads of warps 0 and 1 use them.
 #include "core.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/mbarrier.cuh"

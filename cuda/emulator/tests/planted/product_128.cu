@@ -1,4 +1,5 @@
-// d [64, 64] f32 = a [64, 64] bf16 · b [64, 64]ᵀ bf16 (as raw bits) by one warpgroup, operands copied by ordinary stores.
+// d [64, 64] f32 = a [64, 64] bf16 · b [64, 64]ᵀ bf16 (as raw bits) by one warpgroup, operands copied by ordinary
+// stores.
 #include "core.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/wgmma.cuh"
@@ -17,7 +18,8 @@ KERNEL(128, 1) product_128(const uint4* a, const uint4* b, float* d, uint32_t bu
     float acc[32];
     for (float& x : acc) x = 0.0f;
     if (bug != 3) wgmma_fence();
-    for (uint32_t k = 0; k < 4; k++) wgmma_m64n64k16_bf16(acc, wgmma_descriptor(base + 32 * k), wgmma_descriptor(base + 8192 + 32 * k));
+    for (uint32_t k = 0; k < 4; k++)
+        wgmma_m64n64k16_bf16(acc, wgmma_descriptor(base + 32 * k), wgmma_descriptor(base + 8192 + 32 * k));
     wgmma_commit();
     if (bug == 4) tiles[threadIdx.x] = make_uint4(0, 0, 0, 0);  // while it is being read
     if (bug == 5) {

@@ -13,14 +13,29 @@ KERNEL(128, 1) speed(uint32_t* out, uint32_t rounds, uint32_t operation) {
     const uint32_t a[4] = {x, x, x, x}, b[2] = {x, x};
     for (uint32_t round = 0; round < rounds; round++) {
         switch (operation) {
-            case 0: __syncthreads(); break;
-            case 1: x += __shfl_xor_sync(FULL_WARP, x, 1); break;
-            case 2: __syncwarp(); break;
-            case 3: x += words[(i + round) % 128]; break;
-            case 4: out[blockIdx.x * 128 + i] = round; break;
-            case 5: mma_m16n8k16_bf16(d, a, b); break;
-            case 6: words[i] = round; break;
-            default: break;
+        case 0:
+            __syncthreads();
+            break;
+        case 1:
+            x += __shfl_xor_sync(FULL_WARP, x, 1);
+            break;
+        case 2:
+            __syncwarp();
+            break;
+        case 3:
+            x += words[(i + round) % 128];
+            break;
+        case 4:
+            out[blockIdx.x * 128 + i] = round;
+            break;
+        case 5:
+            mma_m16n8k16_bf16(d, a, b);
+            break;
+        case 6:
+            words[i] = round;
+            break;
+        default:
+            break;
         }
     }
     out[blockIdx.x * 128 + i] = x + rounds + (d[0] > 1e30f);

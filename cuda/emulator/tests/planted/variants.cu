@@ -1,4 +1,5 @@
-// out [32] u32 = in [32] u32 · FACTOR. The template has the same name in every variant, so it must not be shared between them.
+// out [32] u32 = in [32] u32 · FACTOR. The template has the same name in every variant, so it must not be shared
+// between them.
 #include "core.cuh"
 
 template <typename T>
