@@ -11,6 +11,10 @@ pub enum FaultCode {
     BadPage = 2,
     /// A row claims more partial states than are stored for it.
     BadSplits = 3,
+    /// A row, slot, position or head index lies outside its array.
+    BadIndex = 4,
+    /// A work range or an offset array is not ascending, or ends outside its array.
+    BadRange = 5,
 }
 
 /// A row whose values in (device) memory make no sense: it was skipped, its output is 0 and its LSE -inf.

@@ -4,12 +4,82 @@
 
 /// Digests of the headers that this file was generated from.
 pub const HEADER_DIGESTS: &[(&str, &str)] = &[
+    ("append_params.h", "d3a48d068dfaa9b2097a8b57cba00cd93802a6e3fa15338c687b9918f2026910"),
     ("decode_params.h", "549968e16df86614bfc18febb9e8a134b45a2341d7ec89cffc90efeaa94a6fee"),
     ("merge_states_params.h", "a1ca4ca86a37067ead0a7fdbb4a70c68ff2be74458bddc317fa12c2d18667ee8"),
     ("prefill_params.h", "ae79b19a538961219f74c74020118b6bee73c7146a99e3a9a012d12f825ec2b3"),
     ("status_params.h", "4f7980c429bc31cb21feb31a9a1840964bf406b48721d9a745514ad009959d99"),
 ];
 
+#[doc = " Shape and layout of one append of new tokens to a KV cache."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AppendParams {
+    #[doc = " Elements between two pages of K, or 0 where K is not paged."]
+    pub k_page_stride: i64,
+    #[doc = " Elements between two tokens of K."]
+    pub k_token_stride: i64,
+    #[doc = " Elements between two heads of K."]
+    pub k_head_stride: i64,
+    #[doc = " Elements between two pages of V, or 0 where V is not paged."]
+    pub v_page_stride: i64,
+    #[doc = " Elements between two tokens of V."]
+    pub v_token_stride: i64,
+    #[doc = " Elements between two heads of V."]
+    pub v_head_stride: i64,
+    #[doc = " Elements between two tokens of the queries."]
+    pub q_new_stride: i64,
+    #[doc = " Elements between two tokens of the new keys."]
+    pub k_new_stride: i64,
+    #[doc = " Elements between two tokens of the new values."]
+    pub v_new_stride: i64,
+    #[doc = " Slots in the cache; a slot is below this."]
+    pub num_slots: i64,
+    #[doc = " New tokens."]
+    pub tokens: u32,
+    #[doc = " Query heads to rotate; 0 where queries are not given."]
+    pub q_heads: u32,
+    #[doc = " KV heads."]
+    pub kv_heads: u32,
+    #[doc = " Channels that rotate: a multiple of 16."]
+    pub rotary_dim: u32,
+    #[doc = " Positions in the tables of cosines and sines."]
+    pub positions: u32,
+    #[doc = " log2 of the slots in a page; 62 where the cache is one run of slots."]
+    pub page_shift: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AppendParams"][::core::mem::size_of::<AppendParams>() - 104usize];
+    ["Alignment of AppendParams"][::core::mem::align_of::<AppendParams>() - 8usize];
+    ["Offset of field: AppendParams::k_page_stride"]
+        [::core::mem::offset_of!(AppendParams, k_page_stride) - 0usize];
+    ["Offset of field: AppendParams::k_token_stride"]
+        [::core::mem::offset_of!(AppendParams, k_token_stride) - 8usize];
+    ["Offset of field: AppendParams::k_head_stride"]
+        [::core::mem::offset_of!(AppendParams, k_head_stride) - 16usize];
+    ["Offset of field: AppendParams::v_page_stride"]
+        [::core::mem::offset_of!(AppendParams, v_page_stride) - 24usize];
+    ["Offset of field: AppendParams::v_token_stride"]
+        [::core::mem::offset_of!(AppendParams, v_token_stride) - 32usize];
+    ["Offset of field: AppendParams::v_head_stride"]
+        [::core::mem::offset_of!(AppendParams, v_head_stride) - 40usize];
+    ["Offset of field: AppendParams::q_new_stride"]
+        [::core::mem::offset_of!(AppendParams, q_new_stride) - 48usize];
+    ["Offset of field: AppendParams::k_new_stride"]
+        [::core::mem::offset_of!(AppendParams, k_new_stride) - 56usize];
+    ["Offset of field: AppendParams::v_new_stride"]
+        [::core::mem::offset_of!(AppendParams, v_new_stride) - 64usize];
+    ["Offset of field: AppendParams::num_slots"][::core::mem::offset_of!(AppendParams, num_slots) - 72usize];
+    ["Offset of field: AppendParams::tokens"][::core::mem::offset_of!(AppendParams, tokens) - 80usize];
+    ["Offset of field: AppendParams::q_heads"][::core::mem::offset_of!(AppendParams, q_heads) - 84usize];
+    ["Offset of field: AppendParams::kv_heads"][::core::mem::offset_of!(AppendParams, kv_heads) - 88usize];
+    ["Offset of field: AppendParams::rotary_dim"]
+        [::core::mem::offset_of!(AppendParams, rotary_dim) - 92usize];
+    ["Offset of field: AppendParams::positions"][::core::mem::offset_of!(AppendParams, positions) - 96usize];
+    ["Offset of field: AppendParams::page_shift"]
+        [::core::mem::offset_of!(AppendParams, page_shift) - 100usize];
+};
 #[doc = " Tokens of a tile, the granule of the decode kernels' work."]
 pub const DECODE_TILE: DecodeConstants = 64;
 #[doc = " Constants of the decode kernels."]

@@ -17,6 +17,7 @@ macro_rules! headers {
 pub const HEADERS: &[(&str, &str)] = headers! {
     "core.cuh"
     "types.cuh"
+    "append_params.h"
     "decode_params.h"
     "merge_states_params.h"
     "prefill_params.h"

@@ -7,11 +7,13 @@
 //!
 //! Everything here is generic over [`Device`](cuda::launch::Device), so the emulator runs the same plans as a GPU.
 
+mod append;
 mod cache;
 mod decode;
 mod merge_states;
 mod prefill;
 
+pub use append::{Append, AppendArgs, AppendConfig, AppendPlan, AppendTables};
 pub use cache::CacheLayout;
 pub use decode::{
     Decode, DecodeArgs, DecodeConfig, DecodePlan, DecodeStep, DecodeStepArgs, PlannedStep, Splits,

@@ -39,7 +39,34 @@ const fn prefill_row(values: &'static [i64]) -> Row {
     Row { values, registers: 255, shared: rows * qk_dim * 2 + 64 * (qk_dim + v_dim) * 2 + 4, emulated: true }
 }
 
+const APPEND_CONSTANTS: &[Constant] = &[
+    Constant { name: "QK_DIM", allowed: &[32, 64, 80, 96, 112, 128, 192, 256] },
+    Constant { name: "V_DIM", allowed: &[32, 64, 80, 96, 112, 128, 192, 256] },
+    Constant { name: "KV_DTYPE", allowed: &[dtype::F16, dtype::BF16] },
+    // 0: none, 1: half-split, 2: interleaved.
+    Constant { name: "ROTARY", allowed: &[0, 1, 2] },
+];
+
+const fn append_row(values: &'static [i64]) -> Row {
+    Row { values, registers: 64, shared: 0, emulated: true }
+}
+
 pub(super) const KERNELS: &[Kernel] = &[
+    Kernel {
+        name: "append",
+        group: "attention",
+        source: include_str!("../../kernels/attention/append.cu"),
+        constants: APPEND_CONSTANTS,
+        arch: ArchClass::Portable,
+        threads: 128,
+        rows: &[
+            append_row(&[64, 64, dtype::F16, 1]),
+            append_row(&[96, 96, dtype::BF16, 1]),
+            append_row(&[128, 128, dtype::BF16, 1]),
+            append_row(&[128, 128, dtype::F16, 2]),
+            append_row(&[256, 256, dtype::BF16, 0]),
+        ],
+    },
     Kernel {
         name: "prefill",
         group: "attention",

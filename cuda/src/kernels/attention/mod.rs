@@ -1,10 +1,12 @@
 //! Kernels of `cuda/kernels/attention`.
 
+mod append;
 mod cache;
 mod decode;
 mod merge_states;
 mod prefill;
 
+pub use append::{Append, AppendArgs, AppendTables, Rotary};
 pub use decode::{Decode, DecodeArgs, DecodePlan, DecodePlanArgs, DecodeVariant, columns, part_slots};
 pub use merge_states::{MergeStates, MergeStatesArgs, MergeStatesLastArriver, MergeStatesScratch};
 pub use prefill::{Prefill, PrefillArgs, PrefillResult, PrefillVariant};
