@@ -72,6 +72,7 @@ impl Queue {
         *self.statistics.lock().unwrap_or_else(PoisonError::into_inner) = Statistics::default();
     }
 
+    #[cfg(not(no_emulator))]
     pub(crate) fn add(&self, launch: &Statistics) {
         self.statistics.lock().unwrap_or_else(PoisonError::into_inner).add(launch);
     }
@@ -114,6 +115,7 @@ pub struct Statistics {
     pub traffic: BTreeMap<&'static str, Traffic>,
 }
 
+#[cfg(not(no_emulator))]
 impl Statistics {
     fn add(&mut self, other: &Statistics) {
         self.launches += other.launches;

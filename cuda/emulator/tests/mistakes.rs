@@ -372,3 +372,32 @@ fn variants_are_kept_apart() {
         assert_eq!(out, expected, "{}", kernel.instance().label());
     }
 }
+
+/// A write past the end of a vector, for [`the_sanitizers_build_ends_the_process`].
+#[test]
+#[ignore = "ends the process in the sanitizers' build; another test runs it in a child"]
+fn write_past_the_end() {
+    emulator_or_skip!();
+    let (input, mut out) = (numbers(32), numbers(32));
+    let args = [read("in", &input), write("out", &mut out), Arg::value("bug", &2u32)];
+    let found = launch(&load("bounds", &[]), &Queue::default(), 1, 128, &args);
+    assert!(matches!(found, Err(Error::Emulated { .. })), "{found:?}");
+}
+
+#[test]
+fn the_sanitizers_build_ends_the_process() {
+    emulator_or_skip!();
+    let this = std::env::current_exe().expect("a test has a path");
+    let child = std::process::Command::new(this)
+        .args(["--ignored", "--exact", "mistakes::write_past_the_end"])
+        .output()
+        .expect("the child runs");
+    let text = String::from_utf8_lossy(&child.stderr);
+    assert_eq!(child.status.success(), !Emulator::SANITIZED, "{text}");
+    if Emulator::SANITIZED {
+        assert!(
+            text.contains("AddressSanitizer: heap-buffer-overflow") && text.contains("bounds.cu:"),
+            "{text}"
+        );
+    }
+}

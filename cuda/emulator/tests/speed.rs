@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use crate::common::{launch, load, write};
+use crate::common::{launch, load, numbers, read, write};
 use cuda::launch::Arg;
 use emulator::{Order, Queue, emulator_or_skip};
 
@@ -35,6 +35,31 @@ fn time(operation: u32, rounds: u32, order: Order) -> f64 {
     best * 1e9 / f64::from(rounds) / 128.0
 }
 
+/// Milliseconds for decode attention over 1024 tokens of one head, best of `runs`. The values are all equal, so the result is known.
+fn decode(runs: u32) -> f64 {
+    const TOKENS: usize = 1024;
+    let (q, k) = (vec![0.5f32; 128], numbers(TOKENS * 64));
+    let k: Vec<u16> = bytemuck::cast_slice::<u32, u16>(&k).iter().map(|x| 0x3c00 | (x & 0x807f)).collect();
+    let v = vec![0x4040u16; TOKENS * 128]; // 3.0
+    let mut best = f64::MAX;
+    for _ in 0..runs {
+        let mut out = vec![f32::NAN; 128];
+        let args = [
+            read("q", &q),
+            read("k", &k),
+            read("v", &v),
+            write("out", &mut out),
+            Arg::value("tokens", &(TOKENS as u32)),
+        ];
+        let start = Instant::now();
+        launch(&load("decode_like", &[]), &Queue::default(), 1, 4 * (8 + 512), &args)
+            .expect("a correct kernel");
+        best = best.min(start.elapsed().as_secs_f64() * 1e3);
+        assert!(out.iter().all(|x| (x - 3.0).abs() < 1e-5), "{out:?}");
+    }
+    best
+}
+
 #[test]
 fn operations_are_fast_enough() {
     emulator_or_skip!();
@@ -42,6 +67,8 @@ fn operations_are_fast_enough() {
         let found = time(operation, 1000, Order::Forward);
         assert!(found < limit, "{name}: {found:.0} ns per thread, the limit is {limit}");
     }
+    let milliseconds = decode(3);
+    assert!(milliseconds < 500.0, "decode attention over 1024 tokens takes {milliseconds:.0} ms");
 }
 
 #[test]
@@ -53,6 +80,7 @@ fn table() {
             println!("{order:?} {name}: {:.1} ns per thread", time(operation, 10_000, order));
         }
     }
+    println!("decode attention over 1024 tokens: {:.1} ms", decode(20));
     let kernel = load("speed", &[]);
     for blocks in [1u32, 1000] {
         let mut out = vec![0u32; blocks as usize * 128];
