@@ -30,8 +30,9 @@ impl Tokenizer {
     /// A file that is damaged, or missing where the vocabulary is no bytes.
     pub fn read(checkpoint: &Path, config: &Config) -> Result<Self, Error> {
         let path = checkpoint.join("tokenizer.json");
-        match std::fs::read(&path) {
-            Ok(bytes) => match tokenizers::Tokenizer::from_bytes(bytes) {
+        match std::fs::read_to_string(&path) {
+            // `from_bytes` does the same, but is generic and would be compiled here a second time, for half a minute.
+            Ok(text) => match text.parse::<tokenizers::Tokenizer>() {
                 Ok(tokenizer) => Ok(Tokenizer(Kind::HuggingFace(Box::new(tokenizer)))),
                 Err(error) => Err(Error::malformed(&path, error)),
             },

@@ -332,6 +332,24 @@ fn an_unwritable_json_path_stops_the_command_before_its_work() {
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "a temporary file is left");
 }
 
+/// A link stays a link, and a device a device: a rename would put a file in their place.
+#[cfg(unix)]
+#[test]
+fn links_and_devices_are_written_in_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, link) = (folder.path().join("file"), folder.path().join("link"));
+    std::fs::write(&file, "x".repeat(100_000)).unwrap();
+    std::os::unix::fs::symlink(&file, &link).unwrap();
+    succeed(&["logits", "--tokens", "1,2", "--json", path(&link)]);
+    assert!(link.symlink_metadata().unwrap().is_symlink());
+    assert_eq!(read_json(&file)["tokens"], json!([1, 2]), "the old content is gone");
+
+    let device = folder.path().join("null");
+    std::os::unix::fs::symlink("/dev/null", &device).unwrap();
+    succeed(&["logits", "--tokens", "1,2", "--json", path(&device)]);
+    assert!(device.symlink_metadata().unwrap().is_symlink());
+}
+
 #[test]
 fn texts_that_cannot_be_evaluated() {
     let folder = tempfile::tempdir().unwrap();

@@ -224,7 +224,7 @@ pub(super) fn help() -> String {
     text.push_str("\nA MODE is NAME[:FILE][,key=value…][+NAME].\n");
     for (seam, methods) in [("kv", kv::METHODS), ("linear", linear::METHODS), ("ranks", ranks::METHODS)] {
         for Method { name, summary, .. } in methods {
-            let _ = writeln!(text, "  --{seam} {name:<12} {summary}");
+            let _ = writeln!(text, "  {:<24} {summary}", format!("--{seam} {name}"));
         }
     }
     text

@@ -30,8 +30,8 @@ pub(super) struct JsonFile {
 enum Target {
     /// Written beside the path, then renamed.
     Rename(NamedTempFile),
-    /// A pipe or device, which a rename would replace.
-    Direct(File),
+    /// A link, pipe or device (`/dev/stdout` is one), which a rename would replace: written where it is.
+    InPlace(File),
 }
 
 impl JsonFile {
@@ -48,7 +48,7 @@ impl JsonFile {
         let mut text = serde_json::to_string(value).map_err(|error| failure(&path, error.into()))?;
         text.push('\n');
         let written = match target {
-            Target::Direct(mut file) => file.write_all(text.as_bytes()),
+            Target::InPlace(mut file) => truncate(&file).and_then(|()| file.write_all(text.as_bytes())),
             Target::Rename(mut file) => file
                 .write_all(text.as_bytes())
                 .and_then(|()| file.persist(&path).map(drop).map_err(|error| error.error)),
@@ -61,12 +61,20 @@ fn failure(path: &Path, source: std::io::Error) -> Failure {
     Failure::Write { path: path.display().to_string(), source }
 }
 
+/// Empties what can be emptied: a regular file behind a link, not a pipe.
+fn truncate(file: &File) -> std::io::Result<()> {
+    match file.metadata()?.is_file() {
+        true => file.set_len(0),
+        false => Ok(()),
+    }
+}
+
 fn open(path: &Path) -> std::io::Result<Target> {
-    match path.metadata() {
+    match path.symlink_metadata() {
         Ok(metadata) => {
             let file = OpenOptions::new().write(true).open(path)?;
             if !metadata.is_file() {
-                return Ok(Target::Direct(file));
+                return Ok(Target::InPlace(file));
             }
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
