@@ -111,6 +111,8 @@ struct Warp {
     uint32_t ready, exited, arrived;  // one bit per lane; lanes that do not exist count as exited
     uint32_t last_yield;
     Arrival arrivals[LANES];
+    bool alike;  // all that have arrived are in the same operation with the same mask: that of first_arrival
+    Arrival first_arrival;
     // wgmma
     bool wgmma_fenced;
     std::vector<Wgmma> products;

@@ -251,7 +251,7 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     for (int i = 0; i < 4; i++) {
         const unsigned pick = selector >> 4 * i & 15;
         unsigned byte = (unsigned)(bytes >> 8 * (pick & 7)) & 255;
-        if (pick & 8) byte = byte & 128 ? 255 : 0;  // bit 3 replicates the sign
+        if (pick & 8) byte = byte & 128 ? 255 : 0;  // bit 3 replicates the sign, as prmt does
         result |= byte << 8 * i;
     }
     return result;

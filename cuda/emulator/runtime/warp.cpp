@@ -27,6 +27,41 @@ void complete(Warp& warp, const Meeting& meeting, uint32_t lanes, const Thread* 
     make_ready(warp, lanes & ~(runner ? 1u << runner->lane : 0));
 }
 
+// Two lanes that wait for each other must do so in the same operation with the same mask. Lanes that do not are nobody's
+// mistake: half a warp may be in an operation of its own, and come later.
+void check_against_others(Warp& warp, const Meeting& meeting, uint32_t mask, const void* pc) {
+    if (!warp.arrived) {
+        warp.alike = true;
+        warp.first_arrival = {&meeting, nullptr, mask};
+    } else if (warp.alike && warp.first_arrival.meeting == &meeting && warp.first_arrival.mask == mask) {
+        return;  // as all that are there
+    }
+    warp.alike = !warp.arrived;
+    const uint32_t bit = 1u << current->lane;
+    for_lanes(warp.arrived & mask, [&](unsigned lane) {
+        const Arrival& other = warp.arrivals[lane];
+        if (!(other.mask & bit)) return;
+        if (other.meeting != &meeting)
+            fail(pc, "lanes of a warp meet in different operations: %s here, %s in lane %u", meeting.name,
+                 other.meeting->name, lane);
+        if (other.mask != mask)
+            fail(pc, "%s: mask %08x here, %08x in lane %u, which is part of both", meeting.name, mask, other.mask,
+                 lane);
+    });
+}
+
+// Whether all of `lanes` wait in this operation with this mask.
+bool all_there(const Warp& warp, const Meeting& meeting, uint32_t mask, uint32_t lanes) {
+    if ((warp.arrived & lanes) != lanes) return false;
+    if (warp.alike) return true;
+    bool all = true;
+    for_lanes(lanes, [&](unsigned lane) {
+        const Arrival& arrival = warp.arrivals[lane];
+        all &= arrival.meeting == &meeting && arrival.mask == mask;
+    });
+    return all;
+}
+
 }  // namespace
 
 void meet(const Meeting& meeting, uint32_t mask, void* operand, const void* pc) {
@@ -38,21 +73,12 @@ void meet(const Meeting& meeting, uint32_t mask, void* operand, const void* pc) 
     if (meeting.whole_warp && warp.exited)
         fail(pc, "%s needs all 32 lanes, but lanes %08x of warp %u do not exist or have ended", meeting.name,
              warp.exited, warp.index);
-    if (const uint32_t there = warp.arrived & mask) {
-        const unsigned lane = __builtin_ctz(there);
-        const Arrival& other = warp.arrivals[lane];
-        if (other.meeting != &meeting)
-            fail(pc, "lanes of a warp meet in different operations: %s here, %s in lane %u", meeting.name,
-                 other.meeting->name, lane);
-        if (other.mask != mask)
-            fail(pc, "%s: mask %08x here, %08x in lane %u, which is part of both", meeting.name, mask, other.mask,
-                 lane);
-    }
+    check_against_others(warp, meeting, mask, pc);
     warp.arrivals[self.lane] = {&meeting, operand, mask};
     warp.arrived |= bit;
-    const uint32_t lanes = mask & ~warp.exited;
     self.pc = pc;
-    if ((warp.arrived & lanes) == lanes) {
+    const uint32_t lanes = mask & ~warp.exited;
+    if (all_there(warp, meeting, mask, lanes)) {
         complete(warp, meeting, lanes, &self);
     } else {
         self.state = State::AtWarp;
@@ -67,7 +93,7 @@ void warp_thread_ended(Warp& warp) {
         for (; left && !done; left &= left - 1) {
             const Arrival& arrival = warp.arrivals[__builtin_ctz(left)];
             const uint32_t lanes = arrival.mask & ~warp.exited;
-            if ((warp.arrived & lanes) == lanes) {
+            if (all_there(warp, *arrival.meeting, arrival.mask, lanes)) {
                 complete(warp, *arrival.meeting, lanes, nullptr);
                 done = lanes;
             }

@@ -258,3 +258,88 @@ fn tensor_maps_are_checked() {
     let odd = view.part(1..100).expect("a part");
     assert!(TensorMap::new(&odd, &TensorShape { rows: 1, ..good }).is_err(), "an unaligned tensor");
 }
+
+/// `a · b` of four signed bytes each.
+fn dot4(a: u32, b: u32) -> i32 {
+    a.to_le_bytes().iter().zip(b.to_le_bytes()).map(|(x, y)| i32::from(*x as i8) * i32::from(y as i8)).sum()
+}
+
+/// The value of one lane, by all lanes' inputs.
+type Expected = fn(&[u32], usize) -> u32;
+
+/// CUDA's builtins, each against its definition.
+#[test]
+fn builtins_do_what_cuda_says() {
+    emulator_or_skip!();
+    let bits = |x: &[u32], f: &dyn Fn(u32) -> bool| (0..32).fold(0, |sum, i| sum | u32::from(f(x[i])) << i);
+    let cases: [(&str, Expected); 22] = [
+        ("shfl_up", |x, i| x[if i % 8 >= 3 { i - 3 } else { i }]),
+        ("shfl_down", |x, i| x[if i % 8 < 5 { i + 3 } else { i }]),
+        ("shfl_xor", |x, i| x[i ^ 9]),
+        ("shfl", |x, i| x[i / 8 * 8 + (i + 5) % 8]),
+        ("ballot", |x, _| (0..32).fold(0, |sum, i| sum | u32::from(x[i] % 3 == 0) << i)),
+        ("any and all", |_, _| 1 + 4),
+        ("match_any", |x, i| (0..32).fold(0, |sum, j| sum | u32::from(x[i] % 4 == x[j] % 4) << j)),
+        ("match_all, equal", |_, _| u32::MAX.wrapping_add(1)),
+        ("match_all, different", |_, _| 0),
+        ("reduce_add", |x, _| x.iter().fold(0u32, |sum, x| sum.wrapping_add(*x))),
+        ("reduce_min", |x, _| x.iter().map(|x| (x << 8) as i32).min().expect("32 lanes") as u32),
+        ("reduce_max", |x, _| x.iter().map(|x| x << 8).max().expect("32 lanes")),
+        ("reduce_xor", |x, _| x.iter().fold(0, |sum, x| sum ^ x)),
+        ("brev", |x, i| x[i].reverse_bits()),
+        ("byte_perm", |x, i| {
+            let (low, high) = (x[i].to_le_bytes(), (!x[i]).to_le_bytes());
+            u32::from_le_bytes([low[0], low[1], high[2], high[1]])
+        }),
+        ("funnelshift_l", |x, i| ((u64::from(!x[i]) << 32 | u64::from(x[i])) << i >> 32) as u32),
+        ("funnelshift_r", |x, i| ((u64::from(!x[i]) << 32 | u64::from(x[i])) >> i) as u32),
+        ("popc, clz, ffs", |x, i| {
+            let first = if x[i] == 0 { 0 } else { x[i].trailing_zeros() + 1 };
+            x[i].count_ones() + 100 * x[i].leading_zeros() + 10000 * first
+        }),
+        ("dp4a", |x, i| (dot4(x[i], !x[i] << 3) - 5) as u32),
+        ("umulhi", |x, i| (u64::from(x[i] << 8) * u64::from(x[i] << 9) >> 32) as u32),
+        ("float2int_rn", |x, i| (((x[i] << 8) as i32 as f32) / 1000.0).round_ties_even() as i32 as u32),
+        ("reduce in half warps", |x, i| match i < 16 {
+            true => x[..16].iter().fold(u32::MAX, |all, x| all & (x | 1)),
+            false => x[16..].iter().fold(0, |all, x| all | x),
+        }),
+    ];
+    let x = numbers(32);
+    assert_ne!(bits(&x, &|x| x % 3 == 0), 0, "the ballot has something to find");
+    for order in Order::ALL {
+        let mut out = vec![u32::MAX; 32 * 32];
+        let mut words = [u32::MAX, i32::MIN as u32, 3, 3, 1, 1f32.to_bits(), 7, 5];
+        let mut copied = vec![u32::MAX; 32];
+        let args =
+            [read("in", &x), write("out", &mut out), write("word", &mut words), write("copied", &mut copied)];
+        launch(&load("vocabulary", &[]), &Queue::new(order), 1, 136, &args).expect("a correct kernel");
+        for (row, (name, expected)) in cases.iter().enumerate() {
+            for lane in 0..32 {
+                assert_eq!(out[row * 32 + lane], expected(&x, lane), "{name}, lane {lane}, {order:?}");
+            }
+        }
+        // inc counts 0 … 9 and wraps to 0, dec the other way; both 32 times from 3.
+        let sum = x.iter().fold(0u32, |sum, x| sum.wrapping_add(*x));
+        let expected = [
+            *x.iter().min().expect("32 lanes"),
+            x.iter().map(|x| (x << 8) as i32).max().expect("32 lanes") as u32,
+            (3 + 32) % 10,
+            (3 - 32i32).rem_euclid(10) as u32,
+            x.iter().fold(1, |all, x| all ^ x),
+            17f32.to_bits(),
+            70,
+            5u32.wrapping_sub(sum),
+        ];
+        assert_eq!(words, expected, "atomics, {order:?}");
+        // Row g of A is the bytes of four lanes' registers, row g + 8 the complements; B sums them in every column.
+        for lane in 0..32 {
+            let row: i32 = (0..4).map(|t| dot4(x[lane / 4 * 4 + t], 0x0101_0101)).sum();
+            let d = [row + 1, row + 2, -row - 16 + 3, -row - 16 + 4];
+            for (i, d) in d.iter().enumerate() {
+                assert_eq!(out[(cases.len() + i) * 32 + lane] as i32, *d, "mma, lane {lane}, register {i}");
+            }
+        }
+        assert!((0..32).all(|i| copied[i] == x[31 - i]), "{copied:?}");
+    }
+}

@@ -28,6 +28,7 @@ pub(crate) const KERNELS: &[Kernel] = &[
     planted("parameters", 32),
     planted("product_128", 128),
     planted("speed", 128),
+    planted("vocabulary", 32),
     planted("warps", 32),
     Kernel {
         constants: &[Constant { name: "FACTOR", allowed: &[10, 20] }],
