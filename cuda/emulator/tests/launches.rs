@@ -277,7 +277,7 @@ fn builtins_do_what_cuda_says() {
         ("shfl_down", |x, i| x[if i % 8 < 5 { i + 3 } else { i }]),
         ("shfl_xor", |x, i| x[i ^ 9]),
         ("shfl", |x, i| x[i / 8 * 8 + (i + 5) % 8]),
-        ("ballot", |x, _| (0..32).fold(0, |sum, i| sum | u32::from(x[i] % 3 == 0) << i)),
+        ("ballot", |x, _| (0..32).fold(0, |sum, i| sum | (u32::from(x[i] % 3 == 0) << i))),
         ("any and all", |_, _| 1 + 4),
         ("match_any", |x, i| (0..32).fold(0, |sum, j| sum | u32::from(x[i] % 4 == x[j] % 4) << j)),
         ("match_all, equal", |_, _| u32::MAX.wrapping_add(1)),
@@ -291,14 +291,14 @@ fn builtins_do_what_cuda_says() {
             let (low, high) = (x[i].to_le_bytes(), (!x[i]).to_le_bytes());
             u32::from_le_bytes([low[0], low[1], high[2], high[1]])
         }),
-        ("funnelshift_l", |x, i| ((u64::from(!x[i]) << 32 | u64::from(x[i])) << i >> 32) as u32),
+        ("funnelshift_l", |x, i| (((u64::from(!x[i]) << 32 | u64::from(x[i])) << i) >> 32) as u32),
         ("funnelshift_r", |x, i| ((u64::from(!x[i]) << 32 | u64::from(x[i])) >> i) as u32),
         ("popc, clz, ffs", |x, i| {
             let first = if x[i] == 0 { 0 } else { x[i].trailing_zeros() + 1 };
             x[i].count_ones() + 100 * x[i].leading_zeros() + 10000 * first
         }),
         ("dp4a", |x, i| (dot4(x[i], !x[i] << 3) - 5) as u32),
-        ("umulhi", |x, i| (u64::from(x[i] << 8) * u64::from(x[i] << 9) >> 32) as u32),
+        ("umulhi", |x, i| ((u64::from(x[i] << 8) * u64::from(x[i] << 9)) >> 32) as u32),
         ("float2int_rn", |x, i| (((x[i] << 8) as i32 as f32) / 1000.0).round_ties_even() as i32 as u32),
         ("reduce in half warps", |x, i| match i < 16 {
             true => x[..16].iter().fold(u32::MAX, |all, x| all & (x | 1)),
