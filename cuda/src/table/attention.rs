@@ -10,8 +10,8 @@ const fn merge_row(values: &'static [i64], registers: u32, shared: u32) -> Row {
 }
 
 const DECODE_CONSTANTS: &[Constant] = &[
-    Constant { name: "QK_DIM", allowed: &[64, 128, 192, 256] },
-    Constant { name: "V_DIM", allowed: &[64, 128, 192, 256] },
+    Constant { name: "QK_DIM", allowed: &[64, 96, 128, 192, 256] },
+    Constant { name: "V_DIM", allowed: &[64, 96, 128, 192, 256] },
     Constant { name: "COLUMN_TILES", allowed: &[1, 2] },
     Constant { name: "KV_DTYPE", allowed: &[dtype::F16, dtype::BF16] },
     Constant { name: "PAGED", allowed: &[0, 1] },
@@ -24,8 +24,8 @@ const fn decode_row(values: &'static [i64], registers: u32) -> Row {
 }
 
 const PREFILL_CONSTANTS: &[Constant] = &[
-    Constant { name: "QK_DIM", allowed: &[64, 128, 192, 256] },
-    Constant { name: "V_DIM", allowed: &[64, 128, 192, 256] },
+    Constant { name: "QK_DIM", allowed: &[64, 96, 128, 192, 256] },
+    Constant { name: "V_DIM", allowed: &[64, 96, 128, 192, 256] },
     Constant { name: "KV_DTYPE", allowed: &[dtype::F16, dtype::BF16] },
     Constant { name: "PAGED", allowed: &[0, 1] },
     Constant { name: "SOFT_CAP", allowed: &[0, 1] },
@@ -77,6 +77,7 @@ pub(super) const KERNELS: &[Kernel] = &[
         rows: &[
             prefill_row(&[64, 64, dtype::F16, 0, 0, 0]),
             prefill_row(&[64, 64, dtype::BF16, 1, 0, 1]),
+            prefill_row(&[96, 96, dtype::F16, 1, 0, 0]),
             prefill_row(&[128, 128, dtype::BF16, 1, 0, 0]),
             prefill_row(&[128, 128, dtype::F16, 0, 0, 0]),
             prefill_row(&[128, 128, dtype::BF16, 0, 0, 1]),
@@ -103,6 +104,7 @@ pub(super) const KERNELS: &[Kernel] = &[
         rows: &[
             decode_row(&[64, 64, 1, dtype::F16, 1, 0], 168),
             decode_row(&[64, 64, 2, dtype::BF16, 0, 1], 255),
+            decode_row(&[96, 96, 1, dtype::F16, 1, 0], 168),
             decode_row(&[128, 128, 1, dtype::BF16, 1, 0], 168),
             decode_row(&[128, 128, 2, dtype::BF16, 1, 0], 168),
             decode_row(&[128, 128, 1, dtype::F16, 0, 0], 168),

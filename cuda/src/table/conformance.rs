@@ -43,8 +43,14 @@ pub(super) const KERNELS: &[Kernel] = &[
         "swizzled_fragments",
         Portable,
         32,
-        &[Constant { name: "ROW_BYTES", allowed: &[32, 64, 128, 256] }],
-        &[row(&[32], 48, 1024), row(&[64], 64, 2048), row(&[128], 72, 4096), row(&[256], 80, 8192)]
+        &[Constant { name: "ROW_BYTES", allowed: &[32, 64, 128, 192, 256] }],
+        &[
+            row(&[32], 48, 1024),
+            row(&[64], 64, 2048),
+            row(&[128], 72, 4096),
+            row(&[192], 80, 6144),
+            row(&[256], 80, 8192),
+        ]
     ),
     kernel!("cp_async_sizes", Portable, 128, &[], &[row(&[], 32, 4096)]),
     kernel!(

@@ -107,22 +107,16 @@ fn stmatrix<R: Rig>(rig: &R) {
     }
 }
 
-/// Bytes from the start of the tile to 16-byte chunk `chunk` of row `row`, worked out from what the layout is for: rows
-/// shorter than 128 bytes share a line, and lines permute their chunks by XOR with the line's number.
+/// Bytes from the start of the tile to 16-byte chunk `chunk` of row `row`, worked out from what the layout is for: after
+/// `step` rows the next starts at the same place of a 128-byte line, and rows `step` apart differ by XOR.
 fn swizzled_offset(row_bytes: usize, row: usize, chunk: usize) -> usize {
-    let chunks_per_row = row_bytes / 16;
-    if chunks_per_row >= 8 {
-        let (block, within) = (chunk / 8, chunk % 8);
-        row * row_bytes + block * 128 + (within ^ (row & 7)) * 16
-    } else {
-        let line = row * row_bytes / 128;
-        row * row_bytes + (chunk ^ (line % chunks_per_row)) * 16
-    }
+    let step = (1..=8).find(|rows| rows * row_bytes % 128 == 0).expect("8 rows of whole chunks");
+    row * row_bytes + (chunk ^ (row / step % (8 / step))) * 16
 }
 
 fn swizzled_tiles<R: Rig>(rig: &R) {
     let seed = 13;
-    for row_bytes in [32, 64, 128, 256] {
+    for row_bytes in [32, 64, 128, 192, 256] {
         let mut random = Random::new(seed + row_bytes as u64);
         let chunks = row_bytes / 16;
         let kernel = SwizzledFragments::prepare(rig.device(), row_bytes as u32).expect("prepare");
