@@ -88,9 +88,9 @@ impl AppendPlan {
             }
         };
         let widths = [
-            shape.q_heads() * shape.qk_dim(),
-            shape.kv_heads() * shape.qk_dim(),
-            shape.kv_heads() * shape.v_dim(),
+            shape.q_heads().saturating_mul(shape.qk_dim()),
+            shape.kv_heads().saturating_mul(shape.qk_dim()),
+            shape.kv_heads().saturating_mul(shape.v_dim()),
         ];
         for (stride, width) in config.strides.into_iter().zip(widths) {
             if stride < width || !stride.is_multiple_of(8) {

@@ -63,10 +63,16 @@ impl CacheLayout {
                 if pages == 0 {
                     return Err(Error::argument("pages", "at least 1", pages));
                 }
+                if page_size > 1 << 30 {
+                    return Err(Error::argument("page_size", "at most 2^30", page_size));
+                }
+                // Both are below 2^31, so that their product is an i64.
+                let table_batch = i64::from(to_u32("max_pages", max_pages)?);
+                let table_head = i64::from(to_u32("batch", batch)?) * table_batch;
                 Ok(CacheParams {
                     k: strides("k", k)?,
                     v: strides("v", v)?,
-                    table: [if per_head { (batch * max_pages) as i64 } else { 0 }, max_pages as i64],
+                    table: [if per_head { table_head } else { 0 }, table_batch],
                     page_shift: page_size.trailing_zeros(),
                     max_pages: to_u32("max_pages", max_pages)?,
                     pages: to_u32("pages", pages)?,
@@ -86,6 +92,14 @@ impl CacheLayout {
             }),
         }
     }
+}
+
+/// The keys of a sliding window, at least the query's own: the kernels take 0 for no window at all.
+pub(super) fn window(window: usize) -> Result<u32, Error> {
+    if window == 0 {
+        return Err(Error::argument("mask", "a window of at least 1 key", 0));
+    }
+    to_u32("window", window)
 }
 
 /// A count that the device keeps in 31 bits.

@@ -7,7 +7,7 @@ use cuda::params::{DECODE_TILE, DecodeParams};
 use cuda::storage::Storage;
 use cuda::workspace::{Carver, Layout, Region};
 
-use super::cache::{CacheLayout, to_u32};
+use super::cache::{self, CacheLayout, to_u32};
 use super::check_sm_count;
 use crate::{DType, Error, HeadShape, Mask, Score};
 
@@ -97,7 +97,7 @@ impl DecodePlan {
         }
         let window = match config.mask {
             Mask::Causal => 0,
-            Mask::SlidingWindow { window, sinks: 0 } => to_u32("window", window)?,
+            Mask::SlidingWindow { window, sinks: 0 } => cache::window(window)?,
             other => {
                 return Err(Error::argument(
                     "mask",
@@ -153,8 +153,13 @@ impl DecodePlan {
             soft_cap: config.score.soft_cap().is_some(),
         };
 
-        let blocks = config.sm_count * BLOCKS_PER_SM;
-        let slots = kernels::part_slots(&params, blocks) * kernels::columns(column_tiles);
+        let blocks = config.sm_count.checked_mul(BLOCKS_PER_SM).filter(|blocks| *blocks <= i32::MAX as u32);
+        let blocks = blocks.ok_or_else(|| {
+            let expected = format!("at most {}", i32::MAX as u32 / BLOCKS_PER_SM);
+            Error::argument("sm_count", expected, config.sm_count)
+        })?;
+        let columns = kernels::columns(column_tiles);
+        let slots = kernels::part_slots(&params, blocks).saturating_mul(columns);
         let mut step = Layout::new();
         let step = StepBuffers {
             valid_len: step.scratch(config.batch)?,
@@ -162,11 +167,12 @@ impl DecodePlan {
             arrivals: step.counters(1)?,
             layout: step,
         };
-        let items = config.batch * shape.kv_heads() * params.column_blocks as usize;
+        let items =
+            config.batch.saturating_mul(shape.kv_heads()).saturating_mul(params.column_blocks as usize);
         let mut layer = Layout::new();
         let layer = LayerBuffers {
-            part_acc: layer.scratch(slots * shape.v_dim())?,
-            part_ml: layer.scratch(slots * 2)?,
+            part_acc: layer.scratch(slots.saturating_mul(shape.v_dim()))?,
+            part_ml: layer.scratch(slots.saturating_mul(2))?,
             arrivals: layer.counters(items)?,
             layout: layer,
         };
@@ -236,13 +242,20 @@ impl<F: Function> DecodeStep<F> {
     /// Enqueues the plan of one step and returns it; it serves every layer of the step.
     ///
     /// # Errors
-    /// [`Error::Cuda`] names an argument or workspace that does not fit.
+    /// [`Error::Argument`] where the cache of the plan asks for the other of `block_table` and `kv_start`, [`Error::Cuda`]
+    /// names an argument or workspace that does not fit.
     pub fn run<'w>(
         &self,
         queue: &F::Queue,
         args: DecodeStepArgs<'_>,
         step_workspace: ViewMut<'w, u8>,
     ) -> Result<PlannedStep<'w>, Error> {
+        // The kernel goes by what it is given; the layers go by the plan.
+        let paged = self.plan.variant.paged;
+        if paged != args.block_table.is_some() {
+            let [expected, found] = [paged, !paged].map(|is| if is { "given" } else { "missing" });
+            return Err(Error::argument("block_table", expected, found));
+        }
         let buffers = &self.plan.step;
         let carver = Carver::new("decode_plan", step_workspace, &buffers.layout)?;
         let args = kernels::DecodePlanArgs {
@@ -340,6 +353,8 @@ impl<F: Function, E: Storage> Decode<F, E> {
             arrivals: carver.take(layer.arrivals)?,
             programmatic: false,
         };
-        Ok(self.kernel.launch(queue, args)?)
+        // SAFETY: both buffers lie in the workspace of a step that `DecodeStep::run` planned by the same configuration, hence
+        // with the same parameters; the step borrows it exclusively, so nobody has written it since.
+        Ok(unsafe { self.kernel.launch(queue, args) }?)
     }
 }

@@ -80,7 +80,7 @@ impl MergePlan {
             let states = rows * max_splits.div_ceil(splits_per_block);
             Some(Split {
                 splits_per_block,
-                chunk_acc: layout.scratch(states * v_dim)?,
+                chunk_acc: layout.scratch(states.saturating_mul(v_dim))?,
                 chunk_ml: layout.scratch(states * 2)?,
                 arrivals: layout.counters(rows)?,
             })

@@ -6,7 +6,7 @@ use cuda::memory::{View, ViewMut};
 use cuda::params::PrefillParams;
 use cuda::storage::Storage;
 
-use super::cache::{CacheLayout, to_u32};
+use super::cache::{self, CacheLayout, to_u32};
 use crate::{AttentionSpec, DType, Error, Mask};
 
 /// What a prefill is for.
@@ -51,7 +51,7 @@ impl PrefillPlan {
             Mask::Full => (0, 0, 0, 0),
             Mask::Causal => (1, 0, 0, 0),
             Mask::SlidingWindow { window, sinks } => {
-                (1, to_u32("window", window)?, to_u32("sinks", sinks)?, 0)
+                (1, cache::window(window)?, to_u32("sinks", sinks.min(config.max_kv_len))?, 0)
             }
             Mask::Prefix { prefix } => (1, 0, 0, to_u32("prefix", prefix.min(config.max_kv_len))?),
         };
@@ -136,7 +136,9 @@ pub struct PrefillInputs<'a, E> {
     /// First token of each sequence `[batch]`.
     pub kv_start: Option<&'a View<'a, u32>>,
     /// Status word: [`FaultCode::BadLength`](crate::FaultCode::BadLength) or
-    /// [`BadPage`](crate::FaultCode::BadPage) with the sequence, all of whose rows then give 0 and −inf.
+    /// [`BadPage`](crate::FaultCode::BadPage) with the sequence, all of whose rows then give 0 and −inf; or
+    /// [`BadRange`](crate::FaultCode::BadRange) with a sequence whose `cu_queries` descend or end past the queries. Rows of
+    /// no sequence are not written.
     pub status: ViewMut<'a, u64>,
 }
 

@@ -20,6 +20,8 @@ emulator::device_test!(
     page_order_does_not_matter,
     fixed_splits_are_batch_invariant,
     bad_sequences_are_reported_and_the_others_stay_right,
+    starts_that_change_after_the_plan_read_nothing_outside,
+    nan_is_never_dropped,
     many_steps_repeat_bitwise,
 );
 
@@ -36,6 +38,8 @@ struct Case {
     soft_cap: Option<f32>,
     inputs: Inputs,
     splits: Splits,
+    /// Starts of a contiguous cache that the caller puts in place between the plan and the attention.
+    late_starts: Option<Vec<u32>>,
 }
 
 impl Case {
@@ -58,6 +62,7 @@ impl Case {
             soft_cap: None,
             inputs: Inputs::Normal,
             splits: Splits::Balanced,
+            late_starts: None,
         }
     }
 
@@ -135,6 +140,7 @@ fn decode<R: Rig, E: Storage>(
     let contiguous = matches!(case.cache, Cache::Contiguous);
     let block_table = (!contiguous).then(|| rig.upload(&tensors.kv.block_table));
     let kv_start = contiguous.then(|| rig.upload(&tensors.kv.cu_seqlens[..case.kv_lens.len()]));
+    let late_starts = case.late_starts.as_ref().map(|starts| rig.upload(starts));
     let mut status = rig.zeroed::<u64>(1);
     let mut step_workspace = rig.workspace(plan.step_workspace());
     let mut workspace = rig.workspace(plan.workspace());
@@ -157,6 +163,7 @@ fn decode<R: Rig, E: Storage>(
                 rig.workspace_view(&mut step_workspace),
             )
             .unwrap_or_else(|error| fail(error));
+        let kv_start = late_starts.as_ref().map(|starts| rig.view(starts)).or(kv_start);
         let args = DecodeArgs {
             q: &rig.view(&q),
             k: &rig.view(&k),
@@ -242,6 +249,7 @@ fn equals_the_oracle<R: Rig>(rig: &R) {
         },
         11,
     );
+    check::<R, f16>(rig, &Case::new((3, 1), (96, 96), 2, &[75, 16, 2], Cache::Hnd(16)), 15);
     check::<R, bf16>(rig, &Case::new((9, 1), (256, 256), 1, &[70, 1], Cache::Contiguous), 12);
     // One long among short, and every tie and outlier that a softmax can meet.
     check::<R, bf16>(rig, &Case::new((4, 1), (128, 128), 1, &[1, 900, 2, 0, 5], Cache::Nhd(32)), 13);
@@ -307,6 +315,39 @@ fn bad_sequences_are_reported_and_the_others_stay_right<R: Rig>(rig: &R) {
     }
 }
 
+fn starts_that_change_after_the_plan_read_nothing_outside<R: Rig>(rig: &R) {
+    let planned = Case::new((4, 2), (128, 128), 1, &[40, 50, 60], Cache::Contiguous);
+    let tensors = tensors::<f16>(&planned, 33);
+    // Sequence 0 stays; 1 begins past the cache and 2 ends past it. The emulator faults a read outside.
+    let case = Case { late_starts: Some(vec![0, u32::MAX - 3, 149]), ..planned.clone() };
+    let decoded = decode(rig, &case, &tensors, &lens(&case), 1);
+    let expected = oracle(&planned, &tensors);
+    let (heads, row) = (case.q_heads, case.q_heads * case.v_dim);
+    let name = format!("moved starts on {}", rig.name());
+    Comparison::new(&decoded.out[..row], &expected.out[..row], Tolerance::tensor_core::<f16>()).assert(&name);
+    assert!(decoded.out[row..2 * row].iter().all(|x| x.to_f32() == 0.0), "{name}");
+    assert_eq!(decoded.lse[heads..2 * heads], [f32::NEG_INFINITY; 4], "{name}");
+    assert!(decoded.lse[2 * heads..].iter().all(|x| x.is_finite()), "{name}");
+}
+
+/// A query of NaN gives NaN, however many warps and parts share its keys, and harms no other row.
+fn nan_is_never_dropped<R: Rig>(rig: &R) {
+    for kv_len in [1, 40, 300] {
+        let case = Case::new((4, 2), (64, 64), 1, &[kv_len, 20], Cache::Nhd(16));
+        let mut tensors = tensors::<f16>(&case, 35);
+        let expected = oracle(&case, &tensors);
+        tensors.q[5] = f16::NAN; // of head 0
+        let decoded = decode(rig, &case, &tensors, &lens(&case), 1);
+        let name = format!("{kv_len} keys on {}", rig.name());
+        assert!(decoded.out[..64].iter().all(|x| x.is_nan()), "{name}: {:?}", &decoded.out[..4]);
+        assert!(decoded.lse[0].is_nan(), "{name}: {}", decoded.lse[0]);
+        Comparison::new(&decoded.out[64..], &expected.out[64..], Tolerance::tensor_core::<f16>())
+            .assert(format_args!("out of {name}"));
+        Comparison::new(&decoded.lse[1..], &expected.lse[1..], Tolerance::LSE)
+            .assert(format_args!("lse of {name}"));
+    }
+}
+
 /// The last arriver differs from step to step; results and counters must not.
 fn many_steps_repeat_bitwise<R: Rig>(rig: &R) {
     let case = Case::new((4, 1), (64, 64), 1, &[300, 7], Cache::Nhd(16));
@@ -340,12 +381,24 @@ fn plans_refuse_what_no_kernel_can_do() {
         k: PageLayout { token_stride, ..layout },
         v: layout,
     };
+    let pages_per_sequence = |max_pages| CacheLayout::Paged {
+        page_size: 16,
+        pages: 8,
+        max_pages,
+        per_head: true,
+        k: layout,
+        v: layout,
+    };
     let bad = [
         ("q_len", DecodeConfig { q_len: 0, ..good }),
         ("q_len", DecodeConfig { q_len: 9, ..good }),
         ("batch", DecodeConfig { batch: 0, ..good }),
         ("sm_count", DecodeConfig { sm_count: 0, ..good }),
         ("mask", DecodeConfig { mask: Mask::Full, ..good }),
+        ("mask", DecodeConfig { mask: Mask::SlidingWindow { window: 0, sinks: 0 }, ..good }),
+        ("sm_count", DecodeConfig { sm_count: u32::MAX, ..good }),
+        ("max_pages", DecodeConfig { cache: pages_per_sequence(usize::MAX), ..good }),
+        ("page_size", DecodeConfig { cache: paged(1 << 40, 64), ..good }),
         ("max_kv_len", DecodeConfig { max_kv_len: usize::MAX, ..good }),
         ("splits", DecodeConfig { splits: Splits::Fixed { tokens: 100 }, ..good }),
         ("splits", DecodeConfig { splits: Splits::Fixed { tokens: 0 }, ..good }),

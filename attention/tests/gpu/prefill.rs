@@ -17,6 +17,8 @@ emulator::device_test!(
     equals_the_oracle,
     steps_over_chunks_of_keys_equal_one_prefill,
     bad_sequences_are_reported_and_the_others_stay_right,
+    senseless_queries_are_reported_wherever_they_are,
+    nan_survives_the_steps_that_follow,
 );
 
 #[derive(Debug, Clone)]
@@ -111,13 +113,19 @@ struct Prefilled<E> {
     fault: Option<Fault>,
 }
 
-fn prefill<R: Rig, E: Storage>(rig: &R, case: &Case, tensors: &Tensors<E>, kv_len: &[u32]) -> Prefilled<E> {
+fn prefill<R: Rig, E: Storage>(
+    rig: &R,
+    case: &Case,
+    tensors: &Tensors<E>,
+    cu_queries: &[u32],
+    kv_len: &[u32],
+) -> Prefilled<E> {
     let plan = plan(case, tensors.kv.layout, false);
     let kernel = Prefill::<_, E>::prepare(rig.device(), &plan).expect("prepare");
     let rows = case.queries() * case.q_heads;
     let (q, k, v) =
         (rig.upload(&tensors.q), rig.upload(&tensors.kv.k_cache), rig.upload(&tensors.kv.v_cache));
-    let (cu_queries, kv_len) = (rig.upload(&case.cu_queries()), rig.upload(kv_len));
+    let (cu_queries, kv_len) = (rig.upload(cu_queries), rig.upload(kv_len));
     let contiguous = matches!(case.cache, Cache::Contiguous);
     let block_table = (!contiguous).then(|| rig.upload(&tensors.kv.block_table));
     let kv_start = contiguous.then(|| rig.upload(&tensors.kv.cu_seqlens[..case.sequences.len()]));
@@ -151,7 +159,7 @@ fn lens(case: &Case) -> Vec<u32> {
 fn check<R: Rig, E: Storage + Element>(rig: &R, case: &Case, seed: u64) {
     let tensors = tensors::<E>(case, seed);
     let expected = oracle(case, &tensors);
-    let prefilled = prefill(rig, case, &tensors, &lens(case));
+    let prefilled = prefill(rig, case, &tensors, &case.cu_queries(), &lens(case));
     let name = format!("{case:?} as {} with seed {seed} on {}", E::NAME, rig.name());
     Comparison::new(&prefilled.out, &expected.out, Tolerance::tensor_core::<E>())
         .assert(format_args!("out of {name}"));
@@ -185,6 +193,7 @@ fn equals_the_oracle<R: Rig>(rig: &R) {
         },
         7,
     );
+    check::<R, f16>(rig, &Case::new((3, 1), (96, 96), &[(50, 90)], Cache::Hnd(16), Mask::Causal), 10);
     check::<R, bf16>(rig, &Case::new((4, 4), (192, 128), &[(66, 80)], Cache::Nhd(16), Mask::Causal), 8);
     check::<R, bf16>(
         rig,
@@ -208,8 +217,24 @@ fn steps_over_chunks_of_keys_equal_one_prefill<R: Rig>(rig: &R) {
 fn carried<R: Rig, E: Storage + Element>(rig: &R, case: &Case, cuts: &[usize], seed: u64) {
     let tensors = tensors::<E>(case, seed);
     let expected = oracle(case, &tensors);
+    let (out, lse) = run_steps(rig, case, &tensors, &tensors.q, cuts);
+    let name = format!("{case:?} in steps {cuts:?} with seed {seed} on {}", rig.name());
+    Comparison::of_f64(&out, &expected.out, Tolerance::tensor_core::<E>())
+        .assert(format_args!("out of {name}"));
+    Comparison::of_f64(&lse, &expected.lse, Tolerance::LSE).assert(format_args!("lse of {name}"));
+}
+
+/// Output and LSE of the state that steps over these chunks of keys leave; the steps after the first have queries `q_later`.
+fn run_steps<R: Rig, E: Storage + Element>(
+    rig: &R,
+    case: &Case,
+    tensors: &Tensors<E>,
+    q_later: &[E],
+    cuts: &[usize],
+) -> (Vec<f64>, Vec<f64>) {
     let rows = case.queries() * case.q_heads;
-    let (q, cu_queries) = (rig.upload(&tensors.q), rig.upload(&case.cu_queries()));
+    let (q_first, q_later, cu_queries) =
+        (rig.upload(&tensors.q), rig.upload(q_later), rig.upload(&case.cu_queries()));
     // NaN: the first step starts anew over whatever is there.
     let (mut o, mut ml) = (rig.poisoned::<f32>(rows * case.dims.1), rig.poisoned::<f32>(rows * 2));
     let mut status = rig.zeroed::<u64>(1);
@@ -223,7 +248,7 @@ fn carried<R: Rig, E: Storage + Element>(rig: &R, case: &Case, cuts: &[usize], s
         let table = (!contiguous).then(|| rig.upload(&chunk_of_table(&tensors.kv, cut[0])));
         let (kv_start, table) = (kv_start.as_ref().map(|x| rig.view(x)), table.as_ref().map(|x| rig.view(x)));
         let inputs = PrefillInputs {
-            q: &rig.view(&q),
+            q: &rig.view(if step == 0 { &q_first } else { &q_later }),
             k: &rig.view(&k),
             v: &rig.view(&v),
             cu_queries: &rig.view(&cu_queries),
@@ -241,11 +266,21 @@ fn carried<R: Rig, E: Storage + Element>(rig: &R, case: &Case, cuts: &[usize], s
     let out: Vec<f64> =
         o.iter().enumerate().map(|(i, x)| f64::from(*x) / f64::from(ml[i / case.dims.1 * 2 + 1])).collect();
     let lse: Vec<f64> = ml.chunks(2).map(|ml| f64::from(ml[0]) + f64::from(ml[1]).ln()).collect();
-    let name = format!("{case:?} in steps {cuts:?} with seed {seed} on {}", rig.name());
-    Comparison::of_f64(&out, &expected.out, Tolerance::tensor_core::<E>())
-        .assert(format_args!("out of {name}"));
-    Comparison::of_f64(&lse, &expected.lse, Tolerance::LSE).assert(format_args!("lse of {name}"));
-    assert_eq!(Fault::decode(rig.download(&status)[0]), None, "{name}");
+    let fault = Fault::decode(rig.download(&status)[0]);
+    assert_eq!(fault, None, "{case:?} in steps {cuts:?} on {}", rig.name());
+    (out, lse)
+}
+
+/// A query of NaN has no maximum; the next step must not take its state for an empty one.
+fn nan_survives_the_steps_that_follow<R: Rig>(rig: &R) {
+    let case = Case::new((2, 2), (64, 64), &[(5, 96)], Cache::Nhd(16), Mask::Full);
+    let mut tensors = tensors::<bf16>(&case, 13);
+    let ordinary = tensors.q.clone();
+    tensors.q[3] = bf16::NAN; // of query 0, head 0
+    // The second step sees an ordinary query, so that only the state can bring the NaN.
+    let (out, lse) = run_steps(rig, &case, &tensors, &ordinary, &[0, 32, 96]);
+    assert!(out[..64].iter().all(|x| x.is_nan()) && lse[0].is_nan(), "on {}: {:?}", rig.name(), &out[..4]);
+    assert!(out[64..].iter().chain(&lse[1..]).all(|x| x.is_finite()), "on {}", rig.name());
 }
 
 /// The block table of one sequence from a token on, which starts a page.
@@ -271,7 +306,7 @@ fn bad_sequences_are_reported_and_the_others_stay_right<R: Rig>(rig: &R) {
         ("a page outside the pool", &bad_page, [40, 50, 60], (2, 1)),
     ];
     for (what, tensors, kv_len, (code, index)) in cases {
-        let prefilled = prefill(rig, &case, tensors, &kv_len);
+        let prefilled = prefill(rig, &case, tensors, &case.cu_queries(), &kv_len);
         let name = format!("{what} on {}", rig.name());
         assert_eq!(prefilled.fault, Some(Fault { code, index }), "{name}");
         let mut expected = oracle(&case, tensors);
@@ -283,6 +318,21 @@ fn bad_sequences_are_reported_and_the_others_stay_right<R: Rig>(rig: &R) {
         Comparison::new(&prefilled.out, &expected.out, Tolerance::tensor_core::<bf16>()).assert(&name);
         Comparison::new(&prefilled.lse, &expected.lse, Tolerance::LSE).assert(&name);
     }
+}
+
+/// A block looks no further than its own sequence; a sequence that makes no sense is found all the same.
+fn senseless_queries_are_reported_wherever_they_are<R: Rig>(rig: &R) {
+    let case = Case::new((2, 2), (64, 64), &[(2, 4); 40], Cache::Contiguous, Mask::Causal);
+    let tensors = tensors::<f16>(&case, 33);
+    let expected = oracle(&case, &tensors);
+    let mut cu_queries = case.cu_queries();
+    cu_queries[40] += 1; // the last sequence ends past the queries
+    let prefilled = prefill(rig, &case, &tensors, &cu_queries, &lens(&case));
+    let code = attention::FaultCode::BadRange as u32;
+    assert_eq!(prefilled.fault, Some(Fault { code, index: 39 }), "on {}", rig.name());
+    let right = 39 * 2 * 2; // rows of the sequences before
+    Comparison::new(&prefilled.lse[..right], &expected.lse[..right], Tolerance::LSE)
+        .assert(format_args!("lse on {}", rig.name()));
 }
 
 #[test]
@@ -308,6 +358,13 @@ fn plans_refuse_what_no_kernel_can_do() {
     PrefillPlan::new(good).expect("a valid plan");
     let bad = [
         ("batch", PrefillConfig { batch: 0, ..good }),
+        (
+            "mask",
+            PrefillConfig {
+                spec: AttentionSpec { mask: Mask::SlidingWindow { window: 0, sinks: 1 }, ..good.spec },
+                ..good
+            },
+        ),
         ("num_queries", PrefillConfig { num_queries: usize::MAX, ..good }),
         ("max_kv_len", PrefillConfig { max_kv_len: usize::MAX, ..good }),
         ("page_size", PrefillConfig { cache: cache(12, 8, 128), ..good }),

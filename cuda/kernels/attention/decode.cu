@@ -85,12 +85,20 @@ DEVICE Visible visible_to(uint32_t query, uint32_t kv_len, const DecodeParams& p
     return {params.window != 0 && end > params.window ? end - params.window : 0, end};
 }
 
-DEVICE Item item_of(const Part& part, const uint32_t* valid_len, const DecodeParams& params) {
+// decode_plan has checked the lengths, but the starts are the caller's to change: keys past the cache do not exist.
+DEVICE Item item_of(const Part& part, const uint32_t* valid_len, const uint32_t* kv_start, const DecodeParams& params) {
     Item item;
     item.sequence = part.sequence;
     item.kv_head = part.head / params.column_blocks;
     item.first_column = part.head % params.column_blocks * COLUMNS;
+#if PAGED
+    const uint64_t readable = static_cast<uint64_t>(params.max_pages) << params.page_shift;
+#else
+    const uint32_t start = kv_start[part.sequence];
+    const uint64_t readable = start < params.num_tokens ? params.num_tokens - start : 0;
+#endif
     item.kv_len = valid_len[part.sequence];
+    if (item.kv_len > readable) item.kv_len = static_cast<uint32_t>(readable);
     item.first_tile = visible_to(0, item.kv_len, params).begin / TILE;
     item.tiles = ceil_div(item.kv_len, TILE) - item.first_tile;
     return item;
@@ -299,7 +307,8 @@ struct Warp {
                 const float sum = warp_sum_strided<4>(l[n][e]);
                 const uint32_t column = n * 8 + lane % 4 * 2 + e;
                 if (lane < 4) {
-                    tail.ml[warp_index()][column][0] = m[n][e] * LN_2;
+                    // The running maximum passes NaN over; a state without a maximum would count as empty.
+                    tail.ml[warp_index()][column][0] = sum != sum ? QUIET_NAN : m[n][e] * LN_2;
                     tail.ml[warp_index()][column][1] = sum;
                 }
             }
@@ -403,7 +412,7 @@ decode(const Element* q, const Element* k, const Element* v, const uint32_t* blo
     const uint64_t end = plan.begin(blockIdx.x + 1);
     for (uint64_t unit = plan.begin(blockIdx.x); unit < end;) {
         const Part part = plan.part_at(unit, end, blockIdx.x);
-        const Item item = item_of(part, valid_len, params);
+        const Item item = item_of(part, valid_len, kv_start, params);
         unit += part.end_unit - part.first_unit;
 
         load_queries(q_tile, q, item, params);

@@ -95,7 +95,8 @@ DEVICE bool find_item(Item& item, const uint32_t* cu_queries, uint64_t* status, 
             begin = cu_queries[sequence];
             end = cu_queries[sequence + 1];
             if (end < begin || end > params.num_queries) {
-                if (blockIdx.x == 0 && blockIdx.y == 0 && warp_index() == 0) report_fault(status, FAULT_BAD_RANGE, sequence);
+                // No block but those past the last tile looks at all sequences, so each reports what it sees.
+                if (blockIdx.y == 0 && warp_index() == 0) report_fault(status, FAULT_BAD_RANGE, sequence);
                 begin = end = 0;
             }
         }
@@ -467,7 +468,8 @@ prefill(const Element* q, const Element* k, const Element* v, const uint32_t* cu
         if (joins) l = l * scale + state_ml[2 * row + 1] * scale_before;
         __syncwarp(lanes);  // all four have read what one of them overwrites
         if (t == 0) {
-            state_ml[2 * row] = m * LN_2;
+            // The running maximum passes NaN over; a state without a maximum would count as empty in the next step.
+            state_ml[2 * row] = l != l ? l : m * LN_2;
             state_ml[2 * row + 1] = l;
         }
 #pragma unroll

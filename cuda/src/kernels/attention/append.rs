@@ -9,7 +9,7 @@ use crate::params::AppendParams;
 use crate::storage::Storage;
 use crate::table::Instance;
 
-use super::cache::{CacheExtent, check_cache};
+use super::cache::{CacheExtent, check_cache, elements};
 
 const KERNEL: &str = "append";
 const THREADS: u32 = 128;
@@ -111,7 +111,7 @@ impl<F: Function, E: Storage> Append<F, E> {
         }
         // New vectors: the last token's heads end within the buffer.
         let new_len = |argument, stride: i64, heads: u32, dim: usize| {
-            let row = heads as usize * dim;
+            let row = elements(&[heads as usize, dim]);
             if stride < 0
                 || stride % (16 / size_of::<E>() as i64) != 0
                 || (tokens > 1 && (stride as usize) < row)
@@ -119,7 +119,7 @@ impl<F: Function, E: Storage> Append<F, E> {
                 let expected = format!("a multiple of 16 bytes, at least {row} elements");
                 return Err(Error::argument(KERNEL, argument, expected, stride));
             }
-            Ok(if tokens == 0 { 0 } else { (tokens - 1) * stride as usize + row })
+            Ok(if tokens == 0 { 0 } else { elements(&[tokens - 1, stride as usize]).saturating_add(row) })
         };
         let k_len = new_len("k_new", params.k_new_stride, params.kv_heads, self.qk_dim)?;
         let v_len = new_len("v_new", params.v_new_stride, params.kv_heads, self.v_dim)?;

@@ -51,11 +51,24 @@ impl CacheExtent {
     }
 }
 
-/// Elements of a block table that `[head, batch]` strides can reach; a head stride of 0 means that heads share it.
+/// Elements of a block table that `[head, batch]` strides can reach; a head stride of 0 means that heads share it. What no
+/// memory can hold, negative strides among it, is `usize::MAX`, which no view has.
 pub(super) fn table_len(strides: [i64; 2], heads: u32, batch: u32, max_pages: u32) -> usize {
-    let last = |count: u32, stride: i64| (count as usize - 1) * stride as usize;
-    let heads = if strides[0] == 0 { 1 } else { heads };
-    last(heads, strides[0]) + last(batch, strides[1]) + max_pages as usize
+    let last = |count: u32, stride: i64| {
+        usize::try_from(stride).unwrap_or(usize::MAX).saturating_mul(count.saturating_sub(1) as usize)
+    };
+    if strides.iter().any(|stride| *stride < 0) {
+        return usize::MAX;
+    }
+    last(heads, strides[0]).saturating_add(last(batch, strides[1])).saturating_add(max_pages as usize)
+}
+
+/// Elements of a dense tensor; `usize::MAX`, which no view has, where no memory can hold them.
+pub(super) fn elements(extents: &[usize]) -> usize {
+    if extents.contains(&0) {
+        return 0;
+    }
+    extents.iter().copied().fold(1, usize::saturating_mul)
 }
 
 /// Checks that every vector `[dim]` that `[page, token, head]` strides can reach lies within `view` and starts at a 16-byte
@@ -88,4 +101,20 @@ pub(super) fn check_cache<E: Pod>(
         0
     };
     view.check(kernel, argument, usize::try_from(needed).unwrap_or(usize::MAX), 16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_saturate() {
+        assert_eq!(table_len([0, 4], 8, 3, 4), 12);
+        assert_eq!(table_len([12, 4], 2, 3, 4), 24);
+        assert_eq!(table_len([0, -1], 8, 3, 4), usize::MAX, "a table that runs backwards");
+        assert_eq!(table_len([i64::MAX, i64::MAX], 4, 4, 4), usize::MAX);
+        assert_eq!(elements(&[2, 3, 4]), 24);
+        assert_eq!(elements(&[1 << 32, 1 << 32]), usize::MAX);
+        assert_eq!(elements(&[1 << 32, 1 << 32, 0]), 0);
+    }
 }

@@ -9,7 +9,7 @@ use crate::params::{DECODE_TILE, DecodeParams};
 use crate::storage::Storage;
 use crate::table::Instance;
 
-use super::cache::{CacheExtent, check_cache, table_len};
+use super::cache::{CacheExtent, check_cache, elements, table_len};
 
 const THREADS: u32 = 128;
 const WARPS: usize = 4;
@@ -38,6 +38,11 @@ fn check_params(kernel: &str, params: &DecodeParams) -> Result<(), Error> {
     }
     // Token numbers and sums of units are 32-bit on the device.
     let tiles = u64::from(params.max_kv_len).div_ceil(u64::from(DECODE_TILE)).max(1);
+    for (argument, value) in [("q_len", params.q_len), ("window", params.window)] {
+        if value > i32::MAX as u32 {
+            return Err(Error::argument(kernel, argument, format_args!("at most {}", i32::MAX), value));
+        }
+    }
     if u64::from(params.batch) * tiles > i32::MAX as u64 || params.max_kv_len > i32::MAX as u32 {
         return Err(Error::argument(
             kernel,
@@ -211,7 +216,7 @@ pub fn part_slots(params: &DecodeParams, blocks: u32) -> usize {
         .div_ceil(DECODE_TILE as usize)
         .div_ceil(params.unit_tiles as usize)
         .max(1);
-    units * params.batch as usize * (params.kv_heads * params.column_blocks) as usize
+    elements(&[units, params.batch as usize, params.kv_heads as usize, params.column_blocks as usize])
 }
 
 impl<F: Function, E: Storage> Decode<F, E> {
@@ -235,7 +240,11 @@ impl<F: Function, E: Storage> Decode<F, E> {
     ///
     /// # Errors
     /// [`Error::Argument`] names an argument that is too short, misaligned, missing or in the wrong space.
-    pub fn launch(&self, queue: &F::Queue, mut args: DecodeArgs<'_, E>) -> Result<(), Error> {
+    ///
+    /// # Safety
+    /// When the kernel runs, `valid_len` and `first_unit` are as a [`DecodePlan`] launch with the same `params` left them.
+    /// Block table and starts may have changed since: the kernel stays within the cache whatever they hold.
+    pub unsafe fn launch(&self, queue: &F::Queue, mut args: DecodeArgs<'_, E>) -> Result<(), Error> {
         const KERNEL: &str = "decode";
         let params = args.params;
         let DecodeVariant { qk_dim, v_dim, column_tiles, paged, soft_cap } = self.variant;
@@ -258,10 +267,10 @@ impl<F: Function, E: Storage> Decode<F, E> {
         }
 
         let batch = params.batch as usize;
-        let rows = batch * queries * params.kv_heads as usize;
+        let rows = elements(&[batch, queries, params.kv_heads as usize]);
         let slots = part_slots(params, args.blocks);
-        let items = batch * params.kv_heads as usize * params.column_blocks as usize;
-        args.q.check(KERNEL, "q", rows * qk_dim, 16)?;
+        let items = elements(&[batch, params.kv_heads as usize, params.column_blocks as usize]);
+        args.q.check(KERNEL, "q", elements(&[rows, qk_dim]), 16)?;
         let extent = extent_of(params, paged);
         let k_strides = [params.k_page_stride, params.k_token_stride, params.k_head_stride];
         let v_strides = [params.v_page_stride, params.v_token_stride, params.v_head_stride];
@@ -270,10 +279,10 @@ impl<F: Function, E: Storage> Decode<F, E> {
         extent.check_places(KERNEL, args.block_table, args.kv_start, batch, || table_len_of(params))?;
         args.valid_len.check(KERNEL, "valid_len", batch, 4)?;
         args.first_unit.check(KERNEL, "first_unit", batch + 1, 4)?;
-        args.out.check(KERNEL, "out", rows * v_dim, 4 * size_of::<E>() as u64)?;
+        args.out.check(KERNEL, "out", elements(&[rows, v_dim]), 4 * size_of::<E>() as u64)?;
         args.lse.check(KERNEL, "lse", rows, 4)?;
-        args.part_acc.check(KERNEL, "part_acc", slots * columns * v_dim, 16)?;
-        args.part_ml.check(KERNEL, "part_ml", slots * columns * 2, 4)?;
+        args.part_acc.check(KERNEL, "part_acc", elements(&[slots, columns, v_dim]), 16)?;
+        args.part_ml.check(KERNEL, "part_ml", elements(&[slots, columns, 2]), 4)?;
         args.arrivals.check(KERNEL, "arrivals", items, 4)?;
 
         let mut config = LaunchConfig::new(args.blocks, THREADS).shared(self.variant.shared_bytes() as u32);
@@ -294,8 +303,8 @@ impl<F: Function, E: Storage> Decode<F, E> {
             Arg::value("params", params),
         ];
         // SAFETY: the arguments are the kernel's parameters in order and type. The checks above made every buffer as long
-        // as the kernel's index range, and the kernel clamps page ids to the pool. `valid_len` and `first_unit` are outputs
-        // of `decode_plan`, which has checked the lengths; the plan that passes them here lends them to nobody else.
+        // as the kernel's index range, and the kernel clamps page ids to the pool and lengths to the cache. That `valid_len`
+        // and `first_unit` are outputs of `decode_plan` is this function's contract with its caller.
         unsafe { self.function.launch(queue, &config, &kernel_args) }
     }
 }

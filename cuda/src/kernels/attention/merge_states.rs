@@ -9,6 +9,8 @@ use crate::params::MergeStatesParams;
 use crate::storage::Storage;
 use crate::table::Instance;
 
+use super::cache::elements;
+
 const THREADS: u32 = 128;
 
 /// Arguments of both merge kernels. `O` is the storage type of the output.
@@ -61,13 +63,13 @@ impl<O: Storage> MergeStatesArgs<'_, O> {
             splits_per_block: count("splits_per_block", splits_per_block)?,
             _pad: 0,
         };
-        let states = self.rows * self.max_splits;
-        self.partial_out.check(kernel, "partial_out", states * v_dim, 16)?;
+        let states = elements(&[self.rows, self.max_splits]);
+        self.partial_out.check(kernel, "partial_out", elements(&[states, v_dim]), 16)?;
         self.partial_lse.check(kernel, "partial_lse", states, 4)?;
         if let Some(num_splits) = self.num_splits {
             num_splits.check(kernel, "num_splits", self.rows, 4)?;
         }
-        self.out.check(kernel, "out", self.rows * v_dim, 4 * size_of::<O>() as u64)?;
+        self.out.check(kernel, "out", elements(&[self.rows, v_dim]), 4 * size_of::<O>() as u64)?;
         self.lse.check(kernel, "lse", self.rows, 4)?;
         self.status.check(kernel, "status", 1, 8)?;
         Ok(params)
@@ -154,12 +156,12 @@ impl<F: Function, O: Storage> MergeStatesLastArriver<F, O> {
         }
         let params = args.check(KERNEL, self.v_dim, splits_per_block)?;
         let chunks = args.max_splits.div_ceil(splits_per_block);
-        let blocks = args.rows * chunks;
+        let blocks = elements(&[args.rows, chunks]);
         let grid =
             u32::try_from(blocks).ok().filter(|blocks| *blocks <= i32::MAX as u32).ok_or_else(|| {
                 Error::argument(KERNEL, "rows", format_args!("at most {} blocks", i32::MAX), blocks)
             })?;
-        scratch.chunk_acc.check(KERNEL, "chunk_acc", blocks * self.v_dim, 16)?;
+        scratch.chunk_acc.check(KERNEL, "chunk_acc", elements(&[blocks, self.v_dim]), 16)?;
         scratch.chunk_ml.check(KERNEL, "chunk_ml", blocks * 2, 4)?;
         scratch.arrivals.check(KERNEL, "arrivals", args.rows, 4)?;
 

@@ -9,7 +9,7 @@ use crate::params::PrefillParams;
 use crate::storage::Storage;
 use crate::table::Instance;
 
-use super::cache::{CacheExtent, check_cache, table_len};
+use super::cache::{CacheExtent, check_cache, elements, table_len};
 
 const KERNEL: &str = "prefill";
 const THREADS: u32 = 128;
@@ -127,7 +127,8 @@ impl<F: Function, E: Storage> Prefill<F, E> {
                 return Err(Error::argument(KERNEL, argument, "at least 1", value));
             }
         }
-        let q_heads = params.kv_heads as usize * params.group as usize;
+        let out_rows =
+            elements(&[params.num_queries as usize, params.kv_heads as usize, params.group as usize]);
         let rows = params.num_queries as usize * params.group as usize;
         if rows > i32::MAX as usize || params.max_kv_len > i32::MAX as u32 {
             return Err(Error::argument(
@@ -146,7 +147,7 @@ impl<F: Function, E: Storage> Prefill<F, E> {
             tokens: params.num_tokens,
             heads: params.kv_heads,
         };
-        args.q.check(KERNEL, "q", params.num_queries as usize * q_heads * qk_dim, 16)?;
+        args.q.check(KERNEL, "q", elements(&[out_rows, qk_dim]), 16)?;
         let k_strides = [params.k_page_stride, params.k_token_stride, params.k_head_stride];
         let v_strides = [params.v_page_stride, params.v_token_stride, params.v_head_stride];
         check_cache(KERNEL, "k", args.k, qk_dim, extent, k_strides)?;
@@ -162,16 +163,15 @@ impl<F: Function, E: Storage> Prefill<F, E> {
         args.cu_queries.check(KERNEL, "cu_queries", batch + 1, 4)?;
         args.kv_len.check(KERNEL, "kv_len", batch, 4)?;
         args.status.check(KERNEL, "status", 1, 8)?;
-        let out_rows = params.num_queries as usize * q_heads;
         let (first, second) = match (&mut args.result, carry) {
             (PrefillResult::Output { out, lse }, false) => {
-                out.check(KERNEL, "out", out_rows * v_dim, 2 * size_of::<E>() as u64)?;
+                out.check(KERNEL, "out", elements(&[out_rows, v_dim]), 2 * size_of::<E>() as u64)?;
                 lse.check(KERNEL, "lse", out_rows, 4)?;
                 (Arg::write("out", out), Arg::write("lse", lse))
             }
             (PrefillResult::State { o, ml }, true) => {
-                o.check(KERNEL, "state_o", out_rows * v_dim, 8)?;
-                ml.check(KERNEL, "state_ml", out_rows * 2, 4)?;
+                o.check(KERNEL, "state_o", elements(&[out_rows, v_dim]), 8)?;
+                ml.check(KERNEL, "state_ml", elements(&[out_rows, 2]), 4)?;
                 (Arg::write("state_o", o), Arg::write("state_ml", ml))
             }
             (_, true) => return Err(Error::argument(KERNEL, "result", "a state", "an output")),
@@ -180,7 +180,7 @@ impl<F: Function, E: Storage> Prefill<F, E> {
 
         // Every sequence may end in a tile that is not full.
         let tiles = rows.div_ceil(self.variant.rows()) + batch - 1;
-        let tiles = if rows == 0 { 0 } else { tiles as u32 };
+        let tiles = if rows == 0 { 0 } else { u32::try_from(tiles).unwrap_or(u32::MAX) };
         let mut config = LaunchConfig::new((tiles, params.kv_heads), THREADS);
         config = config.shared(self.variant.shared_bytes() as u32);
         config.programmatic = args.programmatic;
