@@ -110,7 +110,7 @@ fn stmatrix<R: Rig>(rig: &R) {
 /// Bytes from the start of the tile to 16-byte chunk `chunk` of row `row`, worked out from what the layout is for: after
 /// `step` rows the next starts at the same place of a 128-byte line, and rows `step` apart differ by XOR.
 fn swizzled_offset(row_bytes: usize, row: usize, chunk: usize) -> usize {
-    let step = (1..=8).find(|rows| rows * row_bytes % 128 == 0).expect("8 rows of whole chunks");
+    let step = (1..=8).find(|rows| (rows * row_bytes).is_multiple_of(128)).expect("8 rows of whole chunks");
     row * row_bytes + (chunk ^ (row / step % (8 / step))) * 16
 }
 
