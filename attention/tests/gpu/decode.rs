@@ -287,8 +287,10 @@ fn fixed_splits_are_batch_invariant<R: Rig>(rig: &R) {
     assert_eq!(decoded.lse[..4], only.lse[..4], "on {}", rig.name());
 }
 
+/// What is wrong, the input, the lengths given to the kernel, and code and sequence of the report.
+type BadCase<'a> = (&'a str, &'a Case, &'a Tensors<f16>, [u32; 3], (u32, u32));
+
 fn bad_sequences_are_reported_and_the_others_stay_right<R: Rig>(rig: &R) {
-    // (what is wrong, lengths given to the kernel, code and sequence of the report)
     let case = Case::new((4, 2), (64, 64), 1, &[40, 50, 60], Cache::Nhd(16));
     let good = tensors::<f16>(&case, 31);
     let CacheLayout::Paged { max_pages, pages, .. } = good.kv.layout else { panic!("{case:?} is not paged") };
@@ -297,7 +299,7 @@ fn bad_sequences_are_reported_and_the_others_stay_right<R: Rig>(rig: &R) {
     let contiguous = Case { cache: Cache::Contiguous, ..case.clone() };
     let contiguous = Case { qk_dim: 128, v_dim: 128, ..contiguous };
     let past_the_end = tensors::<f16>(&contiguous, 31);
-    let cases: [(&str, &Case, &Tensors<f16>, [u32; 3], (u32, u32)); 3] = [
+    let cases: [BadCase<'_>; 3] = [
         ("longer than its pages", &case, &good, [40, 16 * max_pages as u32 + 1, 60], (1, 1)),
         ("a page outside the pool", &case, &bad_page, [40, 50, 60], (2, 1)),
         ("past the end of the cache", &contiguous, &past_the_end, [40, 50, 61], (1, 2)),

@@ -292,6 +292,9 @@ fn chunk_of_table<E>(kv: &KeysValues<E>, first: usize) -> Vec<u32> {
     table
 }
 
+/// What is wrong, the input, the lengths given to the kernel, and code and sequence of the report.
+type BadCase<'a> = (&'a str, &'a Tensors<bf16>, [u32; 3], (u32, u32));
+
 fn bad_sequences_are_reported_and_the_others_stay_right<R: Rig>(rig: &R) {
     let case = Case::new((4, 2), (128, 128), &[(20, 40), (10, 50), (5, 60)], Cache::Nhd(16), Mask::Causal);
     let good = tensors::<bf16>(&case, 31);
@@ -300,7 +303,7 @@ fn bad_sequences_are_reported_and_the_others_stay_right<R: Rig>(rig: &R) {
     };
     let mut bad_page = tensors::<bf16>(&case, 31);
     bad_page.kv.block_table[max_pages + 2] = pages as u32;
-    let cases: [(&str, &Tensors<bf16>, [u32; 3], (u32, u32)); 3] = [
+    let cases: [BadCase<'_>; 3] = [
         ("longer than its pages", &good, [40, 16 * max_pages as u32 + 1, 60], (1, 1)),
         ("longer than the plan allows", &good, [40, 50, u32::MAX], (1, 2)),
         ("a page outside the pool", &bad_page, [40, 50, 60], (2, 1)),
