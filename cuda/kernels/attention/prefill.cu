@@ -149,6 +149,7 @@ struct TileLoader {
     template <uint32_t RowBytes>
     DEVICE void load(uint32_t tile_address, uint32_t first_key, uint32_t kv_len, const PrefillParams& params) const {
         constexpr uint32_t CHUNKS = RowBytes / 16;
+#if PAGED
 #pragma unroll
         for (uint32_t i = 0; i < KEYS * CHUNKS / THREADS; i++) {
             const uint32_t index = i * THREADS + threadIdx.x;
@@ -158,16 +159,25 @@ struct TileLoader {
             const bool exists = key < kv_len;
             int64_t offset = 0;
             if (exists) {
-#if PAGED
                 const uint32_t page = min(table[key >> params.page_shift], params.num_pages - 1);
                 offset = page * page_stride + (key & ((1u << params.page_shift) - 1)) * token_stride;
-#else
-                offset = key * token_stride;
-#endif
             }
             cp_async_16_zfill(tile_address + Swizzle<RowBytes>::offset(row, chunk), base + offset + chunk * 8,
                               exists ? 16 : 0);
         }
+#else
+        // Few live addresses: this runs while O and P fill the registers.
+        const Element* const tile = base + first_key * token_stride;
+        const uint32_t keys = first_key < kv_len ? kv_len - first_key : 0;
+#pragma unroll 1
+        for (uint32_t index = threadIdx.x; index < KEYS * CHUNKS; index += THREADS) {
+            const uint32_t row = index / CHUNKS;
+            const uint32_t chunk = index % CHUNKS;
+            const bool exists = row < keys;
+            cp_async_16_zfill(tile_address + Swizzle<RowBytes>::offset(row, chunk),
+                              (exists ? tile + row * token_stride : base) + chunk * 8, exists ? 16 : 0);
+        }
+#endif
         cp_async_commit();
     }
 };
