@@ -17,6 +17,9 @@ use cuda::table::{self, Arch, Instance, Row};
 
 use crate::{Result, toolkit};
 
+/// The NVRTC that cubins ship from.
+const SHIPPED_NVRTC: &str = "13.0";
+
 #[derive(Default)]
 struct Arguments {
     filters: Vec<String>,
@@ -47,7 +50,7 @@ fn parse(arguments: &[String]) -> Result<Arguments> {
 
 pub(crate) fn command(arguments: &[String]) -> Result {
     let arguments = parse(arguments)?;
-    let folder = toolkit::nvrtc(arguments.nvrtc.as_deref().unwrap_or("13.0"))?.install()?;
+    let folder = toolkit::nvrtc(arguments.nvrtc.as_deref().unwrap_or(SHIPPED_NVRTC))?.install()?;
     let nvrtc = Nvrtc::open(&folder).map_err(|error| error.to_string())?;
     let (jobs, skipped) = jobs(&arguments, nvrtc);
     if jobs.is_empty() {
@@ -64,6 +67,8 @@ pub(crate) fn command(arguments: &[String]) -> Result {
         "{:width$}  {:7}  {:>9}  {:>6}  {:>6}  {:>5}  {:>7}  {:>5}",
         "kernel", "arch", "registers", "shared", "spills", "stack", "cubin", "ms"
     );
+    // Budgets are for the compiler that ships; another one only has to compile every row.
+    let judged = arguments.nvrtc.as_deref().is_none_or(|version| version == SHIPPED_NVRTC);
     let started = Instant::now();
     let mut faults = 0;
     let mut shown = Ok(());
@@ -86,8 +91,10 @@ pub(crate) fn command(arguments: &[String]) -> Result {
                     println!("    {line}");
                 }
                 for fault in over_budget(job, r) {
-                    faults += 1;
-                    println!("    FAILED: {fault}");
+                    if judged {
+                        faults += 1;
+                    }
+                    println!("    {}: {fault}", if judged { "FAILED" } else { "note" });
                 }
                 if shown.is_ok() && arguments.sass {
                     shown = print_sass(&built.cubin);

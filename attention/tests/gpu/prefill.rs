@@ -336,6 +336,16 @@ fn senseless_queries_are_reported_wherever_they_are<R: Rig>(rig: &R) {
     let right = 39 * 2 * 2; // rows of the sequences before
     Comparison::new(&prefilled.lse[..right], &expected.lse[..right], Tolerance::LSE)
         .assert(format_args!("lse on {}", rig.name()));
+
+    // A sequence that begins among the queries of an earlier one, which keep their only writer.
+    let mut cu_queries = case.cu_queries();
+    cu_queries[38] -= 3;
+    let prefilled = prefill(rig, &case, &tensors, &cu_queries, &lens(&case));
+    let fault = prefilled.fault.unwrap_or_else(|| panic!("nothing reported on {}", rig.name()));
+    assert!(fault.code == code && [37, 38].contains(&fault.index), "{fault:?} on {}", rig.name());
+    let right = 37 * 2 * 2;
+    Comparison::new(&prefilled.lse[..right], &expected.lse[..right], Tolerance::LSE)
+        .assert(format_args!("lse on {}", rig.name()));
 }
 
 #[test]

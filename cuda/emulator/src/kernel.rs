@@ -138,6 +138,17 @@ impl Function for EmulatedKernel {
     /// a wrong kernel, or wrong buffers, end in [`Error::Emulated`]; `args` must still be valid memory.
     unsafe fn launch(&self, queue: &Queue, config: &LaunchConfig, args: &[Arg<'_>]) -> Result<(), Error> {
         check_config(&self.instance, config)?;
+        // ptxas knows nothing of dynamic shared memory, so the row's budget is held to account here.
+        if let Some(row) = self.instance.row()
+            && config.dynamic_shared > row.shared
+        {
+            return Err(Error::argument(
+                self.instance.label(),
+                "dynamic_shared",
+                format_args!("at most {} bytes, the budget of the row", row.shared),
+                format_args!("{} bytes", config.dynamic_shared),
+            ));
+        }
         self.check(args)?;
         let blocks = config.grid.count();
         if blocks == 0 {

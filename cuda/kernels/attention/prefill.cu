@@ -83,10 +83,12 @@ DEVICE Visible visible_to(uint32_t query, const Item& item, const PrefillParams&
 }
 
 // Finds the sequence and rows of this block: tiles of rows are numbered sequence by sequence, last rows first. False where
-// there are fewer tiles than blocks. Every warp searches for itself.
+// there are fewer tiles than blocks. Every warp searches for itself. A sequence that begins before an earlier one ends is
+// refused, so that no row has two writers.
 DEVICE bool find_item(Item& item, const uint32_t* cu_queries, uint64_t* status, const PrefillParams& params) {
     uint32_t tile = blockIdx.x;
     item.kv_head = blockIdx.y;
+    uint32_t reached = 0;  // the furthest end of the sequences so far
     for (uint32_t first = 0; first < params.batch; first += WARP_SIZE) {
         const uint32_t sequence = first + lane_index();
         uint32_t begin = 0;
@@ -94,11 +96,21 @@ DEVICE bool find_item(Item& item, const uint32_t* cu_queries, uint64_t* status, 
         if (sequence < params.batch) {
             begin = cu_queries[sequence];
             end = cu_queries[sequence + 1];
-            if (end < begin || end > params.num_queries) {
-                // No block but those past the last tile looks at all sequences, so each reports what it sees.
-                if (blockIdx.y == 0 && warp_index() == 0) report_fault(status, FAULT_BAD_RANGE, sequence);
-                begin = end = 0;
-            }
+        }
+        const bool ascends = end >= begin && end <= params.num_queries;
+        uint32_t furthest = ascends ? end : 0;  // of this and the lanes before
+#pragma unroll
+        for (uint32_t distance = 1; distance < WARP_SIZE; distance *= 2) {
+            const uint32_t before = __shfl_up_sync(FULL_WARP, furthest, distance);
+            if (lane_index() >= distance) furthest = max(furthest, before);
+        }
+        const uint32_t before_lane = __shfl_up_sync(FULL_WARP, furthest, 1);
+        const uint32_t taken = lane_index() == 0 ? reached : max(reached, before_lane);
+        reached = max(reached, __shfl_sync(FULL_WARP, furthest, WARP_SIZE - 1));
+        if (sequence < params.batch && (!ascends || begin < taken)) {
+            // No block but those past the last tile looks at all sequences, so each reports what it sees.
+            if (blockIdx.y == 0 && warp_index() == 0) report_fault(status, FAULT_BAD_RANGE, sequence);
+            begin = end = 0;
         }
         const uint32_t tiles = ceil_div((end - begin) * params.group, ROWS);
         const uint32_t before = warp_prefix_sum(tiles);
