@@ -1,7 +1,8 @@
 //! Compiles the runtime and, for every emulated row of the kernel table and every planted kernel of the tests, one
 //! translation unit; writes the registry that maps a row's label to its entry.
 //!
-//! Environment: `EMULATOR_SANITIZE=1` builds for AddressSanitizer and UndefinedBehaviorSanitizer instead of the checkers.
+//! Environment: `EMULATOR_SANITIZE=1` builds for AddressSanitizer and UndefinedBehaviorSanitizer instead of the checkers;
+//! `EMULATOR_ONLY=GROUP[,GROUP…]` compiles only the kernels of these folders, for whoever works on one crate.
 
 use std::collections::hash_map::DefaultHasher;
 use std::env;
@@ -21,6 +22,7 @@ fn main() {
     println!("cargo:rustc-check-cfg=cfg(no_emulator)");
     println!("cargo:rustc-check-cfg=cfg(emulator_sanitize)");
     println!("cargo:rerun-if-env-changed=EMULATOR_SANITIZE");
+    println!("cargo:rerun-if-env-changed=EMULATOR_ONLY");
     for folder in ["build.rs", "runtime", "tests/planted", "../kernels", "../include"] {
         println!("cargo:rerun-if-changed={folder}");
     }
@@ -81,7 +83,13 @@ fn units() -> Vec<Unit> {
     let planted = planted::KERNELS.iter().flat_map(|kernel| {
         kernel.rows.iter().map(move |row| Instance { kernel, values: row.values.to_vec() })
     });
-    shipped.chain(planted).map(|instance| unit(&instance)).collect()
+    let only = env::var("EMULATOR_ONLY").unwrap_or_default();
+    let wanted = |group: &str| only.is_empty() || only.split(',').any(|name| name == group);
+    shipped
+        .chain(planted)
+        .filter(|instance| wanted(instance.kernel.group))
+        .map(|instance| unit(&instance))
+        .collect()
 }
 
 fn unit(instance: &Instance) -> Unit {
@@ -151,13 +159,11 @@ fn compile_kernels(out: &Path, units: &[Unit], sanitize: bool, version: &[u8]) -
     if !sanitize {
         build.flag("-fsanitize=thread").flag("--param=tsan-instrument-func-entry-exit=0");
     }
-    let headers =
-        ["runtime", "../include", "../kernels", "tests/planted"].map(|folder| files_below(Path::new(folder)));
-    let shared =
-        headers.iter().flatten().filter(|path| path.extension().is_some_and(|e| e == "h" || e == "cuh"));
     let mut common = DefaultHasher::new();
     (sanitize, version, include_str!("build.rs")).hash(&mut common);
-    for path in shared {
+    for path in
+        files_below(Path::new("runtime")).iter().filter(|path| path.extension().is_some_and(|e| e == "h"))
+    {
         (path, fs::read(path).unwrap_or_default()).hash(&mut common);
     }
 
@@ -168,7 +174,10 @@ fn compile_kernels(out: &Path, units: &[Unit], sanitize: bool, version: &[u8]) -
     for unit in units {
         let source = folder.join(format!("{}.cpp", unit.space));
         let mut hash = common.clone();
-        (&unit.text, kernel_text(&unit.text)).hash(&mut hash);
+        unit.text.hash(&mut hash);
+        for path in included(&unit.text) {
+            (&path, fs::read(&path).unwrap_or_default()).hash(&mut hash);
+        }
         let stamp = format!("{:x}", hash.finish());
         let kept = fs::read_to_string(source.with_extension("stamp")).unwrap_or_default();
         match kept.split_once('\n') {
@@ -192,17 +201,23 @@ fn compile_kernels(out: &Path, units: &[Unit], sanitize: bool, version: &[u8]) -
     objects
 }
 
-/// The text of the `.cu` file that a unit includes.
-fn kernel_text(unit: &str) -> Vec<u8> {
-    let name = unit
-        .lines()
-        .rev()
-        .find_map(|line| line.strip_prefix("#include \"")?.strip_suffix('"'))
-        .unwrap_or_default();
-    ["../kernels", "tests"]
-        .iter()
-        .find_map(|folder| fs::read(Path::new(folder).join(name)).ok())
-        .unwrap_or_default()
+/// The files that a unit's text includes, and those that they include, from the include path of kernels.
+fn included(text: &str) -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = Vec::new();
+    let mut texts = vec![text.to_string()];
+    while let Some(text) = texts.pop() {
+        let names =
+            text.lines().filter_map(|line| line.trim().strip_prefix("#include \"")?.strip_suffix('"'));
+        for name in names {
+            let paths = ["../kernels", "../include", "tests"].map(|folder| Path::new(folder).join(name));
+            let Some(path) = paths.into_iter().find(|path| path.exists()) else { continue };
+            if !found.contains(&path) {
+                texts.push(fs::read_to_string(&path).unwrap_or_default());
+                found.push(path);
+            }
+        }
+    }
+    found
 }
 
 fn files_below(folder: &Path) -> Vec<PathBuf> {
