@@ -5,14 +5,15 @@
 //!
 //! Source: the FDC paper.
 //!
-//! # State
-//!
-//! Only the error type exists so far; no part of the method is implemented here yet.
-//!
 //! # Map
 //!
+//! - [`HeadRanks`], [`LayerRanks`]: ranks per KV head.
+//! - [`cache`]: the ragged paged cache and its layout.
 //! - [`Error`]: what a caller can get wrong.
 
+pub mod cache;
 mod error;
+mod ranks;
 
 pub use error::Error;
+pub use ranks::{HeadRanks, LayerRanks, RANK_STEP};
