@@ -5,14 +5,22 @@
 //!
 //! Source: the HACK paper (USENIX ATC '26; its arXiv v1 differs in the quantization axes).
 //!
-//! # State
-//!
-//! Only the error type exists so far; no part of the method is implemented here yet.
-//!
 //! # Map
 //!
-//! - [`Error`]: what a caller can get wrong.
+//! | module or type | what it is |
+//! |---|---|
+//! | [`Config`] | widths, partition Π, sinks, storage type, rounding, layout, and overrides per layer and head |
+//! | [`quantizer`] | the quantizer as operations: bit-exact on every backend |
+//! | [`HeadBlock`] | a closed block of one KV head in the clear |
+//! | [`page`] | the bytes of pages, in every layout |
+//! | [`Error`] | what a caller can get wrong |
 
+mod block;
+pub mod config;
 mod error;
+pub mod page;
+pub mod quantizer;
 
+pub use block::{BlockPlace, HeadBlock};
+pub use config::{Bits, BitsOverride, Config, HeadBits, Layout, OpenBlock, Rounding};
 pub use error::Error;
