@@ -12,8 +12,13 @@
 //! - [`Error`]: what a caller can get wrong.
 
 pub mod cache;
+pub mod calibrate;
 mod error;
+mod linalg;
+pub mod projection;
+pub mod rank_plan;
 mod ranks;
+pub mod reference;
 
 pub use error::Error;
 pub use ranks::{HeadRanks, LayerRanks, RANK_STEP};
