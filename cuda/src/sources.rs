@@ -34,6 +34,7 @@ pub const HEADERS: &[(&str, &str)] = headers! {
     "ptx/sync.cuh"
     "ptx/tma.cuh"
     "ptx/wgmma.cuh"
+    "tile/cache_check.cuh"
     "tile/copy_ring.cuh"
     "tile/fragment.cuh"
     "tile/last_arriver.cuh"

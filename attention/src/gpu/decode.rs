@@ -162,7 +162,7 @@ impl DecodePlan {
         let slots = kernels::part_slots(&params, blocks).saturating_mul(columns);
         let mut step = Layout::new();
         let step = StepBuffers {
-            valid_len: step.scratch(config.batch)?,
+            valid_len: step.scratch(kernels::valid_lens(&params))?,
             first_unit: step.scratch(config.batch + 1)?,
             arrivals: step.counters(1)?,
             layout: step,
@@ -220,12 +220,14 @@ pub struct DecodeStep<F> {
 pub struct DecodeStepArgs<'a> {
     /// Keys of each sequence `[batch]`, the step's own included.
     pub kv_len: &'a View<'a, u32>,
-    /// Page ids `[batch, max_pages]` or `[kv_heads, batch, max_pages]`.
+    /// Page ids `[batch, max_pages]` or `[kv_heads, batch, max_pages]`. Entries of pages that no query of the step sees, past
+    /// the length or before every window, are not read.
     pub block_table: Option<&'a View<'a, u32>>,
     /// First token of each sequence `[batch]`.
     pub kv_start: Option<&'a View<'a, u32>>,
     /// Status word: [`FaultCode::BadLength`](crate::FaultCode::BadLength) or
-    /// [`BadPage`](crate::FaultCode::BadPage) with the sequence, all of whose heads then give 0 and −inf.
+    /// [`BadPage`](crate::FaultCode::BadPage) with the sequence, all of whose heads then give 0 and −inf; of a table with
+    /// rows per KV head, only the heads whose row is bad.
     pub status: ViewMut<'a, u64>,
 }
 
@@ -294,7 +296,8 @@ pub struct Decode<F, E> {
 pub struct DecodeArgs<'a, E> {
     /// Queries `[batch, q_len, q_heads, qk_dim]`.
     pub q: &'a View<'a, E>,
-    /// Keys, by the cache's strides.
+    /// Keys, by the cache's strides. Keys and values that some query of a sequence sees are finite; a NaN or infinity among
+    /// them may reach its other queries. What no query sees may hold anything.
     pub k: &'a View<'a, E>,
     /// Values, by the cache's strides.
     pub v: &'a View<'a, E>,

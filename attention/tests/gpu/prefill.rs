@@ -126,9 +126,9 @@ fn prefill<R: Rig, E: Storage>(
     let (q, k, v) =
         (rig.upload(&tensors.q), rig.upload(&tensors.kv.k_cache), rig.upload(&tensors.kv.v_cache));
     let (cu_queries, kv_len) = (rig.upload(cu_queries), rig.upload(kv_len));
-    let contiguous = matches!(case.cache, Cache::Contiguous);
+    let contiguous = matches!(tensors.kv.layout, attention::gpu::CacheLayout::Contiguous { .. });
     let block_table = (!contiguous).then(|| rig.upload(&tensors.kv.block_table));
-    let kv_start = contiguous.then(|| rig.upload(&tensors.kv.cu_seqlens[..case.sequences.len()]));
+    let kv_start = contiguous.then(|| rig.upload(&tensors.kv.kv_start));
     let (block_table, kv_start) =
         (block_table.as_ref().map(|x| rig.view(x)), kv_start.as_ref().map(|x| rig.view(x)));
     let mut status = rig.zeroed::<u64>(1);

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bytemuck::Pod;
 use cuda::cudarc::driver::{CudaSlice, CudaStream};
-use cuda::driver::Gpu;
+use cuda::driver::{Gpu, Graph};
 use cuda::launch::{Device, Function};
 use cuda::memory::{Space, View, ViewMut};
 use cuda::workspace::{HostWorkspace, Layout};
@@ -33,6 +33,8 @@ pub trait Rig {
     fn queue(&self) -> &<Self::Function as Function>::Queue;
     /// Copies `host` to the device.
     fn upload<T: Pod>(&self, host: &[T]) -> Self::Buffer<T>;
+    /// Overwrites part of a buffer, from element `at` on, in the order of the queue.
+    fn write<T: Pod>(&self, buffer: &mut Self::Buffer<T>, at: usize, host: &[T]);
     /// Waits for the queue and copies a buffer back.
     fn download<T: Pod>(&self, buffer: &Self::Buffer<T>) -> Vec<T>;
     /// A buffer as a kernel argument that is read.
@@ -57,10 +59,12 @@ pub trait Rig {
         self.upload(&host)
     }
 
-    /// A buffer of `len` elements whose bytes are all zero.
-    fn zeroed<T: Pod>(&self, len: usize) -> Self::Buffer<T> {
-        self.upload(&vec![T::zeroed(); len])
-    }
+    /// A buffer of `len` elements whose bytes are all zero. In the emulator it takes memory only where it is written.
+    fn zeroed<T: Pod>(&self, len: usize) -> Self::Buffer<T>;
+
+    /// What enqueues the same launches as `enqueue` whenever it is called: a CUDA graph where there is one; the emulator
+    /// calls `enqueue` itself. Whatever `enqueue` borrows it borrows for each launch anew.
+    fn record<'a>(&'a self, enqueue: Box<dyn Fn() + 'a>) -> Box<dyn Fn() + 'a>;
 }
 
 /// The emulator with one order of warps and lanes.
@@ -95,8 +99,20 @@ impl Rig for EmulatorRig {
         host.to_vec()
     }
 
+    fn write<T: Pod>(&self, buffer: &mut Vec<T>, at: usize, host: &[T]) {
+        buffer[at..at + host.len()].copy_from_slice(host);
+    }
+
     fn download<T: Pod>(&self, buffer: &Vec<T>) -> Vec<T> {
         buffer.clone()
+    }
+
+    fn zeroed<T: Pod>(&self, len: usize) -> Vec<T> {
+        bytemuck::zeroed_vec(len)
+    }
+
+    fn record<'a>(&'a self, enqueue: Box<dyn Fn() + 'a>) -> Box<dyn Fn() + 'a> {
+        enqueue
     }
 
     fn view<'a, T: Pod>(&self, buffer: &'a Vec<T>) -> View<'a, T> {
@@ -156,6 +172,18 @@ impl GpuRig {
         let stream = gpu.default_stream();
         Ok(Self { gpu, stream })
     }
+
+    /// The same GPU on a stream of its own, which can be captured into a graph.
+    ///
+    /// # Errors
+    /// The reason why there is no stream.
+    pub fn on_own_stream(self) -> Result<Self, String> {
+        let context = self.gpu.context();
+        // SAFETY: this rig's views carry no events, and all its work is ordered by its one stream.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(|error| format!("cuStreamCreate: {}", error.0 as u32))?;
+        Ok(Self { stream, ..self })
+    }
 }
 
 impl Rig for GpuRig {
@@ -180,6 +208,34 @@ impl Rig for GpuRig {
         let bytes = self.stream.clone_htod(bytes).expect("copy to the device");
         let address = bytes.device_ptr(&self.stream).0;
         GpuBuffer { bytes, address, len: host.len(), _element: PhantomData }
+    }
+
+    fn write<T: Pod>(&self, buffer: &mut GpuBuffer<T>, at: usize, host: &[T]) {
+        assert!(at + host.len() <= buffer.len, "{} elements at {at} of {}", host.len(), buffer.len);
+        let mut place = buffer.bytes.slice_mut(at * size_of::<T>()..(at + host.len()) * size_of::<T>());
+        self.stream.memcpy_htod(bytemuck::cast_slice::<T, u8>(host), &mut place).expect("copy to the device");
+    }
+
+    fn zeroed<T: Pod>(&self, len: usize) -> GpuBuffer<T> {
+        use cuda::cudarc::driver::DevicePtr;
+        // A buffer without elements still needs an address.
+        let bytes = self.stream.alloc_zeros::<u8>((len * size_of::<T>()).max(1)).expect("allocate");
+        let address = bytes.device_ptr(&self.stream).0;
+        GpuBuffer { bytes, address, len, _element: PhantomData }
+    }
+
+    fn record<'a>(&'a self, enqueue: Box<dyn Fn() + 'a>) -> Box<dyn Fn() + 'a> {
+        let captured: Result<Graph, cuda::Error> = Graph::capture(&self.gpu, &self.stream, |_| {
+            enqueue();
+            Ok(())
+        });
+        let graph = captured.unwrap_or_else(|error| panic!("capture on {}: {error}", self.name()));
+        Box::new(move || {
+            // SAFETY: the buffers that the launches use are borrowed as long as this closure lives, and all work of this rig
+            // is ordered by its one stream.
+            unsafe { graph.replay(&self.stream) }
+                .unwrap_or_else(|error| panic!("replay on {}: {error}", self.name()));
+        })
     }
 
     fn download<T: Pod>(&self, buffer: &GpuBuffer<T>) -> Vec<T> {

@@ -12,7 +12,8 @@
 // arrivals    [batch·kv_heads·column_blocks] u32, zero before and after the launch (workspace)
 //
 // Query i of q_len sees keys ≤ kv_len − q_len + i, of them the last `window`. A query without keys, and every query of a
-// sequence that decode_plan refused, gets out 0 and lse −inf.
+// sequence and KV head that decode_plan refused, gets out 0 and lse −inf. Keys and values that some query of the sequence
+// sees are finite, or their NaN may reach its other queries of that KV head; memory of all others may hold anything.
 //
 // Arch:    sm_80 and later.
 // Mapping: a block serves up to COLUMNS queries × query heads of one KV head, so that K and V are read once for all of them.
@@ -31,6 +32,7 @@
 #include "ptx/mma.cuh"
 #include "ptx/shuffle.cuh"
 #include "ptx/sync.cuh"
+#include "tile/cache_check.cuh"
 #include "tile/copy_ring.cuh"
 #include "tile/fragment.cuh"
 #include "tile/last_arriver.cuh"
@@ -70,7 +72,8 @@ struct Item {
     uint32_t kv_head;
     uint32_t first_column;
     uint32_t kv_len;
-    uint32_t first_tile;  // the first that some query sees
+    uint32_t first_key;   // the first that some query sees
+    uint32_t first_tile;  // that it lies in
     uint32_t tiles;       // from first_tile on
 };
 
@@ -97,21 +100,23 @@ DEVICE Item item_of(const Part& part, const uint32_t* valid_len, const uint32_t*
     const uint32_t start = kv_start[part.sequence];
     const uint64_t readable = start < params.num_tokens ? params.num_tokens - start : 0;
 #endif
-    item.kv_len = valid_len[part.sequence];
+    item.kv_len = valid_len_of(valid_len, item.sequence, item.kv_head, params);
     if (item.kv_len > readable) item.kv_len = static_cast<uint32_t>(readable);
-    item.first_tile = visible_to(0, item.kv_len, params).begin / TILE;
+    item.first_key = visible_to(0, item.kv_len, params).begin;
+    item.first_tile = item.first_key / TILE;
     item.tiles = ceil_div(item.kv_len, TILE) - item.first_tile;
     return item;
 }
 
-// Streams 16 rows of K or V at a time into one warp's ring.
+// Streams 16 rows of K or V at a time into one warp's ring. Rows of keys that no query sees become 0, whatever memory holds:
+// a weight of 0 would not silence a NaN.
 struct RowLoader {
     const Element* base;
     int64_t page_stride;
     int64_t token_stride;
 
     template <uint32_t RowBytes>
-    DEVICE void load(uint32_t slot_address, uint32_t token0, const uint32_t (&pages)[2], uint32_t kv_len,
+    DEVICE void load(uint32_t slot_address, uint32_t token0, const uint32_t (&pages)[2], const Item& item,
                      const DecodeParams& params) const {
         constexpr uint32_t CHUNKS = RowBytes / 16;
 #pragma unroll
@@ -120,7 +125,7 @@ struct RowLoader {
             const uint32_t row = index / CHUNKS;
             const uint32_t chunk = index % CHUNKS;
             const uint32_t token = token0 + row;
-            const bool exists = token < kv_len;
+            const bool exists = token - item.first_key < item.kv_len - item.first_key;
 #if PAGED
             const uint32_t in_page = token & ((1u << params.page_shift) - 1);
             const int64_t offset = pages[row / 8] * page_stride + in_page * token_stride;
@@ -360,11 +365,11 @@ DEVICE void attend(Warp& warp, const Item& item, uint32_t first, uint32_t end, u
             const uint32_t token0 = (item.first_tile + next_tile) * TILE + warp_row;
             const uint32_t address = ring + next.slot * SLOT;
             if (next_is_v) {
-                values.load<V_ROW>(address, token0, pages, item.kv_len, params);
+                values.load<V_ROW>(address, token0, pages, item, params);
                 next_tile += 1;
             } else {
                 pages_of(pages, table, token0, item.kv_len, params);
-                keys.load<K_ROW>(address, token0, pages, item.kv_len, params);
+                keys.load<K_ROW>(address, token0, pages, item, params);
             }
             next_is_v = !next_is_v;
         }

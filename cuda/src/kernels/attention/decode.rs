@@ -85,7 +85,7 @@ pub struct DecodePlanArgs<'a> {
     pub kv_start: Option<&'a View<'a, u32>>,
     /// Page ids, by the table strides of `params`.
     pub block_table: Option<&'a View<'a, u32>>,
-    /// Out: `kv_len`, or 0 for a sequence that cannot be read `[batch]`.
+    /// Out: `kv_len`, or 0 where the sequence cannot be read `[valid_lens]`, see [`valid_lens`].
     pub valid_len: ViewMut<'a, u32>,
     /// Out: units of work per item, summed over the sequences before `[batch + 1]`.
     pub first_unit: ViewMut<'a, u32>,
@@ -118,12 +118,12 @@ impl<F: Function> DecodePlan<F> {
             || table_len_of(params),
         )?;
         args.kv_len.check(KERNEL, "kv_len", batch, 4)?;
-        args.valid_len.check(KERNEL, "valid_len", batch, 4)?;
+        args.valid_len.check(KERNEL, "valid_len", valid_lens(params), 4)?;
         args.first_unit.check(KERNEL, "first_unit", batch + 1, 4)?;
         args.arrivals.check(KERNEL, "arrivals", 1, 4)?;
         args.status.check(KERNEL, "status", 1, 8)?;
 
-        let shared = (WARPS + 2) * size_of::<u32>();
+        let shared = (WARPS + 1) * size_of::<u32>();
         let config = LaunchConfig::new(params.batch, THREADS).shared(shared as u32);
         let kernel_args = [
             Arg::read("kv_len", args.kv_len),
@@ -189,7 +189,7 @@ pub struct DecodeArgs<'a, E> {
     pub block_table: Option<&'a View<'a, u32>>,
     /// First token of each sequence of a contiguous cache `[batch]`.
     pub kv_start: Option<&'a View<'a, u32>>,
-    /// From [`DecodePlan`] `[batch]`.
+    /// From [`DecodePlan`] `[valid_lens]`, see [`valid_lens`].
     pub valid_len: &'a View<'a, u32>,
     /// From [`DecodePlan`] `[batch + 1]`.
     pub first_unit: &'a View<'a, u32>,
@@ -205,6 +205,12 @@ pub struct DecodeArgs<'a, E> {
     pub arrivals: ViewMut<'a, u32>,
     /// Start while the previous kernel of the stream drains.
     pub programmatic: bool,
+}
+
+/// Lengths that `decode_plan` leaves: one per sequence, or one per KV head and sequence where every head has its own table.
+pub fn valid_lens(params: &DecodeParams) -> usize {
+    let tables = if params.table_head_stride == 0 { 1 } else { params.kv_heads as usize };
+    elements(&[tables, params.batch as usize])
 }
 
 /// Slots of partial states that `decode` can write: two per block, or one per unit where parts are fixed.
@@ -277,7 +283,7 @@ impl<F: Function, E: Storage> Decode<F, E> {
         check_cache(KERNEL, "k", args.k, qk_dim, extent, k_strides)?;
         check_cache(KERNEL, "v", args.v, v_dim, extent, v_strides)?;
         extent.check_places(KERNEL, args.block_table, args.kv_start, batch, || table_len_of(params))?;
-        args.valid_len.check(KERNEL, "valid_len", batch, 4)?;
+        args.valid_len.check(KERNEL, "valid_len", valid_lens(params), 4)?;
         args.first_unit.check(KERNEL, "first_unit", batch + 1, 4)?;
         args.out.check(KERNEL, "out", elements(&[rows, v_dim]), 4 * size_of::<E>() as u64)?;
         args.lse.check(KERNEL, "lse", rows, 4)?;

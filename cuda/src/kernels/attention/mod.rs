@@ -7,6 +7,8 @@ mod merge_states;
 mod prefill;
 
 pub use append::{Append, AppendArgs, AppendTables, Rotary};
-pub use decode::{Decode, DecodeArgs, DecodePlan, DecodePlanArgs, DecodeVariant, columns, part_slots};
+pub use decode::{
+    Decode, DecodeArgs, DecodePlan, DecodePlanArgs, DecodeVariant, columns, part_slots, valid_lens,
+};
 pub use merge_states::{MergeStates, MergeStatesArgs, MergeStatesLastArriver, MergeStatesScratch};
 pub use prefill::{Prefill, PrefillArgs, PrefillResult, PrefillVariant};

@@ -15,15 +15,9 @@ use longkv_attention as attention;
 
 use crate::cache::{Cache, KeysValues};
 
-emulator::device_test!(
-    equals_the_oracle,
-    page_order_does_not_matter,
-    fixed_splits_are_batch_invariant,
-    bad_sequences_are_reported_and_the_others_stay_right,
-    starts_that_change_after_the_plan_read_nothing_outside,
-    nan_is_never_dropped,
-    many_steps_repeat_bitwise,
-);
+mod caches;
+mod numbers;
+mod replay;
 
 #[derive(Debug, Clone)]
 struct Case {
@@ -108,6 +102,23 @@ struct Decoded<E> {
     fault: Option<Fault>,
 }
 
+fn plan<R: Rig>(rig: &R, case: &Case, cache: CacheLayout) -> DecodePlan {
+    let spec = case.spec();
+    DecodePlan::new(DecodeConfig {
+        shape: spec.shape,
+        score: spec.score,
+        mask: spec.mask,
+        batch: case.kv_lens.len(),
+        q_len: case.q_len,
+        max_kv_len: 4096,
+        cache,
+        splits: case.splits,
+        // Two SMs split small cases into many parts; a GPU has the SMs that it has.
+        sm_count: cuda::launch::Device::sm_count(rig.device()).unwrap_or(2),
+    })
+    .expect("a valid plan")
+}
+
 /// Runs `steps` equal steps with the given lengths and expects them to be bitwise equal.
 fn decode<R: Rig, E: Storage>(
     rig: &R,
@@ -116,30 +127,28 @@ fn decode<R: Rig, E: Storage>(
     kv_len: &[u32],
     steps: usize,
 ) -> Decoded<E> {
-    let spec = case.spec();
-    let plan = DecodePlan::new(DecodeConfig {
-        shape: spec.shape,
-        score: spec.score,
-        mask: spec.mask,
-        batch: case.kv_lens.len(),
-        q_len: case.q_len,
-        max_kv_len: 4096,
-        cache: tensors.kv.layout,
-        splits: case.splits,
-        // Two SMs split small cases into many parts; a GPU has the SMs that it has.
-        sm_count: cuda::launch::Device::sm_count(rig.device()).unwrap_or(2),
-    })
-    .expect("a valid plan");
+    decode_keys(rig, case, tensors, &rig.upload(&tensors.kv.k_cache), kv_len, steps)
+}
+
+/// [`decode`] with keys that are on the device already.
+fn decode_keys<R: Rig, E: Storage>(
+    rig: &R,
+    case: &Case,
+    tensors: &Tensors<E>,
+    k: &R::Buffer<E>,
+    kv_len: &[u32],
+    steps: usize,
+) -> Decoded<E> {
+    let plan = plan(rig, case, tensors.kv.layout);
     let planner = DecodeStep::prepare(rig.device(), &plan).expect("prepare the plan");
     let kernel = Decode::<_, E>::prepare(rig.device(), &plan).expect("prepare the kernel");
     let rows = case.kv_lens.len() * case.q_len * case.q_heads;
 
-    let (q, k, v) =
-        (rig.upload(&tensors.q), rig.upload(&tensors.kv.k_cache), rig.upload(&tensors.kv.v_cache));
+    let (q, v) = (rig.upload(&tensors.q), rig.upload(&tensors.kv.v_cache));
     let kv_len = rig.upload(kv_len);
-    let contiguous = matches!(case.cache, Cache::Contiguous);
+    let contiguous = matches!(tensors.kv.layout, CacheLayout::Contiguous { .. });
     let block_table = (!contiguous).then(|| rig.upload(&tensors.kv.block_table));
-    let kv_start = contiguous.then(|| rig.upload(&tensors.kv.cu_seqlens[..case.kv_lens.len()]));
+    let kv_start = contiguous.then(|| rig.upload(&tensors.kv.kv_start));
     let late_starts = case.late_starts.as_ref().map(|starts| rig.upload(starts));
     let mut status = rig.zeroed::<u64>(1);
     let mut step_workspace = rig.workspace(plan.step_workspace());
@@ -166,7 +175,7 @@ fn decode<R: Rig, E: Storage>(
         let kv_start = late_starts.as_ref().map(|starts| rig.view(starts)).or(kv_start);
         let args = DecodeArgs {
             q: &rig.view(&q),
-            k: &rig.view(&k),
+            k: &rig.view(k),
             v: &rig.view(&v),
             block_table: block_table.as_ref(),
             kv_start: kv_start.as_ref(),
@@ -204,157 +213,6 @@ fn check<R: Rig, E: Storage + Element>(rig: &R, case: &Case, seed: u64) {
         .assert(format_args!("out of {name}"));
     Comparison::new(&decoded.lse, &expected.lse, Tolerance::LSE).assert(format_args!("lse of {name}"));
     assert_eq!(decoded.fault, None, "{name}");
-}
-
-fn equals_the_oracle<R: Rig>(rig: &R) {
-    let window = |window| Mask::sliding_window(window, 0).expect("a window");
-    let edges = [0, 1, 63, 64, 65];
-    // Every head ratio, head size, page size, layout, mask and kind of input occurs with several values of the others.
-    check::<R, f16>(rig, &Case::new((4, 4), (64, 64), 1, &edges, Cache::Nhd(16)), 1);
-    check::<R, f16>(rig, &Case::new((8, 2), (64, 64), 2, &[15, 16, 130], Cache::Hnd(8)), 2);
-    check::<R, bf16>(
-        rig,
-        &Case { soft_cap: Some(20.0), ..Case::new((16, 1), (64, 64), 1, &[1, 127, 128], Cache::Contiguous) },
-        3,
-    );
-    check::<R, bf16>(rig, &Case::new((6, 2), (128, 128), 1, &[129, 0, 33], Cache::Nhd(64)), 4);
-    check::<R, bf16>(
-        rig,
-        &Case { mask: window(40), ..Case::new((5, 1), (128, 128), 1, &[39, 40, 41, 300], Cache::Hnd(32)) },
-        5,
-    );
-    check::<R, bf16>(rig, &Case::new((7, 1), (128, 128), 2, &[1, 2, 65, 200], Cache::Nhd(128)), 6);
-    check::<R, bf16>(
-        rig,
-        &Case { mask: window(9), ..Case::new((4, 1), (128, 128), 8, &[3, 8, 70], Cache::Hnd(16)) },
-        7,
-    );
-    check::<R, f16>(
-        rig,
-        &Case { inputs: Inputs::Saturated, ..Case::new((8, 1), (128, 128), 1, &[1, 190], Cache::Contiguous) },
-        8,
-    );
-    check::<R, f16>(
-        rig,
-        &Case { soft_cap: Some(8.0), ..Case::new((16, 1), (128, 128), 1, &[64, 90], Cache::Nhd(16)) },
-        9,
-    );
-    check::<R, bf16>(rig, &Case::new((2, 1), (192, 128), 1, &[100, 31], Cache::Nhd(16)), 10);
-    check::<R, bf16>(
-        rig,
-        &Case {
-            soft_cap: Some(50.0),
-            inputs: Inputs::OutlierChannels,
-            ..Case::new((4, 2), (256, 256), 1, &[80, 17], Cache::Hnd(16))
-        },
-        11,
-    );
-    check::<R, f16>(rig, &Case::new((3, 1), (96, 96), 2, &[75, 16, 2], Cache::Hnd(16)), 15);
-    check::<R, bf16>(rig, &Case::new((9, 1), (256, 256), 1, &[70, 1], Cache::Contiguous), 12);
-    // One long among short, and every tie and outlier that a softmax can meet.
-    check::<R, bf16>(rig, &Case::new((4, 1), (128, 128), 1, &[1, 900, 2, 0, 5], Cache::Nhd(32)), 13);
-    for inputs in [Inputs::Constant, Inputs::OutlierElements] {
-        check::<R, f16>(rig, &Case { inputs, ..Case::new((2, 1), (64, 64), 1, &[200], Cache::Nhd(16)) }, 14);
-    }
-}
-
-fn page_order_does_not_matter<R: Rig>(rig: &R) {
-    let case = Case::new((4, 2), (64, 64), 1, &[100, 257], Cache::Nhd(16));
-    let straight = tensors::<f16>(&case, 5);
-    let mut reversed = tensors::<f16>(&case, 5);
-    reversed.kv = reversed.kv.reverse_pages();
-    let [straight, reversed] =
-        [straight, reversed].map(|tensors| decode(rig, &case, &tensors, &lens(&case), 1));
-    assert_eq!(straight.lse, reversed.lse, "on {}", rig.name());
-    assert_eq!(straight.out, reversed.out, "on {}", rig.name());
-}
-
-fn fixed_splits_are_batch_invariant<R: Rig>(rig: &R) {
-    let fixed = |kv_lens: &[usize]| Case {
-        splits: Splits::Fixed { tokens: 128 },
-        ..Case::new((4, 1), (128, 128), 1, kv_lens, Cache::Nhd(32))
-    };
-    // The first sequence alone, and before others that change every block's share.
-    let together = fixed(&[400, 64, 3, 0, 300]);
-    check::<R, bf16>(rig, &together, 21);
-    let tensors_together = tensors::<bf16>(&together, 21);
-    let decoded = decode(rig, &together, &tensors_together, &lens(&together), 1);
-    let mut alone = together.clone();
-    alone.kv_lens = vec![400, 0, 0, 0, 0];
-    let only = decode(rig, &together, &tensors_together, &lens(&alone), 1);
-    let row = 4 * 128;
-    assert_eq!(decoded.out[..row], only.out[..row], "on {}", rig.name());
-    assert_eq!(decoded.lse[..4], only.lse[..4], "on {}", rig.name());
-}
-
-/// What is wrong, the input, the lengths given to the kernel, and code and sequence of the report.
-type BadCase<'a> = (&'a str, &'a Case, &'a Tensors<f16>, [u32; 3], (u32, u32));
-
-fn bad_sequences_are_reported_and_the_others_stay_right<R: Rig>(rig: &R) {
-    let case = Case::new((4, 2), (64, 64), 1, &[40, 50, 60], Cache::Nhd(16));
-    let good = tensors::<f16>(&case, 31);
-    let CacheLayout::Paged { max_pages, pages, .. } = good.kv.layout else { panic!("{case:?} is not paged") };
-    let mut bad_page = tensors::<f16>(&case, 31);
-    bad_page.kv.block_table[max_pages + 2] = pages as u32;
-    let contiguous = Case { cache: Cache::Contiguous, ..case.clone() };
-    let contiguous = Case { qk_dim: 128, v_dim: 128, ..contiguous };
-    let past_the_end = tensors::<f16>(&contiguous, 31);
-    let cases: [BadCase<'_>; 3] = [
-        ("longer than its pages", &case, &good, [40, 16 * max_pages as u32 + 1, 60], (1, 1)),
-        ("a page outside the pool", &case, &bad_page, [40, 50, 60], (2, 1)),
-        ("past the end of the cache", &contiguous, &past_the_end, [40, 50, 61], (1, 2)),
-    ];
-    for (what, case, tensors, kv_len, (code, index)) in cases {
-        let decoded = decode(rig, case, tensors, &kv_len, 1);
-        let name = format!("{what} on {}", rig.name());
-        assert_eq!(decoded.fault, Some(Fault { code, index }), "{name}");
-        let mut expected = oracle(case, tensors);
-        let (heads, row) = (case.q_heads, case.q_heads * case.v_dim);
-        expected.out[index as usize * row..][..row].fill(0.0);
-        expected.lse[index as usize * heads..][..heads].fill(f64::NEG_INFINITY);
-        Comparison::new(&decoded.out, &expected.out, Tolerance::tensor_core::<f16>()).assert(&name);
-        Comparison::new(&decoded.lse, &expected.lse, Tolerance::LSE).assert(&name);
-    }
-}
-
-fn starts_that_change_after_the_plan_read_nothing_outside<R: Rig>(rig: &R) {
-    let planned = Case::new((4, 2), (128, 128), 1, &[40, 50, 60], Cache::Contiguous);
-    let tensors = tensors::<f16>(&planned, 33);
-    // Sequence 0 stays; 1 begins past the cache and 2 ends past it. The emulator faults a read outside.
-    let case = Case { late_starts: Some(vec![0, u32::MAX - 3, 149]), ..planned.clone() };
-    let decoded = decode(rig, &case, &tensors, &lens(&case), 1);
-    let expected = oracle(&planned, &tensors);
-    let (heads, row) = (case.q_heads, case.q_heads * case.v_dim);
-    let name = format!("moved starts on {}", rig.name());
-    Comparison::new(&decoded.out[..row], &expected.out[..row], Tolerance::tensor_core::<f16>()).assert(&name);
-    assert!(decoded.out[row..2 * row].iter().all(|x| x.to_f32() == 0.0), "{name}");
-    assert_eq!(decoded.lse[heads..2 * heads], [f32::NEG_INFINITY; 4], "{name}");
-    assert!(decoded.lse[2 * heads..].iter().all(|x| x.is_finite()), "{name}");
-}
-
-/// A query of NaN gives NaN, however many warps and parts share its keys, and harms no other row.
-fn nan_is_never_dropped<R: Rig>(rig: &R) {
-    for kv_len in [1, 40, 300] {
-        let case = Case::new((4, 2), (64, 64), 1, &[kv_len, 20], Cache::Nhd(16));
-        let mut tensors = tensors::<f16>(&case, 35);
-        let expected = oracle(&case, &tensors);
-        tensors.q[5] = f16::NAN; // of head 0
-        let decoded = decode(rig, &case, &tensors, &lens(&case), 1);
-        let name = format!("{kv_len} keys on {}", rig.name());
-        assert!(decoded.out[..64].iter().all(|x| x.is_nan()), "{name}: {:?}", &decoded.out[..4]);
-        assert!(decoded.lse[0].is_nan(), "{name}: {}", decoded.lse[0]);
-        Comparison::new(&decoded.out[64..], &expected.out[64..], Tolerance::tensor_core::<f16>())
-            .assert(format_args!("out of {name}"));
-        Comparison::new(&decoded.lse[1..], &expected.lse[1..], Tolerance::LSE)
-            .assert(format_args!("lse of {name}"));
-    }
-}
-
-/// The last arriver differs from step to step; results and counters must not.
-fn many_steps_repeat_bitwise<R: Rig>(rig: &R) {
-    let case = Case::new((4, 1), (64, 64), 1, &[300, 7], Cache::Nhd(16));
-    let tensors = tensors::<f16>(&case, 41);
-    decode(rig, &case, &tensors, &lens(&case), rig.stress_launches());
 }
 
 #[test]
