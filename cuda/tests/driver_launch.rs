@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use longkv_cuda::Error;
 use longkv_cuda::cudarc::driver::{CudaSlice, CudaStream};
-use longkv_cuda::driver::{FunctionUse, Gpu, GpuFunction};
+use longkv_cuda::driver::{FunctionUse, Gpu, GpuFunction, LAUNCH_LOG_VARIABLE, launches};
 use longkv_cuda::kernels::attention::{MergeStates, MergeStatesArgs};
 use longkv_cuda::launch::{Arg, Device, Function, LaunchConfig};
 use longkv_cuda::memory::{Space, View, ViewMut};
@@ -101,6 +101,45 @@ fn a_launch_is_encoded() {
             );
             assert_eq!(fake.log(), [expected], "{name}");
         }
+    });
+}
+
+#[test]
+fn launches_are_noted() {
+    with_driver("launches_are_noted", Setup::default(), |fake| {
+        let file = std::env::var_os(LAUNCH_LOG_VARIABLE).expect("the parent names a file");
+        let logged = || {
+            let text = std::fs::read_to_string(&file).unwrap_or_default();
+            text.lines().map(str::to_string).collect::<Vec<_>>()
+        };
+        let mut small = Bench::new(fake, &SMALL);
+        let mut large = Bench::new(fake, &LARGE);
+        assert!(logged().is_empty(), "loading is not launching");
+
+        fake.fail("cuLaunchKernelEx", 700);
+        let ((), noted) = launches(|| assert!(small.launch(&CONFIG).is_err()));
+        fake.fail("cuLaunchKernelEx", 0);
+        assert!(noted.is_empty() && logged().is_empty(), "a launch that failed is none");
+
+        let empty = LaunchConfig { grid: 0.into(), ..CONFIG };
+        let ((), noted) = launches(|| small.launch(&empty).unwrap());
+        assert!(noted.is_empty() && logged().is_empty(), "nothing ran: {noted:?}");
+
+        let ((), noted) = launches(|| {
+            for _ in 0..3 {
+                small.launch(&CONFIG).unwrap();
+            }
+            large.launch(&CONFIG).unwrap();
+        });
+        let lines: Vec<_> = noted.iter().map(ToString::to_string).collect();
+        assert_eq!(logged(), lines);
+        assert!(lines.len() == 2 && lines[0].starts_with("small sm_90a "), "{lines:?}");
+        assert!(lines[1].starts_with("large sm_90a "), "{lines:?}");
+        assert_ne!(noted[0].cubin, noted[1].cubin, "the digest is of the image");
+
+        let ((), noted) = launches(|| large.launch(&CONFIG).unwrap());
+        assert_eq!(noted.len(), 1, "every recording starts empty");
+        assert_eq!(logged(), lines, "the file has each kernel once");
     });
 }
 

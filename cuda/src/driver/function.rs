@@ -3,13 +3,16 @@
 use std::ffi::{CString, c_int, c_uint, c_void};
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::{CudaContext, CudaStream, sys};
 
 use super::call::{check, failed};
 use super::gpu::Gpu;
+use super::launch_log::{self, Launched};
 use crate::Error;
 use crate::cache::Found;
+use crate::digest::Digest;
 use crate::launch::{Arg, Device as _, Function, LaunchConfig, check_config};
 use crate::memory::Space;
 use crate::table::Instance;
@@ -30,12 +33,16 @@ pub(super) struct Loaded {
     dynamic_shared: u32,
     /// Size of each parameter in bytes, where the driver tells (from CUDA 12.4 on).
     parameters: Option<Vec<usize>>,
+    /// How launches are noted.
+    name: Launched,
+    /// Whether it has been launched.
+    launched: AtomicBool,
 }
 
 // SAFETY: modules and functions belong to a context, not to a thread; the driver's functions may be called from any thread
-// that has made the context current, and nothing in here changes after loading.
+// that has made the context current, and only an atomic changes after loading.
 unsafe impl Send for Loaded {}
-// SAFETY: as above; a shared `Loaded` is only read.
+// SAFETY: as above; of a shared `Loaded` only the atomic is written.
 unsafe impl Sync for Loaded {}
 
 impl Loaded {
@@ -65,6 +72,8 @@ impl Loaded {
             function: std::ptr::null_mut(),
             dynamic_shared: PLAIN_SHARED.min(instance.kernel.arch.shared_limit()),
             parameters: None,
+            name: Launched { label: instance.label(), arch: gpu.arch(), cubin: Digest::of(&found.cubin) },
+            launched: AtomicBool::new(false),
         };
         let name = CString::new(instance.kernel.name).expect("kernel names are identifiers");
         // SAFETY: the module was just loaded and the name ends in NUL.
@@ -323,7 +332,9 @@ impl Function for GpuFunction {
         let result = unsafe {
             sys::cuLaunchKernelEx(&raw, self.loaded.function, parameters.as_mut_ptr(), std::ptr::null_mut())
         };
-        result.result().map_err(failed("cuLaunchKernelEx"))
+        result.result().map_err(failed("cuLaunchKernelEx"))?;
+        launch_log::note(&self.loaded.name, !self.loaded.launched.swap(true, Ordering::Relaxed));
+        Ok(())
     }
 }
 

@@ -14,6 +14,7 @@ mod call;
 mod function;
 mod gpu;
 mod graph;
+mod launch_log;
 mod mapped;
 mod timing;
 
@@ -21,5 +22,6 @@ pub use call::failed;
 pub use function::{FunctionUse, GpuFunction};
 pub use gpu::Gpu;
 pub use graph::Graph;
+pub use launch_log::{LAUNCH_LOG_VARIABLE, Launched, launches};
 pub use mapped::{Mapped, MappedKind, Registered};
 pub use timing::Timer;

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use libloading::Library;
 use longkv_cuda::cudarc::driver::CudaContext;
+use longkv_cuda::driver::LAUNCH_LOG_VARIABLE;
 
 use super::{FakeNvrtc, library, skip};
 
@@ -47,6 +48,9 @@ pub(crate) fn with_driver(test: &str, setup: Setup, body: impl FnOnce(&FakeDrive
     let folder = driver.parent().expect("a file has a folder");
     // cudarc asks for `libcuda.so` first, and must not find the machine's own.
     link(&driver, &folder.join("libcuda.so"));
+    // Each test has a log of its own, which its `body` may read.
+    let launches = folder.join(format!("{test}.launches"));
+    let _ = std::fs::remove_file(&launches);
     let inherited = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
     let paths = std::iter::once(folder.to_path_buf()).chain(std::env::split_paths(&inherited));
     let output = Command::new(std::env::current_exe().expect("this program has a path"))
@@ -55,6 +59,7 @@ pub(crate) fn with_driver(test: &str, setup: Setup, body: impl FnOnce(&FakeDrive
         .env(VARIABLE, &driver)
         .env("LONGKV_NVRTC", &nvrtc)
         .env("LONGKV_CACHE_DIR", "")
+        .env(LAUNCH_LOG_VARIABLE, &launches)
         .env_remove("LONGKV_CUBIN_DIR")
         .envs(setup.variables.iter().copied())
         .output()
