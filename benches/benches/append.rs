@@ -1,6 +1,6 @@
 //! Appending to a paged cache with RoPE, in bf16: 32 query heads over 8 KV heads of 128 channels, pages of 64 tokens.
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group};
 use half::bf16;
 use longkv_attention::gpu::{Append, AppendArgs, AppendConfig, AppendPlan, AppendTables, CacheLayout};
 use longkv_attention::rope::{Rope, RopeConfig};
@@ -92,4 +92,3 @@ fn gpu(criterion: &mut Criterion) {
 }
 
 criterion_group!(benches, cpu, gpu);
-criterion_main!(benches);

@@ -1,6 +1,6 @@
 //! Split-KV decode attention in bf16: 32 query heads over 8 KV heads of 128 channels, pages of 64 tokens.
 
-use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, criterion_group};
 use half::bf16;
 use longkv_attention::gpu::{
     CacheLayout, Decode, DecodeArgs, DecodeConfig, DecodePlan, DecodeStep, DecodeStepArgs, Splits,
@@ -148,4 +148,3 @@ fn gpu(criterion: &mut Criterion) {
 }
 
 criterion_group!(benches, cpu, gpu);
-criterion_main!(benches);

@@ -1,6 +1,6 @@
 //! Merge of partial attention states `[rows, splits, 128]` f32 into bf16.
 
-use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, criterion_group};
 use half::bf16;
 use longkv_attention::gpu::{Merge, MergeArgs, MergeConfig, MergePlan};
 use longkv_attention::testing::Inputs;
@@ -71,4 +71,3 @@ fn gpu(criterion: &mut Criterion) {
 }
 
 criterion_group!(benches, cpu, gpu);
-criterion_main!(benches);

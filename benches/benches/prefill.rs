@@ -1,6 +1,6 @@
 //! Flash prefill in bf16: 32 query heads over 8 KV heads of 128 channels, one contiguous sequence.
 
-use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, criterion_group};
 use half::bf16;
 use longkv_attention::gpu::{
     CacheLayout, Prefill, PrefillConfig, PrefillInputs, PrefillOutput, PrefillPlan, PrefillState,
@@ -124,4 +124,3 @@ fn gpu(criterion: &mut Criterion) {
 }
 
 criterion_group!(benches, cpu, gpu);
-criterion_main!(benches);

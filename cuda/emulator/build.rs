@@ -2,8 +2,7 @@
 //! translation unit; writes the registry that maps a row's label to its entry.
 //!
 //! Environment: `EMULATOR_SANITIZE=1` builds for AddressSanitizer and UndefinedBehaviorSanitizer instead of the checkers;
-//! `EMULATOR_ONLY=GROUP[,GROUP…]` compiles only the kernels of these folders, for whoever works on one crate;
-//! `EMULATOR_OFF=1` leaves the emulator out, for test executables that go to a GPU.
+//! `EMULATOR_ONLY=GROUP[,GROUP…]` compiles only the kernels of these folders, for whoever works on one crate.
 
 use std::collections::hash_map::DefaultHasher;
 use std::env;
@@ -24,7 +23,6 @@ fn main() {
     println!("cargo:rustc-check-cfg=cfg(emulator_sanitize)");
     println!("cargo:rerun-if-env-changed=EMULATOR_SANITIZE");
     println!("cargo:rerun-if-env-changed=EMULATOR_ONLY");
-    println!("cargo:rerun-if-env-changed=EMULATOR_OFF");
     for folder in ["build.rs", "runtime", "tests/planted", "../kernels", "../include"] {
         println!("cargo:rerun-if-changed={folder}");
     }
@@ -38,8 +36,8 @@ fn main() {
 
 /// Ends with a reason where there is no compiler for the emulator; panics where the compiler rejects a source.
 fn build() -> Result<(), String> {
-    if env::var("EMULATOR_OFF").is_ok_and(|value| value == "1") {
-        return Err("it was built with EMULATOR_OFF=1".to_string());
+    if env::var_os("CARGO_FEATURE_OFF").is_some() {
+        return Err("it was built with the feature `off`".to_string());
     }
     let target = env::var("TARGET").unwrap_or_default();
     if !(target.starts_with("x86_64") && target.contains("linux")) {

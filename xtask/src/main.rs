@@ -2,6 +2,8 @@
 
 #[cfg(feature = "bindings")]
 mod bindings;
+#[cfg(feature = "gpu")]
+mod gpu;
 #[cfg(feature = "kernels")]
 mod kernels;
 mod toolkit;
@@ -24,6 +26,16 @@ kernels [FILTER…] [--arch sm_90a] [--all] [--nvrtc 12.8] [--sass] [--prebuilt 
     --sass       prints the machine code of each row
     --prebuilt   writes the cubins and their manifest to DIR
 
+gpu-bundle
+    Builds gpu-bundle/: GPU tests, benches, cubins and a run.sh for a machine with a GPU and without Rust.
+
+gpu-record FILE…
+    Reads what run.sh left (results.json) into the ledger, benches/results.
+
+gpu-status [--strict]
+    Prints for each row of the kernel table whether it is proven on a GPU, failed, stale or never ran.
+    --strict     fails unless every row is proven
+
 bindings [--check]
     Generates cuda/src/params.rs from cuda/include/*_params.h, or checks that it is fresh.
 ";
@@ -40,12 +52,20 @@ fn main() -> ExitCode {
             "kernels" => kernels::command(rest),
             #[cfg(feature = "bindings")]
             "bindings" => bindings::command(rest),
+            #[cfg(feature = "gpu")]
+            "gpu-bundle" => gpu::bundle::command(rest),
+            #[cfg(feature = "gpu")]
+            "gpu-record" => gpu::record::command(rest),
+            #[cfg(feature = "gpu")]
+            "gpu-status" => gpu::status::command(rest),
+            #[cfg(not(feature = "gpu"))]
+            "gpu-bundle" | "gpu-record" | "gpu-status" => with_feature("gpu", command, rest, None),
             #[cfg(not(feature = "kernels"))]
-            "kernels" => with_feature("kernels", rest, None),
+            "kernels" => with_feature("kernels", command, rest, None),
             #[cfg(not(feature = "bindings"))]
             "bindings" => toolkit::LIBCLANG
                 .install()
-                .and_then(|folder| with_feature("bindings", rest, Some(("LIBCLANG_PATH", folder)))),
+                .and_then(|folder| with_feature("bindings", command, rest, Some(("LIBCLANG_PATH", folder)))),
             "help" | "--help" | "-h" => {
                 print!("{USAGE}");
                 Ok(())
@@ -64,10 +84,15 @@ fn main() -> ExitCode {
 }
 
 /// Runs a command in a build of this program that has the feature it needs.
-#[cfg(not(all(feature = "kernels", feature = "bindings")))]
-fn with_feature(command: &str, arguments: &[String], variable: Option<(&str, PathBuf)>) -> Result {
+#[cfg(not(all(feature = "gpu", feature = "bindings")))]
+fn with_feature(
+    feature: &str,
+    command: &str,
+    arguments: &[String],
+    variable: Option<(&str, PathBuf)>,
+) -> Result {
     let status = std::process::Command::new(env!("CARGO"))
-        .args(["run", "--quiet", "--package", "xtask", "--no-default-features", "--features", command])
+        .args(["run", "--quiet", "--package", "xtask", "--no-default-features", "--features", feature])
         .args(["--", command])
         .args(arguments)
         .envs(variable)

@@ -1,0 +1,10 @@
+//! Every kernel: `cargo bench -p longkv-benches -- attention/decode` runs a part.
+//!
+//! One executable, because each carries all of criterion and they travel to machines with a GPU.
+
+mod append;
+mod decode;
+mod merge_states;
+mod prefill;
+
+criterion::criterion_main!(append::benches, decode::benches, merge_states::benches, prefill::benches);

@@ -1,0 +1,425 @@
+//! The parts of a run. Each has a time limit of its own; none stops the others.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use serde::de::DeserializeOwned;
+use xtask::results::{self, Executable, Item, Launch, Manifest, Outcome, Part};
+
+use crate::machine;
+use crate::process::{self, End, Ended};
+
+/// A part: its name, its limit in seconds, and what it is.
+pub(crate) struct Kind {
+    pub(crate) name: &'static str,
+    pub(crate) limit_s: u64,
+    pub(crate) what: &'static str,
+}
+
+/// All parts in the order in which they run: first whether kernels are right, then how fast.
+pub(crate) const PARTS: &[Kind] = &[
+    Kind {
+        name: "tests",
+        limit_s: 480,
+        what: "every GPU test but those of `stress`, with the bundle's cubins",
+    },
+    Kind {
+        name: "jit",
+        limit_s: 240,
+        what: "the quickest GPU tests, with kernels compiled by this machine's NVRTC",
+    },
+    Kind { name: "stress", limit_s: 500, what: "merge stress and graph replays" },
+    Kind { name: "ceilings", limit_s: 240, what: "bandwidths, matrix rates, host link, launch overhead" },
+    Kind { name: "benches", limit_s: 500, what: "criterion benches" },
+    Kind { name: "peers", limit_s: 500, what: "other people's kernels on the same problems, from Python" },
+    Kind { name: "sanitizer-memcheck", limit_s: 400, what: "compute-sanitizer on the quickest GPU tests" },
+    Kind { name: "sanitizer-racecheck", limit_s: 400, what: "the same for races in shared memory" },
+];
+
+/// Tests with one of these words in their names are many launches: they run in `stress`, and never under a sanitizer.
+const STRESS: &[&str] = &["many_launches", "stress", "replay", "graph"];
+
+/// What every part needs.
+pub(crate) struct Run {
+    pub(crate) bundle: PathBuf,
+    pub(crate) manifest: Manifest,
+    /// For files of children; not kept.
+    pub(crate) scratch: PathBuf,
+    /// Only tests and programs whose name contains this.
+    pub(crate) filter: String,
+    /// Tests at a time.
+    pub(crate) jobs: usize,
+    /// Seconds that each test took in the part `tests`, from this run or an earlier one.
+    pub(crate) durations: BTreeMap<String, f64>,
+}
+
+/// One child to run.
+struct Task {
+    name: String,
+    program: PathBuf,
+    arguments: Vec<OsString>,
+    limit: Duration,
+    /// Whether it is a test of libtest's, which must say that one test passed.
+    test: bool,
+}
+
+impl Run {
+    /// Runs a part and hands each item to `log` with what it printed.
+    pub(crate) fn part(&self, kind: &Kind, log: &(dyn Fn(&Item, &str) + Sync)) -> Part {
+        let started = Instant::now();
+        let mut part = Part { started: results::now(), limit_s: kind.limit_s, ..Part::default() };
+        match self.tasks(kind.name) {
+            Err(reason) => part.skipped = Some(reason),
+            Ok(tasks) => {
+                let serial = matches!(kind.name, "ceilings" | "benches" | "peers");
+                let jobs = if serial { 1 } else { self.jobs };
+                let deadline = started + Duration::from_secs(kind.limit_s);
+                self.run_all(kind.name, &tasks, jobs, deadline, &mut part, log);
+            }
+        }
+        part.seconds = started.elapsed().as_secs_f64();
+        part
+    }
+
+    fn tasks(&self, part: &str) -> Result<Vec<Task>, String> {
+        let seconds = Duration::from_secs;
+        let mut tasks = match part {
+            "tests" => self.tests(|stress, _| !stress, seconds(120))?,
+            "stress" => self.tests(|stress, _| stress, seconds(300))?,
+            "jit" => self.quickest(seconds(60))?,
+            "ceilings" => match &self.manifest.ceilings {
+                Some(program) => vec![self.program(program, &[], seconds(230))],
+                None => return Err("the bundle has no ceilings program".to_string()),
+            },
+            "benches" => {
+                // Short, because cold medians settle fast; the filter leaves the CPU references out.
+                let options =
+                    ["--bench", "--noplot", "--warm-up-time", "0.3", "--measurement-time", "1", "/sm_"];
+                self.manifest
+                    .benches
+                    .iter()
+                    .map(|bench| self.program(bench, &options, seconds(240)))
+                    .collect()
+            }
+            "peers" => {
+                let python = machine::find("python3").ok_or("there is no python3")?;
+                let peers = self.manifest.peers.iter();
+                peers
+                    .map(|peer| Task {
+                        name: peer.name.clone(),
+                        program: python.clone(),
+                        arguments: vec![self.bundle.join(&peer.file).into()],
+                        limit: seconds(300),
+                        test: false,
+                    })
+                    .collect()
+            }
+            _ => {
+                let tool =
+                    part.strip_prefix("sanitizer-").ok_or_else(|| format!("there is no part {part}"))?;
+                let sanitizer = machine::find("compute-sanitizer").ok_or("there is no compute-sanitizer")?;
+                let mut tasks = self.quickest(seconds(90))?;
+                for task in &mut tasks {
+                    let options = ["--tool", tool, "--error-exitcode", "77", "--print-limit", "10"];
+                    let program = std::mem::replace(&mut task.program, sanitizer.clone());
+                    let arguments = options.map(OsString::from).into_iter().chain([program.into()]);
+                    task.arguments = arguments.chain(std::mem::take(&mut task.arguments)).collect();
+                }
+                tasks
+            }
+        };
+        tasks.retain(|task| task.name.contains(&self.filter));
+        if tasks.is_empty() { Err("nothing to run".to_string()) } else { Ok(tasks) }
+    }
+
+    fn program(&self, program: &Executable, options: &[&str], limit: Duration) -> Task {
+        Task {
+            name: program.name.clone(),
+            program: self.bundle.join(&program.file),
+            arguments: options.iter().map(OsString::from).collect(),
+            limit,
+            test: false,
+        }
+    }
+
+    /// GPU tests that `wanted` picks by whether they stress and by name.
+    fn tests(&self, wanted: impl Fn(bool, &str) -> bool, limit: Duration) -> Result<Vec<Task>, String> {
+        let mut tasks = Vec::new();
+        for executable in &self.manifest.tests {
+            let program = self.bundle.join(&executable.file);
+            let list = Command::new(&program).args(["--list", "--format", "terse"]).output();
+            let list = list.map_err(|error| format!("{}: {error}", program.display()))?;
+            if !list.status.success() {
+                let words = String::from_utf8_lossy(&list.stderr).into_owned();
+                return Err(format!("{} does not list its tests: {}", executable.name, words.trim()));
+            }
+            for test in results::gpu_tests(&String::from_utf8_lossy(&list.stdout)) {
+                let stress = STRESS.iter().any(|word| test.contains(word));
+                let name = format!("{} {test}", executable.name);
+                if wanted(stress, &name) {
+                    let arguments = ["--exact", &test, "--nocapture", "--test-threads=1"].map(OsString::from);
+                    tasks.push(Task {
+                        name,
+                        program: program.clone(),
+                        arguments: arguments.into(),
+                        limit,
+                        test: true,
+                    });
+                }
+            }
+        }
+        Ok(tasks)
+    }
+
+    /// Tests without stress, those first that took least time in `tests`.
+    fn quickest(&self, limit: Duration) -> Result<Vec<Task>, String> {
+        let mut tasks = self.tests(|stress, _| !stress, limit)?;
+        let seconds = |task: &Task| self.durations.get(&task.name).copied().unwrap_or(f64::MAX);
+        tasks.sort_by(|a, b| seconds(a).total_cmp(&seconds(b)));
+        Ok(tasks)
+    }
+
+    fn run_all(
+        &self,
+        part_name: &str,
+        tasks: &[Task],
+        jobs: usize,
+        deadline: Instant,
+        part: &mut Part,
+        log: &(dyn Fn(&Item, &str) + Sync),
+    ) {
+        let next = AtomicUsize::new(0);
+        let done = Mutex::new(BTreeMap::new());
+        std::thread::scope(|scope| {
+            for _ in 0..jobs.clamp(1, tasks.len()) {
+                scope.spawn(|| {
+                    loop {
+                        let index = next.fetch_add(1, Ordering::Relaxed);
+                        let Some(task) = tasks.get(index) else { return };
+                        let finished = self.run_one(part_name, index, task, deadline);
+                        log(&finished.item, &finished.output);
+                        done.lock().expect("no thread panicked").insert(index, finished);
+                    }
+                });
+            }
+        });
+        for finished in done.into_inner().expect("no thread panicked").into_values() {
+            part.items.push(finished.item);
+            part.figures.extend(finished.figures);
+            part.ceilings.extend(finished.ceilings);
+        }
+    }
+
+    fn run_one(&self, part: &str, index: usize, task: &Task, deadline: Instant) -> Finished {
+        let left = deadline.saturating_duration_since(Instant::now());
+        // Less would only make a test fail that is not at fault.
+        if left < Duration::from_secs(2) {
+            return Finished::not_run(task);
+        }
+        let file = |what: &str| self.scratch.join(format!("{part}-{index}.{what}"));
+        let (launches, figures, ceilings) = (file("launches"), file("figures"), file("ceilings"));
+        let mut command = Command::new(&task.program);
+        command
+            .args(&task.arguments)
+            .current_dir(&self.scratch)
+            .env("REQUIRE_GPU", "1")
+            .env("LONGKV_LAUNCH_LOG", &launches)
+            .env("LONGKV_FIGURES", &figures)
+            .env("LONGKV_CEILINGS", &ceilings)
+            .env("CRITERION_HOME", self.scratch.join("criterion"))
+            .env("PYTHONUNBUFFERED", "1");
+        if part == "jit" {
+            // No cache either: every process compiles what it needs.
+            command.env_remove("LONGKV_CUBIN_DIR").env("LONGKV_CACHE_DIR", "");
+        } else {
+            command
+                .env("LONGKV_CUBIN_DIR", self.bundle.join("cubins"))
+                .env("LONGKV_CACHE_DIR", self.scratch.join("cache"));
+        }
+        let ended = process::run(command, task.limit.min(left), &file("output"));
+        let (outcome, reason) = judge(task, &ended);
+        let launched = read_lines(&launches).iter().filter_map(|line| Launch::parse(line)).collect();
+        let item = Item { name: task.name.clone(), outcome, seconds: ended.seconds, reason, launched };
+        Finished { item, figures: read_json(&figures), ceilings: read_json(&ceilings), output: ended.output }
+    }
+}
+
+/// What a child left.
+struct Finished {
+    item: Item,
+    figures: Vec<results::Figure>,
+    ceilings: Vec<results::Ceiling>,
+    output: String,
+}
+
+impl Finished {
+    fn not_run(task: &Task) -> Self {
+        let reason = Some("the part's time was up".to_string());
+        let item = Item {
+            name: task.name.clone(),
+            outcome: Outcome::NotRun,
+            seconds: 0.0,
+            reason,
+            launched: Vec::new(),
+        };
+        Finished { item, figures: Vec::new(), ceilings: Vec::new(), output: String::new() }
+    }
+}
+
+/// Success needs more than an exit status: a test must have run, and must not have skipped anything.
+fn judge(task: &Task, ended: &Ended) -> (Outcome, Option<String>) {
+    match ended.end {
+        End::TimedOut => (Outcome::TimedOut, Some(format!("stopped after {:.0} s", ended.seconds))),
+        end if !end.success() => (Outcome::Failed, Some(reason(ended))),
+        _ => match ended.output.lines().find(|line| line.contains("SKIPPED")) {
+            Some(line) if task.test => (Outcome::Skipped, Some(line.trim().to_string())),
+            _ if task.test && !ended.output.contains(" 1 passed;") => {
+                (Outcome::Failed, Some("no test of this name ran".to_string()))
+            }
+            _ => (Outcome::Passed, None),
+        },
+    }
+}
+
+/// The sentence that explains a failure: a sanitizer's first finding, what was said in a panic, or the last line.
+fn reason(ended: &Ended) -> String {
+    let lines: Vec<&str> = ended.output.lines().map(str::trim).collect();
+    let sanitizer = lines.iter().find_map(|line| {
+        let words = line.strip_prefix("========= ")?;
+        (["Invalid ", "Error: ", "Race ", "ERROR"].iter().any(|start| words.starts_with(start)))
+            .then_some(words)
+    });
+    let panicked = lines.iter().position(|line| line.contains("panicked at"));
+    let panic = panicked.and_then(|at| lines[at + 1..].iter().find(|line| !line.is_empty()).copied());
+    let last = lines.iter().rev().find(|line| !line.is_empty()).copied();
+    let status = match ended.end {
+        End::Exited(status) => status.to_string(),
+        _ => "not started".to_string(),
+    };
+    let said = sanitizer.or(panic).or(last).unwrap_or("no output");
+    let said: String = said.chars().take(400).collect();
+    format!("{said} ({status})")
+}
+
+fn read_lines(path: &std::path::Path) -> Vec<String> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines().filter(|line| !line.is_empty()).map(str::to_string).collect()
+}
+
+/// One value per line; a line that was cut off when its writer was killed is left out.
+fn read_json<T: DeserializeOwned>(path: &std::path::Path) -> Vec<T> {
+    read_lines(path).iter().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    /// A bundle whose one "test executable" is a shell script.
+    fn run_script(script: &str) -> (tempfile::TempDir, Run) {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let program = folder.path().join("program");
+        std::fs::write(&program, format!("#!/bin/sh\n{script}")).expect("writable");
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).expect("a mode");
+        let executable = Executable { name: "p/t".to_string(), file: "program".to_string() };
+        let manifest = Manifest {
+            schema: results::SCHEMA,
+            commit: String::new(),
+            built: String::new(),
+            glibc: String::new(),
+            nvrtc: String::new(),
+            rows: Vec::new(),
+            tests: vec![executable.clone()],
+            benches: vec![executable.clone()],
+            ceilings: Some(executable),
+            peers: Vec::new(),
+        };
+        let run = Run {
+            bundle: folder.path().to_path_buf(),
+            manifest,
+            scratch: folder.path().to_path_buf(),
+            filter: String::new(),
+            jobs: 2,
+            durations: BTreeMap::new(),
+        };
+        (folder, run)
+    }
+
+    fn part(run: &Run, name: &str) -> Part {
+        let kind = PARTS.iter().find(|kind| kind.name == name).expect("a part");
+        run.part(kind, &|_, _| {})
+    }
+
+    const LIST: &str = "if [ \"$1\" = --list ]; then echo 'a::gpu: test'; echo 'a::emulator: test';\
+        echo 'many_launches::gpu: test'; exit; fi\n";
+
+    #[test]
+    fn outcomes_are_told_apart() {
+        let digest = "ab".repeat(32);
+        let cases = [
+            ("echo 'test result: ok. 1 passed; 0 failed'", Outcome::Passed, None),
+            ("echo 'test result: ok. 0 passed; 0 failed'", Outcome::Failed, Some("no test")),
+            ("echo 'SKIPPED a: no GPU'; echo ' 1 passed;'", Outcome::Skipped, Some("no GPU")),
+            (
+                "echo \"thread 'a' panicked at x.rs:1:\"; echo worst 3; exit 101",
+                Outcome::Failed,
+                Some("worst 3"),
+            ),
+            ("kill -SEGV $$", Outcome::Failed, Some("signal")),
+        ];
+        for (script, outcome, reason) in cases {
+            let log = format!("{LIST}echo 'k sm_90a {digest}' >> \"$LONGKV_LAUNCH_LOG\"\n");
+            let (_folder, run) = run_script(&(log + script));
+            let part = part(&run, "tests");
+            let [item] = &part.items[..] else { panic!("{script}: {:?}", part.items) };
+            assert_eq!((item.name.as_str(), item.outcome), ("p/t a::gpu", outcome), "{script}");
+            match (reason, &item.reason) {
+                (None, None) => {}
+                (Some(words), Some(found)) => assert!(found.contains(words), "{script}: {found}"),
+                other => panic!("{script}: {other:?}"),
+            }
+            assert_eq!(item.launched.len(), 1, "{script}");
+        }
+    }
+
+    #[test]
+    fn stress_runs_in_a_part_of_its_own() {
+        let (_folder, run) = run_script(&format!("{LIST}echo ' 1 passed;'"));
+        let names = |name: &str| part(&run, name).items.into_iter().map(|item| item.name).collect::<Vec<_>>();
+        assert_eq!(names("tests"), ["p/t a::gpu"]);
+        assert_eq!(names("stress"), ["p/t many_launches::gpu"]);
+    }
+
+    #[test]
+    fn figures_and_ceilings_are_collected() {
+        let (_folder, run) = run_script(
+            "echo '{\"bench\":\"b\",\"median_us\":2.5}' >> \"$LONGKV_FIGURES\"\n\
+             echo '{\"bench\":\"cut' >> \"$LONGKV_FIGURES\"\n\
+             echo '{\"name\":\"read\",\"median\":4000}' >> \"$LONGKV_CEILINGS\"\n",
+        );
+        let benches = part(&run, "benches");
+        assert_eq!(benches.figures.iter().map(|f| f.median_us).collect::<Vec<_>>(), [2.5]);
+        let ceilings = part(&run, "ceilings");
+        assert_eq!(ceilings.ceilings.iter().map(|c| c.median).collect::<Vec<_>>(), [4000.0]);
+    }
+
+    #[test]
+    fn what_is_not_started_is_not_run() {
+        let (_folder, run) = run_script(LIST);
+        let kind = Kind { name: "tests", limit_s: 0, what: "" };
+        let part = run.part(&kind, &|_, _| {});
+        assert_eq!(part.items.iter().map(|item| item.outcome).collect::<Vec<_>>(), [Outcome::NotRun]);
+    }
+
+    #[test]
+    fn every_part_ends_within_nine_minutes() {
+        assert!(PARTS.iter().all(|kind| kind.limit_s < 540));
+    }
+}

@@ -1,0 +1,137 @@
+//! One child process with a time limit, its output in one string.
+
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::path::Path;
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// How a child ended.
+pub(crate) struct Ended {
+    pub(crate) end: End,
+    pub(crate) seconds: f64,
+    /// Start and end of stdout and stderr together, at most [`OUTPUT_BYTES`].
+    pub(crate) output: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// It ended by itself.
+    Exited(ExitStatus),
+    /// It was killed, with all its children.
+    TimedOut,
+    /// It did not start; the output says why.
+    NotStarted,
+}
+
+impl End {
+    pub(crate) fn success(self) -> bool {
+        matches!(self, End::Exited(status) if status.success())
+    }
+}
+
+/// Most of a child's output that is kept.
+const OUTPUT_BYTES: u64 = 64 << 10;
+
+/// Runs a command for at most `limit`; what it writes goes through the file `scratch`.
+pub(crate) fn run(mut command: Command, limit: Duration, scratch: &Path) -> Ended {
+    let started = Instant::now();
+    let ended = |end, output| Ended { end, seconds: started.elapsed().as_secs_f64(), output };
+    let files = File::create(scratch).and_then(|file| Ok((file.try_clone()?, file)));
+    let (out, err) = match files {
+        Ok(files) => files,
+        Err(error) => return ended(End::NotStarted, format!("{}: {error}", scratch.display())),
+    };
+    command.stdin(Stdio::null()).stdout(out).stderr(err);
+    // A group of its own, so that what it started dies with it.
+    #[cfg(unix)]
+    std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    let mut child = match command.spawn() {
+        Ok(child) => child,
+        Err(error) => {
+            return ended(End::NotStarted, format!("{}: {error}", command.get_program().display()));
+        }
+    };
+    let mut pause = Duration::from_millis(1);
+    let end = loop {
+        match child.try_wait() {
+            Ok(Some(status)) => break End::Exited(status),
+            Ok(None) if started.elapsed() >= limit => {
+                kill_group(child.id());
+                let _ = child.kill();
+                let _ = child.wait();
+                break End::TimedOut;
+            }
+            _ => std::thread::sleep(pause),
+        }
+        pause = (pause * 2).min(Duration::from_millis(50));
+    };
+    ended(end, read_ends(scratch))
+}
+
+fn kill_group(leader: u32) {
+    let group = format!("-{leader}");
+    let _ = Command::new("kill").args(["-KILL", "--", &group]).stderr(Stdio::null()).status();
+}
+
+/// The whole file, or its first and last parts.
+fn read_ends(path: &Path) -> String {
+    let read = || -> std::io::Result<Vec<u8>> {
+        let mut file = File::open(path)?;
+        let length = file.metadata()?.len();
+        let mut bytes = Vec::new();
+        if length <= OUTPUT_BYTES {
+            file.read_to_end(&mut bytes)?;
+            return Ok(bytes);
+        }
+        file.by_ref().take(OUTPUT_BYTES / 4).read_to_end(&mut bytes)?;
+        bytes.extend_from_slice(b"\n[...]\n");
+        file.seek(SeekFrom::Start(length - OUTPUT_BYTES / 4 * 3))?;
+        file.read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let output = read().map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    let _ = std::fs::remove_file(path);
+    output.unwrap_or_else(|error| format!("{}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str, limit: Duration) -> Ended {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        run(command, limit, &folder.path().join("output"))
+    }
+
+    #[test]
+    fn children_end_and_say_why() {
+        const LONG: Duration = Duration::from_secs(30);
+        let ended = shell("echo out; echo err >&2", LONG);
+        assert!(ended.end.success());
+        assert!(ended.output.contains("out") && ended.output.contains("err"), "{}", ended.output);
+        assert!(!shell("exit 3", LONG).end.success());
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let missing = run(Command::new("/no/such/program"), LONG, &folder.path().join("output"));
+        assert_eq!(missing.end, End::NotStarted);
+        assert!(missing.output.contains("/no/such/program"), "{}", missing.output);
+    }
+
+    #[test]
+    fn a_child_that_hangs_is_killed_with_its_children() {
+        let started = Instant::now();
+        let ended = shell("echo begun; sleep 60 & wait", Duration::from_millis(300));
+        assert_eq!(ended.end, End::TimedOut);
+        assert!(ended.output.contains("begun"), "{}", ended.output);
+        assert!(started.elapsed() < Duration::from_secs(20));
+    }
+
+    #[test]
+    fn long_output_keeps_its_ends() {
+        let ended = shell("echo first; yes | head -c 300000; echo last", Duration::from_secs(30));
+        assert!(ended.output.starts_with("first") && ended.output.trim_end().ends_with("last"));
+        assert!(ended.output.len() < OUTPUT_BYTES as usize + 100, "{}", ended.output.len());
+    }
+}
