@@ -148,3 +148,29 @@ fn quantize(
     }
     (codes, groups)
 }
+
+/// Quantizes and dequantizes fewer than Π tokens, `k` `[tokens, qk_dim]` and `v` `[tokens, v_dim]`, in place: what an open
+/// block that is held in codes loses at every step. Results are rounded to the cache's 16-bit type.
+pub(crate) fn requantize(
+    head: &HeadGeometry,
+    rounding: Rounding,
+    place: BlockPlace,
+    k: &mut [f32],
+    v: &mut [f32],
+) {
+    let k_group = |token, channel| head.k_group(token, channel);
+    let v_group = |token, channel| head.v_group(token, channel);
+    let matrix = Matrix { values: k, dim: head.qk_dim, bits: head.bits.k, tensor: Tensor::K };
+    let (codes, groups) = quantize(matrix, (head.k_groups(), k_group), head, rounding, place);
+    for (i, (x, code)) in k.iter_mut().zip(codes).enumerate() {
+        *x = quantizer::store(
+            groups[k_group(i / head.qk_dim, i % head.qk_dim)].value(code) as f32,
+            head.dtype,
+        );
+    }
+    let matrix = Matrix { values: v, dim: head.v_dim, bits: head.bits.v, tensor: Tensor::V };
+    let (codes, groups) = quantize(matrix, (head.v_groups(), v_group), head, rounding, place);
+    for (i, (x, code)) in v.iter_mut().zip(codes).enumerate() {
+        *x = quantizer::store(groups[v_group(i / head.v_dim, i % head.v_dim)].value(code) as f32, head.dtype);
+    }
+}

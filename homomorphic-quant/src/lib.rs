@@ -16,11 +16,15 @@
 //! | [`Error`] | what a caller can get wrong |
 
 mod block;
+pub mod cache;
 pub mod config;
 mod error;
+pub mod homomorphic;
 pub mod page;
 pub mod quantizer;
+pub mod reference;
 
 pub use block::{BlockPlace, HeadBlock};
+pub use cache::{Cache, Capacity, KvShape, Sequence};
 pub use config::{Bits, BitsOverride, Config, HeadBits, Layout, OpenBlock, Rounding};
 pub use error::Error;

@@ -85,7 +85,10 @@ impl Group {
     /// The code of a value, rounded to nearest, ties to even.
     #[inline]
     pub fn code(&self, x: f32, levels: u32) -> u8 {
-        self.position(x, 1.0 / self.scale).round_ties_even().clamp(0.0, levels as f32) as u8
+        // Clamped first, which changes nothing because 0 and L are whole. From 1.5 · 2^23 up neighbouring floats are 1 apart, so
+        // the addition rounds as rint does and leaves the code in the lowest bits: vector units without rint do it too.
+        let position = self.position(x, 1.0 / self.scale).clamp(0.0, levels as f32);
+        (position + 12_582_912.0).to_bits() as u8
     }
 
     /// The code of a value, rounded up when `noise`, uniform in `[0, 1)`, exceeds what is missing to the next code.
@@ -186,6 +189,14 @@ mod tests {
         assert_eq!([-1.0, -0.5, 0.5, 1.5, 2.0].map(|x| group.code(x, 3)), [0, 0, 2, 2, 3]);
         assert_eq!([0.0, 0.49, 0.5, 0.99].map(|u| group.code_stochastic(0.5, 3, u)), [1, 1, 2, 2]);
         assert_eq!([-9.0, 9.0].map(|x| group.code(x, 3)), [0, 3], "outside is clamped");
+        // As the operations say, at every quarter step.
+        for levels in Bits::ALL.map(Bits::levels) {
+            for quarter in -8..4 * levels as i32 + 8 {
+                let t = quarter as f32 * 0.25;
+                let expected = t.round_ties_even().clamp(0.0, levels as f32) as u8;
+                assert_eq!(Group { scale: 1.0, min: 0.0 }.code(t, levels), expected, "{t} of {levels}");
+            }
+        }
         assert_eq!(group.value(3), 2.0);
     }
 

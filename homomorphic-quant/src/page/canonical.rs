@@ -102,13 +102,12 @@ pub(super) fn write(head: &HeadGeometry, block: &HeadBlock, segment: &mut [u8]) 
     block.check(head)?;
     pack_codes(&block.k_codes, head.bits.k, &mut segment[fields.k_codes]);
     pack_codes(&block.v_codes, head.bits.v, &mut segment[fields.v_codes]);
-    let mut halves = |range: Range<usize>, values: &mut dyn Iterator<Item = f32>| {
-        pack_halves(values, head.dtype, &mut segment[range]);
-    };
-    halves(fields.k_scale, &mut block.k_groups.iter().map(|group| group.scale));
-    halves(fields.k_min, &mut block.k_groups.iter().map(|group| group.min));
-    halves(fields.v_scale, &mut block.v_groups.iter().map(|group| group.scale));
-    halves(fields.v_min, &mut block.v_groups.iter().map(|group| group.min));
+    for (groups, scale, min) in
+        [(&block.k_groups, fields.k_scale, fields.k_min), (&block.v_groups, fields.v_scale, fields.v_min)]
+    {
+        pack_halves(groups.iter().map(|group| group.scale), head.dtype, &mut segment[scale]);
+        pack_halves(groups.iter().map(|group| group.min), head.dtype, &mut segment[min]);
+    }
     pack_sums(&block.k_sums, head.k_sum_type(), &mut segment[fields.k_sums]);
     pack_sums(&block.v_sums, head.v_sum_type(), &mut segment[fields.v_sums]);
     Ok(())
@@ -142,16 +141,42 @@ fn pack_into<const PER_BYTE: usize>(codes: &[u8], width: usize, bytes: &mut [u8]
 
 /// Codes of packed bytes, one per byte.
 pub fn unpack_codes(bytes: &[u8], bits: Bits) -> Vec<u8> {
+    // A table turns a byte into all its codes at once: attention on the CPU unpacks every block that it reads.
+    const TWO: [[u8; 4]; 256] = unpack_table(2);
+    const FOUR: [[u8; 2]; 256] = unpack_table(4);
+    let mut codes = vec![0; bytes.len() * bits.codes_per_byte()];
     match bits {
-        Bits::Two => bytes.iter().flat_map(|b| [b & 3, b >> 2 & 3, b >> 4 & 3, b >> 6]).collect(),
-        Bits::Four => bytes.iter().flat_map(|b| [b & 15, b >> 4]).collect(),
-        Bits::Eight => bytes.to_vec(),
+        Bits::Two => {
+            let chunks = codes.as_chunks_mut::<4>().0;
+            chunks.iter_mut().zip(bytes).for_each(|(codes, &byte)| *codes = TWO[byte as usize]);
+        }
+        Bits::Four => {
+            let chunks = codes.as_chunks_mut::<2>().0;
+            chunks.iter_mut().zip(bytes).for_each(|(codes, &byte)| *codes = FOUR[byte as usize]);
+        }
+        Bits::Eight => codes.copy_from_slice(bytes),
     }
+    codes
 }
 
-fn pack_halves(values: &mut dyn Iterator<Item = f32>, dtype: DType, bytes: &mut [u8]) {
+/// The codes of every byte.
+const fn unpack_table<const PER_BYTE: usize>(width: usize) -> [[u8; PER_BYTE]; 256] {
+    let mut table = [[0; PER_BYTE]; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        let mut i = 0;
+        while i < PER_BYTE {
+            table[byte][i] = (byte >> (width * i)) as u8 & ((1 << width) - 1);
+            i += 1;
+        }
+        byte += 1;
+    }
+    table
+}
+
+/// Rounds values to a 16-bit type, little-endian. Exact for scales, minima and whatever was rounded before.
+pub(crate) fn pack_halves(values: impl Iterator<Item = f32>, dtype: DType, bytes: &mut [u8]) {
     for (value, bytes) in values.zip(bytes.as_chunks_mut::<2>().0) {
-        // Exact: the values were rounded to this type when the group was fitted.
         *bytes = match dtype {
             DType::F16 => f16::from_f32(value).to_le_bytes(),
             _ => bf16::from_f32(value).to_le_bytes(),
@@ -159,7 +184,8 @@ fn pack_halves(values: &mut dyn Iterator<Item = f32>, dtype: DType, bytes: &mut 
     }
 }
 
-fn unpack_halves(bytes: &[u8], dtype: DType) -> impl Iterator<Item = f32> + '_ {
+/// The f32 values of a 16-bit type, little-endian.
+pub(crate) fn unpack_halves(bytes: &[u8], dtype: DType) -> impl Iterator<Item = f32> + '_ {
     bytes.as_chunks::<2>().0.iter().map(move |&bytes| match dtype {
         DType::F16 => f16::from_le_bytes(bytes).to_f32(),
         _ => bf16::from_le_bytes(bytes).to_f32(),
