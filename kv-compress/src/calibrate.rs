@@ -5,8 +5,6 @@
 //! `[v_dim, hidden]` of W_O that the group's outputs meet. They are sums over tokens, so calibration streams, and shards,
 //! threads and processes merge by addition. Sums are f64.
 
-use std::collections::HashMap;
-
 use attention::HeadShape;
 use nalgebra::DMatrix;
 use rayon::prelude::*;
@@ -15,12 +13,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::Error;
 use crate::error::{check_finite, check_len};
+use crate::format::Format;
 use crate::linalg::{Matrix, add_gram, from_rows, to_rows};
 
-/// What a calibration file calls itself.
-const FORMAT: &str = "kv-compress calibration";
-/// Version of the calibration file that this crate writes and reads.
-pub const CALIBRATION_VERSION: u32 = 1;
+/// The calibration file that this crate writes and reads.
+const FORMAT: Format = Format { what: "calibration", version: 1 };
 
 /// Gram matrices of one KV head.
 #[derive(Debug, Clone, PartialEq)]
@@ -250,11 +247,7 @@ impl Calibration {
             .map(|(name, dim, bytes)| Ok((name, TensorView::new(Dtype::F64, vec![*dim, *dim], bytes)?)))
             .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()
             .map_err(|error| fail(&error))?;
-        let metadata = HashMap::from([
-            ("format".to_string(), FORMAT.to_string()),
-            ("version".to_string(), CALIBRATION_VERSION.to_string()),
-            ("layers".to_string(), serde_json::to_string(&headers).map_err(|error| fail(&error))?),
-        ]);
+        let metadata = FORMAT.metadata(&headers)?;
         safetensors::serialize(views, Some(metadata)).map_err(|error| fail(&error))
     }
 
@@ -264,10 +257,7 @@ impl Calibration {
     /// [`Error::Malformed`] for anything else, another version included; [`Error::NotFinite`] for NaN and infinities.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
         let fail = |reason: String| Error::Malformed { what: "calibration", reason };
-        let metadata = metadata(bytes, "calibration", FORMAT, CALIBRATION_VERSION)?;
-        let headers: Vec<LayerHeader> =
-            serde_json::from_str(metadata.get("layers").map_or("", String::as_str))
-                .map_err(|error| fail(format!("metadata `layers`: {error}")))?;
+        let headers: Vec<LayerHeader> = FORMAT.read(bytes)?;
         let file = SafeTensors::deserialize(bytes).map_err(|error| fail(error.to_string()))?;
         let mut layers = Vec::new();
         for (l, header) in headers.iter().enumerate() {
@@ -302,25 +292,4 @@ impl Calibration {
         }
         Ok(Calibration { layers })
     }
-}
-
-/// The metadata of a file of ours, whose format and version must be these.
-pub(crate) fn metadata(
-    bytes: &[u8],
-    what: &'static str,
-    format: &str,
-    version: u32,
-) -> Result<HashMap<String, String>, Error> {
-    let (_, header) = SafeTensors::read_metadata(bytes)
-        .map_err(|error| Error::malformed(what, format_args!("truncated or damaged: {error}")))?;
-    let metadata = header.metadata().clone().unwrap_or_default();
-    let found = metadata.get("format").map_or("none", String::as_str);
-    if found != format {
-        return Err(Error::malformed(what, format_args!("expected the format {format:?}, found {found:?}")));
-    }
-    let found = metadata.get("version").map_or("none", String::as_str);
-    if found != version.to_string() {
-        return Err(Error::malformed(what, format_args!("expected version {version}, found {found}")));
-    }
-    Ok(metadata)
 }

@@ -14,11 +14,17 @@
 pub mod cache;
 pub mod calibrate;
 mod error;
+mod format;
 mod linalg;
+mod maps;
+pub mod merge;
+mod plan;
 pub mod projection;
 pub mod rank_plan;
 mod ranks;
 pub mod reference;
 
 pub use error::Error;
+pub use maps::{HeadMaps, LayerProjection};
+pub use plan::CompressionPlan;
 pub use ranks::{HeadRanks, LayerRanks, RANK_STEP};

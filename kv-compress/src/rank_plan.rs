@@ -7,7 +7,7 @@
 //! deterministic and nested: more bytes, or a tighter accuracy target, never take a dimension away.
 
 use attention::HeadShape;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::calibrate::Calibration;
 use crate::projection::HeadBasis;
@@ -17,7 +17,7 @@ use crate::{Error, HeadRanks, LayerRanks, RANK_STEP};
 const ELEMENT_BYTES: usize = 2;
 
 /// Keys or values of a head.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Side {
     /// Keys, rank r_k.
@@ -242,7 +242,7 @@ fn finite(measured: Result<f64, Box<dyn std::error::Error + Send + Sync>>) -> Re
 }
 
 /// How a plan came about.
-#[derive(Debug, Clone, PartialEq, Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Rule {
     /// Ranks of the caller's choice.
@@ -260,7 +260,7 @@ pub enum Rule {
 }
 
 /// Why one side of one head has its rank.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Reason {
     /// The layer.
     pub layer: usize,

@@ -150,7 +150,7 @@ fn ranks_are_nested() {
                 let all = map(d, &map_of(&basis, d).unwrap());
                 for rank in 1..=d {
                     let few = map(d, &map_of(&basis, rank).unwrap());
-                    assert_eq!(few, all.columns(0, rank), "{projection}, {name}, rank {rank}");
+                    assert!(few == all.columns(0, rank), "{projection}, {name}, rank {rank}");
                 }
             }
         }
@@ -289,7 +289,7 @@ fn refused_input_names_its_fault() {
     for (case, q, k, v, named) in cases {
         let error = calibration.add(&q, &k, &v).expect_err(case).to_string();
         assert!(error.contains(named), "{case}: {error}");
-        assert_eq!(calibration, LayerCalibration::new(shape), "{case}: nothing was added");
+        assert!(calibration == LayerCalibration::new(shape), "{case}: nothing was added");
     }
     let empty = project(3, &calibration, Projection::Optimal).unwrap_err();
     assert!(matches!(empty, Error::EmptyCalibration { layer: 3, what: "tokens" }), "{empty}");
