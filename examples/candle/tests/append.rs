@@ -174,6 +174,10 @@ fn refusals_name_the_argument_and_write_nothing() -> Result<()> {
     ] {
         assert_error(name, append.append(kv, k_new, v_new, slots), parts);
     }
+    let one_head = random(&[2, PAGES, PAGE_SIZE, 1, DIM], DType::F16, 6)?;
+    let gaps = random(&[2, 1, DIM + 4], DType::F16, 7)?.narrow(2, 0, DIM)?;
+    let result = PagedAppend::prepare(&one_head)?.append(&one_head, &gaps, &gaps, &two);
+    assert_error("odd stride", result, &["`k_new`", "at least 64, a multiple of 8", "strides [68, 68, 1]"]);
     assert_eq!(flat(&kv)?, flat(&cache(DType::F16)?)?);
     append.check()
 }

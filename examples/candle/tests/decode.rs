@@ -149,8 +149,9 @@ fn queries_and_tables_may_be_views_at_an_offset() -> Result<()> {
     let mut decode = PagedDecode::prepare(case.spec(), case.step(), &k, &v)?;
     let whole = decode.step(&kv_len, &block_table)?.attend(&q, &k, &v)?;
 
-    let behind =
-        |tensor: &Tensor| Tensor::cat(&[tensor, tensor], 0)?.narrow(0, tensor.dim(0)?, tensor.dim(0)?);
+    let behind = |tensor: &Tensor| {
+        Tensor::cat(&[&tensor.zeros_like()?, tensor], 0)?.narrow(0, tensor.dim(0)?, tensor.dim(0)?)
+    };
     let (q, kv_len, block_table) = (behind(&q)?, behind(&kv_len)?, behind(&block_table)?);
     assert!(q.layout().start_offset() > 0 && kv_len.layout().start_offset() > 0);
     let view = decode.step(&kv_len, &block_table)?.attend(&q, &k, &v)?;
