@@ -1,0 +1,161 @@
+//! What the cost model knows of a device.
+//!
+//! The built-in profiles hold rates that others have published for such devices. They rank paths and draw curves; whoever
+//! wants times should measure the ceilings of the machine at hand and put them in ([`DeviceProfile::custom`]).
+
+use crate::Error;
+
+/// Rates of a device, or of a slice of one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DeviceProfile {
+    /// Its name.
+    pub name: String,
+    /// SMs.
+    pub sm_count: usize,
+    /// Host link to the device, in bytes per second.
+    pub link_bytes_per_s: f64,
+    /// HBM reads, in bytes per second.
+    pub hbm_bytes_per_s: f64,
+    /// Dense products in bf16 or f16, in additions and multiplications per second.
+    pub flops_per_s: f64,
+    /// L2 cache, in bytes.
+    pub l2_bytes: f64,
+    /// Time from asking host memory to its first byte, in seconds.
+    pub link_latency_s: f64,
+    /// Start of a kernel, in seconds.
+    pub launch_s: f64,
+    /// Largest thread-block cluster: 1 before sm_90.
+    pub max_cluster: usize,
+}
+
+/// A slice of a device that is split into instances (MIG): SMs, L2 and HBM are divided, the host link is shared whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum MigSlice {
+    OneG,
+    TwoG,
+    ThreeG,
+}
+
+impl MigSlice {
+    const fn parts(self) -> (&'static str, usize, f64) {
+        match self {
+            MigSlice::OneG => ("1g", 16, 1.0 / 8.0),
+            MigSlice::TwoG => ("2g", 32, 2.0 / 8.0),
+            MigSlice::ThreeG => ("3g", 60, 4.0 / 8.0),
+        }
+    }
+}
+
+impl DeviceProfile {
+    /// H200 SXM behind PCIe 5.0 x16: link 50 GB/s, HBM 4.2 TB/s, 700 TFLOP/s of bf16.
+    pub fn h200() -> Self {
+        DeviceProfile {
+            name: "H200 (PCIe)".into(),
+            sm_count: 132,
+            link_bytes_per_s: 50e9,
+            hbm_bytes_per_s: 4.2e12,
+            flops_per_s: 700e12,
+            l2_bytes: 50e6,
+            link_latency_s: 1.4e-6,
+            launch_s: 5e-6,
+            max_cluster: 8,
+        }
+    }
+
+    /// GH200 with 96 GB of HBM3, over NVLink-C2C: link 375 GB/s, HBM 3.4 TB/s, 700 TFLOP/s of bf16.
+    pub fn gh200() -> Self {
+        DeviceProfile {
+            name: "GH200".into(),
+            link_bytes_per_s: 375e9,
+            hbm_bytes_per_s: 3.4e12,
+            link_latency_s: 0.7e-6,
+            ..DeviceProfile::h200()
+        }
+    }
+
+    /// A slice of this device that has the whole host link to itself.
+    pub fn slice(&self, slice: MigSlice) -> Self {
+        let (name, sm_count, memory) = slice.parts();
+        DeviceProfile {
+            name: format!("{} {name}", self.name),
+            sm_count,
+            hbm_bytes_per_s: self.hbm_bytes_per_s * memory,
+            flops_per_s: self.flops_per_s * sm_count as f64 / self.sm_count as f64,
+            l2_bytes: self.l2_bytes * memory,
+            ..self.clone()
+        }
+    }
+
+    /// The built-in profiles: H200 over PCIe, GH200 and its slices.
+    pub fn all() -> Vec<Self> {
+        let gh200 = DeviceProfile::gh200();
+        let slices = [MigSlice::ThreeG, MigSlice::TwoG, MigSlice::OneG].map(|slice| gh200.slice(slice));
+        [DeviceProfile::h200(), gh200].into_iter().chain(slices).collect()
+    }
+
+    /// Rates from measured ceilings; what is not given is as in [`h200`](Self::h200).
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a rate that is not a positive number, or no SMs.
+    pub fn custom(
+        name: impl Into<String>,
+        sm_count: usize,
+        link_bytes_per_s: f64,
+        hbm_bytes_per_s: f64,
+        flops_per_s: f64,
+    ) -> Result<Self, Error> {
+        let base = DeviceProfile::h200();
+        let profile = DeviceProfile {
+            name: name.into(),
+            sm_count,
+            link_bytes_per_s,
+            hbm_bytes_per_s,
+            flops_per_s,
+            ..base
+        };
+        profile.check()?;
+        Ok(profile)
+    }
+
+    /// The same device with another rate of the host link, such as a share of it.
+    pub fn with_link(&self, link_bytes_per_s: f64) -> Self {
+        DeviceProfile { link_bytes_per_s, ..self.clone() }
+    }
+
+    /// Checks that every rate is a positive number.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] names the one that is not.
+    pub fn check(&self) -> Result<(), Error> {
+        for (argument, rate) in [
+            ("link_bytes_per_s", self.link_bytes_per_s),
+            ("hbm_bytes_per_s", self.hbm_bytes_per_s),
+            ("flops_per_s", self.flops_per_s),
+        ] {
+            if !(rate.is_finite() && rate > 0.0) {
+                return Err(Error::argument(argument, "a finite number above 0", rate));
+            }
+        }
+        for (argument, time) in [
+            ("link_latency_s", self.link_latency_s),
+            ("launch_s", self.launch_s),
+            ("l2_bytes", self.l2_bytes),
+        ] {
+            if !(time.is_finite() && time >= 0.0) {
+                return Err(Error::argument(argument, "a finite number of at least 0", time));
+            }
+        }
+        match (self.sm_count, self.max_cluster) {
+            (0, _) => Err(Error::argument("sm_count", "at least 1", 0)),
+            (_, 0) => Err(Error::argument("max_cluster", "at least 1", 0)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Bytes to keep in flight so that the link never idles: twice its rate times its latency (Little's law, with room for
+    /// tiles that wait for a slot).
+    pub fn link_bytes_in_flight(&self) -> f64 {
+        2.0 * self.link_bytes_per_s * self.link_latency_s
+    }
+}

@@ -1,0 +1,306 @@
+//! The plan of a product: which path, in which launches, with how much workspace, and why not another.
+
+use std::fmt::Write;
+
+use crate::cost_model::{CostModel, Operands, Prediction};
+use crate::path::{Launch, Path, PathShape};
+use crate::traffic::Bytes;
+use crate::weights::Placement;
+use crate::{DType, DeviceProfile, EpilogueSpec, Error};
+
+/// Tokens of a panel up to which a product is a decoding step: one panel, weights on the wide side of the tensor cores.
+pub const SMALL_PANEL: usize = 64;
+/// Tokens of a panel of larger products.
+pub const LARGE_PANEL: usize = 256;
+/// Bytes of a staged slab, about: long against the start of a kernel even on C2C.
+const SLAB_BYTES: u64 = 16 << 20;
+/// HBM for the ring of slabs.
+const RING_BYTES: u64 = 64 << 20;
+
+/// Who may change a result in its last bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Summation {
+    /// Nobody: an output depends on its row of X and its row of W alone, not on where the weights lie, the path, alpha, the
+    /// number of tokens or of threads. Weight-stationary sums continue from the workspace instead of being added to it.
+    #[default]
+    Bitwise,
+    /// Sums may be grouped as is fastest.
+    Fast,
+}
+
+/// How alpha, the output-stationary share of the link's blocks, is set.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum Alpha {
+    /// By the cost model.
+    #[default]
+    Auto,
+    /// 0 to 1.
+    Fixed(f64),
+}
+
+/// Which path is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum PathChoice {
+    /// The one that the cost model finds fastest.
+    #[default]
+    Fastest,
+    /// Blocks that read host memory in place, with the plan's alpha.
+    Direct,
+    /// This one.
+    Only(Path),
+}
+
+/// What a plan is made for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GemmConfig {
+    /// Most tokens of a call.
+    pub max_tokens: usize,
+    /// Type of X.
+    pub x: DType,
+    /// What follows the sums, and the type of O.
+    pub epilogue: EpilogueSpec,
+    /// Who may change the last bits.
+    pub summation: Summation,
+    /// Share of the output-stationary dataflow.
+    pub alpha: Alpha,
+    /// Which path.
+    pub path: PathChoice,
+    /// The device, or what is assumed of it.
+    pub device: DeviceProfile,
+    /// SMs that launches may use; all, where it is not given.
+    pub sm_budget: Option<usize>,
+}
+
+impl GemmConfig {
+    /// The bare product on a device: X and O of one type, everything else by the cost model.
+    pub fn new(max_tokens: usize, dtype: DType, device: DeviceProfile) -> Self {
+        GemmConfig {
+            max_tokens,
+            x: dtype,
+            epilogue: EpilogueSpec::plain(dtype),
+            summation: Summation::default(),
+            alpha: Alpha::default(),
+            path: PathChoice::default(),
+            device,
+            sm_budget: None,
+        }
+    }
+}
+
+/// A plan: everything that follows from shape and configuration, without weights or a device.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GemmPlan {
+    placement: Placement,
+    config: GemmConfig,
+    panel: usize,
+    sm_budget: usize,
+}
+
+/// A path that was looked at for a number of tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Candidate {
+    /// The path.
+    pub path: Path,
+    /// What it would move and take, or why it cannot be taken.
+    pub outcome: Result<Prediction, String>,
+}
+
+impl GemmPlan {
+    /// Plans products with weights placed like `placement`. Needs no device.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] names what does not fit; [`Error::NoPath`] when the budget of SMs is too small for every path.
+    pub fn new(placement: Placement, config: GemmConfig) -> Result<Self, Error> {
+        config.device.check()?;
+        config.epilogue.check(placement.tiling().n())?;
+        if let Alpha::Fixed(alpha) = config.alpha
+            && !(0.0..=1.0).contains(&alpha)
+        {
+            return Err(Error::argument("alpha", "0 to 1", alpha));
+        }
+        let sm_budget = config.sm_budget.unwrap_or(config.device.sm_count);
+        if sm_budget == 0 || sm_budget > config.device.sm_count {
+            let expected = format!("1 to {}, the SMs of {}", config.device.sm_count, config.device.name);
+            return Err(Error::argument("sm_budget", expected, sm_budget));
+        }
+        if config.max_tokens == 0 || u32::try_from(config.max_tokens).is_err() {
+            return Err(Error::argument("max_tokens", format!("1 to {}", u32::MAX), config.max_tokens));
+        }
+        let panel = if config.max_tokens <= SMALL_PANEL { SMALL_PANEL } else { LARGE_PANEL };
+        let plan = GemmPlan { placement, config, panel, sm_budget };
+        // A plan that could not serve its largest call is no plan.
+        plan.choose(plan.config.max_tokens)?;
+        Ok(plan)
+    }
+
+    /// Where the weights lie.
+    pub fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    /// What the plan was made for.
+    pub fn config(&self) -> &GemmConfig {
+        &self.config
+    }
+
+    /// Tokens of a panel.
+    pub fn panel(&self) -> usize {
+        self.panel
+    }
+
+    /// Sets alpha for the calls that follow, as a controller does: blocks change their dataflow, nothing is planned anew.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for an alpha outside 0..=1.
+    pub fn set_alpha(&mut self, alpha: Alpha) -> Result<(), Error> {
+        *self = GemmPlan::new(self.placement, GemmConfig { alpha, ..self.config.clone() })?;
+        Ok(())
+    }
+
+    /// The path of a call and what it is expected to move and take.
+    ///
+    /// # Errors
+    /// [`Error::NoPath`] with the reason of each path.
+    pub fn choose(&self, tokens: usize) -> Result<(Path, Prediction), Error> {
+        let candidates = self.candidates(tokens);
+        let possible = candidates.iter().filter_map(|candidate| {
+            candidate.outcome.as_ref().ok().map(|prediction| (candidate.path, *prediction))
+        });
+        // The first of equals: the list starts with the simplest.
+        possible.min_by(|a, b| a.1.time_s.total_cmp(&b.1.time_s)).ok_or_else(|| {
+            let reason = |candidate: &Candidate| match &candidate.outcome {
+                Err(reason) => format!("{}: {reason}", candidate.path),
+                Ok(_) => String::new(),
+            };
+            Error::NoPath(candidates.iter().map(reason).collect::<Vec<_>>().join("; "))
+        })
+    }
+
+    /// The launches of a call.
+    ///
+    /// # Errors
+    /// As [`choose`](Self::choose).
+    pub fn launches(&self, tokens: usize) -> Result<Vec<Launch>, Error> {
+        let (path, _) = self.choose(tokens)?;
+        self.shape().launches(path, tokens).map_err(Error::NoPath)
+    }
+
+    /// What a call is expected to move and take.
+    ///
+    /// # Errors
+    /// As [`choose`](Self::choose).
+    pub fn predict(&self, tokens: usize) -> Result<Prediction, Error> {
+        self.choose(tokens).map(|(_, prediction)| prediction)
+    }
+
+    /// Partial sums that a call needs, in f32: `[host columns, tokens, 64]`, whatever alpha becomes; 0 where no path keeps any.
+    pub fn workspace_len(&self, tokens: usize) -> usize {
+        if tokens <= self.panel {
+            return 0;
+        }
+        self.placement.host_columns() * tokens * crate::pack::TILE_ROWS
+    }
+
+    /// Every path for a number of tokens, the simplest first.
+    pub fn candidates(&self, tokens: usize) -> Vec<Candidate> {
+        let paths = match self.config.path {
+            PathChoice::Only(path) => vec![path],
+            PathChoice::Direct => self.direct(tokens),
+            PathChoice::Fastest => {
+                let mut paths = self.direct(tokens);
+                paths.extend([2, 4, 8].map(|cluster| Path::Multicast { cluster }));
+                paths.push(Path::Staged { slab_columns: self.slab_columns() });
+                paths
+            }
+        };
+        let shape = self.shape();
+        let model = self.model();
+        let outcome = |path| shape.launches(path, tokens).map(|launches| model.predict(&launches));
+        paths.into_iter().map(|path| Candidate { path, outcome: outcome(path) }).collect()
+    }
+
+    /// The direct paths. A fixed alpha is for calls of several panels; with one, all dataflows are output-stationary.
+    fn direct(&self, tokens: usize) -> Vec<Path> {
+        let output_stationary = Path::Direct { alpha: 1.0 };
+        if tokens <= self.panel || self.placement.host_columns() == 0 {
+            return vec![output_stationary];
+        }
+        match self.config.alpha {
+            Alpha::Fixed(alpha) => vec![Path::Direct { alpha }],
+            Alpha::Auto => {
+                let balanced = self.model().balanced_alpha(tokens, self.panel);
+                let mut paths = vec![output_stationary, Path::Direct { alpha: 0.0 }];
+                if balanced > 0.0 && balanced < 1.0 {
+                    paths.push(Path::Direct { alpha: balanced });
+                }
+                paths
+            }
+        }
+    }
+
+    fn slab_columns(&self) -> usize {
+        let column = self.placement.column_bytes(0..1).max(1);
+        ((SLAB_BYTES / column) as usize).clamp(1, self.placement.host_columns().max(1))
+    }
+
+    /// The cost model of this plan.
+    pub fn model(&self) -> CostModel<'_> {
+        CostModel { placement: &self.placement, operands: self.operands(), device: &self.config.device }
+    }
+
+    /// Types and epilogue.
+    pub fn operands(&self) -> Operands {
+        Operands { x: self.config.x, epilogue: self.config.epilogue }
+    }
+
+    /// The launches of a path, or why it cannot be taken.
+    pub fn launches_of(&self, path: Path, tokens: usize) -> Result<Vec<Launch>, String> {
+        self.shape().launches(path, tokens)
+    }
+
+    fn shape(&self) -> PathShape<'_> {
+        PathShape {
+            placement: &self.placement,
+            operands: self.operands(),
+            device: &self.config.device,
+            panel: self.panel,
+            sm_budget: self.sm_budget,
+            ring_bytes: RING_BYTES,
+        }
+    }
+
+    /// Which path a call of `tokens` takes, and what became of the others.
+    pub fn explain(&self, tokens: usize) -> String {
+        let tiling = self.placement.tiling();
+        let mut text = format!(
+            "{tokens} tokens × [{}, {}] of {} on {}: {} in host memory, {} in HBM\n",
+            tiling.n(),
+            tiling.k(),
+            tiling.format(),
+            self.config.device.name,
+            Bytes(self.placement.host_bytes()),
+            Bytes(self.placement.hbm_bytes()),
+        );
+        let chosen = self.choose(tokens).map(|(path, _)| path);
+        for Candidate { path, outcome } in self.candidates(tokens) {
+            let _ = match outcome {
+                Ok(prediction) => {
+                    let mark =
+                        if chosen.as_ref().is_ok_and(|chosen| *chosen == path) { "taken" } else { "slower" };
+                    writeln!(
+                        text,
+                        "  {mark:<8} {path}: {:.1} µs, bound by {} (link {:.1}, HBM {:.1}, math {:.1} µs), {}",
+                        1e6 * prediction.time_s,
+                        prediction.bound,
+                        1e6 * prediction.link_s,
+                        1e6 * prediction.hbm_s,
+                        1e6 * prediction.math_s,
+                        prediction.traffic,
+                    )
+                }
+                Err(reason) => writeln!(text, "  {:<8} {path}: {reason}", "dropped"),
+            };
+        }
+        text
+    }
+}

@@ -1,0 +1,72 @@
+//! The oracle: the product in f64, in plain loops, from the weights as they are decoded.
+
+use crate::epilogue::{Activation, SWIGLU_GROUP};
+use crate::pack::TILE_ROWS;
+use crate::weights::Weights;
+use crate::{Element, EpilogueSpec, Error, MatrixView};
+
+/// O = epilogue(X·Wᵀ) in f64, `[tokens, out_columns]` row-major.
+///
+/// # Errors
+/// [`Error::Argument`] for operands of other shapes than the weights'.
+pub fn gemm<X: Element, O: Element>(
+    x: MatrixView<'_, X>,
+    weights: &Weights,
+    epilogue: &EpilogueSpec,
+    bias: Option<&[f32]>,
+    residual: Option<MatrixView<'_, O>>,
+) -> Result<Vec<f64>, Error> {
+    let tiling = weights.placement().tiling();
+    let ([tokens, inputs], n, k) = (x.shape(), tiling.n(), tiling.k());
+    if inputs != k {
+        return Err(Error::argument("x", format!("{k} columns"), inputs));
+    }
+    // W `[n, k]`, scaled.
+    let mut w = vec![0.0f64; n * k];
+    for column in 0..tiling.column_tiles() {
+        for k_tile in 0..tiling.k_tiles() {
+            let mut tile = vec![0.0; TILE_ROWS * tiling.inputs(k_tile)];
+            weights.decode_tile(column, k_tile, &mut tile);
+            for (row, values) in tile.chunks(tiling.inputs(k_tile)).take(tiling.rows(column)).enumerate() {
+                let row = column * TILE_ROWS + row;
+                let scale = weights.channel_scales().get(row).map_or(1.0, |scale| f64::from(*scale));
+                let at = row * k + k_tile * tiling.tile_k();
+                for (out, value) in w[at..].iter_mut().zip(values) {
+                    *out = f64::from(*value) * scale;
+                }
+            }
+        }
+    }
+    let columns = epilogue.out_columns(n);
+    let mut out = Vec::with_capacity(tokens * columns);
+    for token in 0..tokens {
+        let x = x.row(token);
+        let sum = |row: usize| {
+            let products = x.iter().zip(&w[row * k..(row + 1) * k]).map(|(x, w)| f64::from(x.to_f32()) * w);
+            products.sum::<f64>() + bias.map_or(0.0, |bias| f64::from(bias[row]))
+        };
+        for column in 0..columns {
+            let value = match epilogue.activation {
+                Activation::Identity => sum(column),
+                Activation::Silu => silu(sum(column)),
+                Activation::GeluTanh => {
+                    let x = sum(column);
+                    0.5 * x
+                        * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
+                }
+                Activation::SwiGlu => {
+                    let gate = column / SWIGLU_GROUP * 2 * SWIGLU_GROUP + column % SWIGLU_GROUP;
+                    silu(sum(gate)) * sum(gate + SWIGLU_GROUP)
+                }
+            };
+            out.push(
+                value + residual.map_or(0.0, |residual| f64::from(residual.row(token)[column].to_f32())),
+            );
+        }
+    }
+    Ok(out)
+}
+
+fn silu(x: f64) -> f64 {
+    x / (1.0 + (-x).exp())
+}

@@ -1,0 +1,295 @@
+//! Weights and where they live: host memory, HBM, or split by output features between the two.
+//!
+//! The first column tiles lie in host memory, the rest in HBM (notation of the cost model: a fraction f of the output
+//! features in HBM). Splitting output features needs no reduction between the parts, and every output is computed whole by
+//! one side. On the CPU, "HBM" is ordinary memory that is kept and counted apart.
+
+mod file;
+#[cfg(feature = "cuda")]
+pub mod gpu;
+mod placement;
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+pub use file::{FileTensor, MappedFile};
+pub use placement::Placement;
+
+use crate::element::widen_bytes;
+use crate::pack::{RowMajor, TILE_ROWS, Tiling, pack_column, unpack_tile};
+use crate::{DType, Error, Format};
+
+/// Bytes at which kernels read host memory in place: a 16-byte vector, which is also what tensor maps ask for.
+pub const IN_PLACE_ALIGNMENT: usize = 16;
+
+/// Share of a weight matrix that lies in HBM.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Residency {
+    /// All of it in host memory.
+    Host,
+    /// All of it in HBM.
+    Hbm,
+    /// This fraction of the output features in HBM, 0 to 1, rounded to whole column tiles.
+    HbmFraction(f64),
+}
+
+impl Residency {
+    /// How many of `column_tiles` lie in host memory.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a fraction outside 0..=1.
+    pub fn host_columns(self, column_tiles: usize) -> Result<usize, Error> {
+        let fraction = match self {
+            Residency::Host => 0.0,
+            Residency::Hbm => 1.0,
+            Residency::HbmFraction(fraction) => fraction,
+        };
+        if !(0.0..=1.0).contains(&fraction) {
+            return Err(Error::argument("hbm_fraction", "0 to 1", fraction));
+        }
+        Ok(column_tiles - (fraction * column_tiles as f64).round() as usize)
+    }
+}
+
+/// Bytes in host memory that stay where they are, shared by whoever reads them.
+#[derive(Clone)]
+pub struct HostMemory {
+    bytes: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    /// Where a device sees the first byte: its ordinal and the address there.
+    device: Option<(usize, u64)>,
+}
+
+impl HostMemory {
+    /// Takes ownership. `owner` must give the same bytes at the same address each time.
+    pub fn new(owner: impl AsRef<[u8]> + Send + Sync + 'static) -> Self {
+        HostMemory { bytes: Arc::new(owner), device: None }
+    }
+
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        (*self.bytes).as_ref()
+    }
+
+    /// Where device `ordinal` sees the first byte.
+    ///
+    /// # Errors
+    /// [`Error::NotMapped`] when it does not.
+    pub fn device_address(&self, ordinal: usize) -> Result<u64, Error> {
+        match self.device {
+            Some((known, address)) if known == ordinal => Ok(address),
+            _ => Err(Error::NotMapped {
+                what: format!("a weight of {} bytes", self.bytes().len()),
+                fix: "pin it first, with `weights::gpu::pin` or `weights::gpu::pin_file` (feature `cuda`)",
+            }),
+        }
+    }
+}
+
+impl AsRef<[u8]> for HostMemory {
+    fn as_ref(&self) -> &[u8] {
+        self.bytes()
+    }
+}
+
+impl fmt::Debug for HostMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HostMemory")
+            .field("bytes", &self.bytes().len())
+            .field("device", &self.device)
+            .finish()
+    }
+}
+
+/// How a part of the weights is laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// Tile by tile, see [`pack`](crate::pack).
+    Packed,
+    /// `[n, k]` row by row, as checkpoints have it.
+    RowMajor(DType),
+}
+
+/// The columns on one side.
+#[derive(Debug, Clone)]
+struct Part {
+    memory: HostMemory,
+    /// Where the part's first byte lies in `memory`.
+    start: usize,
+}
+
+/// A weight matrix W `[n, k]` (`[out_features, in_features]`), in one or two places. Cloning shares the memory.
+#[derive(Debug, Clone)]
+pub struct Weights {
+    placement: Placement,
+    host: Part,
+    hbm: Part,
+    /// Scale of each output feature `[n]`, in formats that have one.
+    channel_scales: Arc<[f32]>,
+}
+
+impl Weights {
+    /// Packs a matrix, quantising where the format says so.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for an empty matrix, values that the format cannot hold, or a fraction outside 0..=1.
+    pub fn pack(matrix: RowMajor<'_>, format: Format, residency: Residency) -> Result<Self, Error> {
+        let [n, k] = matrix.shape();
+        Weights::pack_tiled(matrix, Tiling::new(n, k, format)?, residency)
+    }
+
+    /// Packs a matrix in tiles of the caller's choice.
+    ///
+    /// # Errors
+    /// As [`pack`](Self::pack), and [`Error::Argument`] when the tiling is for another shape.
+    pub fn pack_tiled(matrix: RowMajor<'_>, tiling: Tiling, residency: Residency) -> Result<Self, Error> {
+        if matrix.shape() != [tiling.n(), tiling.k()] {
+            let expected = format!("[{}, {}], the shape of the tiling", tiling.n(), tiling.k());
+            return Err(Error::argument("weights", expected, format!("{:?}", matrix.shape())));
+        }
+        let placement = Placement::packed(tiling, residency)?;
+        let (columns, host_columns) = (tiling.column_tiles(), placement.host_columns());
+        let mut scales = match tiling.format().has_channel_scale() {
+            true => vec![0.0; columns * TILE_ROWS],
+            false => Vec::new(),
+        };
+        let host = pack_part(&tiling, &matrix, 0..host_columns, &mut scales)?;
+        let hbm = pack_part(&tiling, &matrix, host_columns..columns, &mut scales)?;
+        scales.truncate(tiling.n());
+        Ok(Weights { placement, host, hbm, channel_scales: scales.into() })
+    }
+
+    /// Uses a tensor of a mapped file in place for the host part; the HBM part is a packed copy.
+    ///
+    /// # Errors
+    /// As [`pack`](Self::pack).
+    pub fn in_place(tensor: &FileTensor, residency: Residency) -> Result<Self, Error> {
+        let matrix = tensor.matrix()?;
+        let [n, k] = matrix.shape();
+        let tiling = Tiling::new(n, k, Format::Float(matrix.dtype()))?;
+        let placement =
+            Placement::packed(tiling, residency)?.with_host_layout(Layout::RowMajor(matrix.dtype()));
+        let host = Part { memory: tensor.memory().clone(), start: tensor.start() };
+        let columns = placement.host_columns()..tiling.column_tiles();
+        let hbm = pack_part(&tiling, &matrix, columns, &mut [])?;
+        Ok(Weights { placement, host, hbm, channel_scales: Arc::new([]) })
+    }
+
+    /// Tiles, and which of them lie in host memory.
+    pub fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    /// The memory of the host part, and where in it the part starts, in bytes.
+    pub fn host_memory(&self) -> (&HostMemory, usize) {
+        (&self.host.memory, self.host.start)
+    }
+
+    /// Scale of each output feature `[n]`; empty in formats that have none.
+    pub fn channel_scales(&self) -> &[f32] {
+        &self.channel_scales
+    }
+
+    /// Whether kernels can read the host part where it lies.
+    ///
+    /// # Errors
+    /// [`Error::Misaligned`] for a row-major part whose start, or whose rows, are no multiple of 16 bytes.
+    pub fn check_in_place(&self) -> Result<(), Error> {
+        let Layout::RowMajor(dtype) = self.placement.host_layout() else { return Ok(()) };
+        let address = self.host.memory.bytes().as_ptr() as usize + self.host.start;
+        let pitch = self.placement.tiling().k() * dtype.size();
+        for (what, offset) in [("the tensor", address), ("its second row", address + pitch)] {
+            if !offset.is_multiple_of(IN_PLACE_ALIGNMENT) {
+                let (what, alignment) = (what.to_string(), IN_PLACE_ALIGNMENT as u64);
+                return Err(Error::Misaligned { what, offset: offset as u64, alignment });
+            }
+        }
+        Ok(())
+    }
+
+    /// The same weights with the host part elsewhere.
+    #[cfg(feature = "cuda")]
+    fn with_host_memory(&self, memory: HostMemory, start: usize) -> Self {
+        Weights { host: Part { memory, start }, ..self.clone() }
+    }
+
+    /// The bytes of whole columns, all on one side: what a copy engine brings.
+    pub(crate) fn columns(&self, columns: Range<usize>) -> ColumnBytes<'_> {
+        let host_columns = self.placement.host_columns();
+        let (part, first) =
+            if columns.start < host_columns { (&self.host, 0) } else { (&self.hbm, host_columns) };
+        let start = part.start + self.placement.column_bytes(first..columns.start) as usize;
+        let len = self.placement.column_bytes(columns.clone()) as usize;
+        ColumnBytes { first: columns.start, bytes: &part.memory.bytes()[start..start + len] }
+    }
+
+    /// Decodes a tile to `out` `[64, inputs]`, rows past n as zeros, without the scales of output features.
+    pub(crate) fn decode_tile(&self, column: usize, k_tile: usize, out: &mut [f32]) {
+        self.columns(column..column + 1).decode_tile(&self.placement, column, k_tile, out);
+    }
+}
+
+/// Bytes of columns from `first` on, in the layout of their side.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ColumnBytes<'a> {
+    pub(crate) first: usize,
+    pub(crate) bytes: &'a [u8],
+}
+
+impl ColumnBytes<'_> {
+    /// As [`Weights::decode_tile`].
+    pub(crate) fn decode_tile(&self, placement: &Placement, column: usize, k_tile: usize, out: &mut [f32]) {
+        let tiling = placement.tiling();
+        match placement.layout(column) {
+            Layout::Packed => {
+                let at = (column - self.first) * tiling.column_bytes() + tiling.tile_offset(k_tile);
+                unpack_tile(tiling, k_tile, &self.bytes[at..][..tiling.tile_bytes(k_tile)], out);
+            }
+            Layout::RowMajor(dtype) => {
+                let (inputs, size, rows) = (tiling.inputs(k_tile), dtype.size(), tiling.rows(column));
+                for (row, out) in out.chunks_exact_mut(inputs).enumerate() {
+                    if row < rows {
+                        let row = (column - self.first) * TILE_ROWS + row;
+                        let at = row * tiling.k() + k_tile * tiling.tile_k();
+                        widen_bytes(dtype, &self.bytes[at * size..(at + inputs) * size], out);
+                    } else {
+                        out.fill(0.0);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Memory of 16-byte units, so that packed tiles are aligned for vector reads.
+struct Arena(Box<[u128]>);
+
+impl AsRef<[u8]> for Arena {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+fn pack_part(
+    tiling: &Tiling,
+    matrix: &RowMajor<'_>,
+    columns: Range<usize>,
+    scales: &mut [f32],
+) -> Result<Part, Error> {
+    use rayon::prelude::*;
+    let bytes = columns.len() * tiling.column_bytes();
+    let mut arena = bytemuck::allocation::try_zeroed_slice_box::<u128>(bytes / size_of::<u128>())
+        .map_err(|_| Error::argument("weights", "a matrix that fits memory", format!("{bytes} bytes")))?;
+    let first = columns.start;
+    // Formats without scales of output features get empty slices.
+    let per_column: Vec<&mut [f32]> = match scales.is_empty() {
+        true => columns.clone().map(|_| -> &mut [f32] { &mut [] }).collect(),
+        false => scales[first * TILE_ROWS..columns.end * TILE_ROWS].chunks_mut(TILE_ROWS).collect(),
+    };
+    bytemuck::cast_slice_mut::<u128, u8>(&mut arena)
+        .par_chunks_mut(tiling.column_bytes())
+        .zip(per_column)
+        .enumerate()
+        .try_for_each(|(index, (out, scales))| pack_column(tiling, matrix, first + index, out, scales))?;
+    Ok(Part { memory: HostMemory::new(Arena(arena)), start: 0 })
+}
