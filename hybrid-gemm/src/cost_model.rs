@@ -109,12 +109,7 @@ impl CostModel<'_> {
         let link_s = traffic.link_bytes as f64 / self.device.link_bytes_per_s;
         let hbm_s = hbm_bytes as f64 / self.device.hbm_bytes_per_s;
         let math_s: f64 = launches.iter().map(|launch| self.math_s(&launch.schedule)).sum();
-        let slowest = link_s.max(hbm_s).max(math_s);
-        let bound = match () {
-            () if slowest == link_s => Bound::Link,
-            () if slowest == hbm_s => Bound::Hbm,
-            () => Bound::Math,
-        };
+        let (slowest, bound) = slowest(link_s, hbm_s, math_s);
         // The product of the last slab follows its copy.
         let slabs = launches.iter().filter(|launch| !launch.staged.is_empty()).count();
         let tail = if slabs > 0 { hbm_s.max(math_s) / slabs as f64 } else { 0.0 };
@@ -202,25 +197,27 @@ impl CostModel<'_> {
             .fold(0.0, f64::max)
     }
 
-    /// The alpha at which link and HBM finish together.
-    pub fn balanced_alpha(&self, tokens: usize, panel: usize) -> f64 {
-        let tiling = self.placement.tiling();
-        let (m, w) = (tokens as f64, self.placement.host_bytes() as f64);
-        let panels = tokens.div_ceil(panel) as f64;
-        let host_rows = (self.placement.host_columns() * TILE_ROWS) as f64;
-        let x = m * tiling.k() as f64 * self.operands.x.size() as f64;
-        let out = m * self.operands.output_bytes(tiling.n()) as f64;
+    /// The alpha at which link and HBM finish together, from the predictions of the two pure dataflows.
+    pub fn balanced_alpha(&self, output_stationary: &Prediction, weight_stationary: &Prediction) -> f64 {
         let terms = AlphaTerms {
-            link_output_stationary: w * panels,
-            link_weight_stationary: w,
-            hbm_always: x + out + self.placement.hbm_bytes() as f64,
-            hbm_weight_stationary: match panels > 1.0 {
-                true => 2.0 * (tiling.k_tiles() - 1) as f64 * PARTIAL_BYTES as f64 * m * host_rows,
-                false => 0.0,
-            },
+            link_output_stationary: output_stationary.traffic.link_bytes as f64,
+            link_weight_stationary: weight_stationary.traffic.link_bytes as f64,
+            hbm_always: output_stationary.hbm_bytes as f64,
+            hbm_weight_stationary: weight_stationary.hbm_bytes as f64 - output_stationary.hbm_bytes as f64,
         };
         terms.balance(self.device.link_bytes_per_s, self.device.hbm_bytes_per_s)
     }
+}
+
+/// The longest of three times, and what it is; the first of equals.
+pub(crate) fn slowest(link_s: f64, hbm_s: f64, math_s: f64) -> (f64, Bound) {
+    let slowest = link_s.max(hbm_s).max(math_s);
+    let bound = match () {
+        () if slowest == link_s => Bound::Link,
+        () if slowest == hbm_s => Bound::Hbm,
+        () => Bound::Math,
+    };
+    (slowest, bound)
 }
 
 /// The columns of the three roles.
@@ -240,7 +237,7 @@ pub struct AlphaTerms {
     pub link_weight_stationary: f64,
     /// HBM on either: X, O and weights in HBM.
     pub hbm_always: f64,
-    /// HBM on top, all columns weight-stationary: the partial sums.
+    /// HBM on top, all columns weight-stationary: the partial sums, less what X is read less often.
     pub hbm_weight_stationary: f64,
 }
 
@@ -252,6 +249,9 @@ impl AlphaTerms {
         let added = self.hbm_weight_stationary / hbm_bytes_per_s;
         if saved <= 0.0 {
             return 1.0; // Nothing is read twice, so weight-stationary saves nothing.
+        }
+        if saved + added <= 0.0 {
+            return 0.0; // It saves on both.
         }
         let excess = self.link_output_stationary / link_bytes_per_s - self.hbm_always / hbm_bytes_per_s;
         1.0 - (excess / (saved + added)).clamp(0.0, 1.0)

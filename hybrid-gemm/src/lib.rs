@@ -17,7 +17,11 @@
 //! | [`path`] | the paths and their launches |
 //! | [`cost_model`], [`device_profile`] | bytes per link, time, the closed-form alpha, break-even points; rates of devices |
 //! | [`plan`] | shape and configuration → path, launches, workspace; [`GemmPlan::explain`] says why |
+//! | [`tuner`] | the model's first candidates, timed |
+//! | [`controller`] | alpha while the link is shared: the paper's rule, and one that other tenants do not mislead |
+//! | [`simulate`] | blocks, rings, link and HBM in discrete time, over the same schedule |
 //! | [`cpu`] | the product on the CPU, block by block as a kernel does it |
+//! | [`grouped`] | products of experts (MoE): only the active ones are fetched |
 //! | [`epilogue`] | scale, bias, SiLU, GELU, SwiGLU, residual |
 //! | [`traffic`] | the receipt of a call: bytes counted, beside those predicted |
 //! | [`mod@reference`] | the oracle in f64 |
@@ -64,6 +68,7 @@
 //!
 //! Source: the C2CServe paper, HybridGEMM.
 
+pub mod controller;
 pub mod cost_model;
 pub mod cpu;
 pub mod device_profile;
@@ -71,6 +76,7 @@ mod element;
 pub mod epilogue;
 mod error;
 mod format;
+pub mod grouped;
 mod matrix;
 pub mod pack;
 pub mod path;
@@ -78,7 +84,9 @@ pub mod plan;
 pub mod quantized;
 pub mod reference;
 pub mod schedule;
+pub mod simulate;
 pub mod traffic;
+pub mod tuner;
 pub mod weights;
 
 pub use cost_model::{Bound, CostModel, Operands, Prediction};

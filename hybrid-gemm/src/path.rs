@@ -194,8 +194,8 @@ impl PathShape<'_> {
         let math_s = self.operands.flops(self.placement, 0..host, tokens) as f64 / self.device.flops_per_s;
         let link_s = self.placement.host_bytes() as f64 / self.device.link_bytes_per_s;
         let math = (self.device.sm_count as f64 * LINK_MATH_ROOM * math_s / link_s).min(share);
-        // Alpha moves in sixteenths where there are blocks for it.
-        let steps = if needed > 1 { 16 } else { 1 };
+        // Alpha moves in sixteenths where the columns' share of blocks allows.
+        let steps = if needed > 1 { share.min(16.0) as usize } else { 1 };
         Ok(busy.max(math.ceil() as usize).max(steps).max(needed).min(most))
     }
 }

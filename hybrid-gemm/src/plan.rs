@@ -228,10 +228,14 @@ impl GemmPlan {
         match self.config.alpha {
             Alpha::Fixed(alpha) => vec![Path::Direct { alpha }],
             Alpha::Auto => {
-                let balanced = self.model().balanced_alpha(tokens, self.panel);
                 let mut paths = vec![output_stationary, Path::Direct { alpha: 0.0 }];
-                if balanced > 0.0 && balanced < 1.0 {
-                    paths.push(Path::Direct { alpha: balanced });
+                let predict =
+                    |path| self.launches_of(path, tokens).map(|launches| self.model().predict(&launches));
+                if let (Ok(os), Ok(ws)) = (predict(paths[0]), predict(paths[1])) {
+                    let balanced = self.model().balanced_alpha(&os, &ws);
+                    if balanced > 0.0 && balanced < 1.0 {
+                        paths.push(Path::Direct { alpha: balanced });
+                    }
                 }
                 paths
             }
@@ -289,17 +293,19 @@ impl GemmPlan {
                         if chosen.as_ref().is_ok_and(|chosen| *chosen == path) { "taken" } else { "slower" };
                     writeln!(
                         text,
-                        "  {mark:<8} {path}: {:.1} µs, bound by {} (link {:.1}, HBM {:.1}, math {:.1} µs), {}",
+                        "  {mark:<8} {path}: {:.1} µs, bound by {} (link {:.1}, HBM {:.1}, math {:.1} µs)",
                         1e6 * prediction.time_s,
                         prediction.bound,
                         1e6 * prediction.link_s,
                         1e6 * prediction.hbm_s,
                         1e6 * prediction.math_s,
-                        prediction.traffic,
                     )
                 }
                 Err(reason) => writeln!(text, "  {:<8} {path}: {reason}", "dropped"),
             };
+        }
+        if let Ok(prediction) = self.predict(tokens) {
+            let _ = writeln!(text, "  moves    {}", prediction.traffic);
         }
         text
     }

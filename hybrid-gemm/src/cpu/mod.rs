@@ -167,7 +167,7 @@ impl Gemm {
         traffic
     }
 
-    fn check<X: Element, O: Element>(
+    pub(crate) fn check<X: Element, O: Element>(
         &self,
         args: &GemmArgs<'_, X, O>,
         workspace: usize,

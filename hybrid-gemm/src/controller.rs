@@ -1,0 +1,153 @@
+//! Adapting alpha while the link is shared with other tenants.
+//!
+//! Two rules. The paper's compares utilisations: EMAs of `U_c = link bytes / (T B_c)` and `U_h = HBM bytes / (T B_h)`; where the link
+//! is more than τ busier alpha goes down a step (fewer bytes over the link), where HBM is, up; then it rests for some calls. It
+//! counts this product's own bytes, so a link that others take looks idle to it, and it moves the wrong way.
+//!
+//! The makespan rule is robust to that: it estimates the rates that the product really gets, bytes over the time in which the
+//! link (or HBM) had something of this product to carry, and sets alpha where both would finish together at those rates.
+//!
+//! On a device alpha is a number in device memory that the blocks read, so a captured graph follows without being captured anew.
+
+use crate::Error;
+use crate::cost_model::AlphaTerms;
+
+/// What a call tells: its receipt, its duration, and how long link and HBM were busy with it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Observation {
+    /// Duration in seconds.
+    pub time_s: f64,
+    /// Bytes over the link.
+    pub link_bytes: f64,
+    /// Bytes behind L2.
+    pub hbm_bytes: f64,
+    /// Seconds in which at least one transfer over the link was under way.
+    pub link_busy_s: f64,
+    /// Seconds in which at least one of HBM was.
+    pub hbm_busy_s: f64,
+}
+
+/// How alpha follows.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Rule {
+    /// The paper's: compare utilisations, take a step.
+    Utilisation {
+        /// Difference of utilisations that is tolerated.
+        tau: f64,
+        /// How far alpha moves.
+        step: f64,
+        /// Calls between two moves.
+        dwell: u32,
+    },
+    /// Estimate the rates, finish together.
+    Makespan,
+}
+
+impl Rule {
+    /// The paper's rule; it does not give its constants, these are ours: τ = 0.1, steps of 1/16, four calls between two moves.
+    pub const fn utilisation() -> Self {
+        Rule::Utilisation { tau: 0.1, step: 1.0 / 16.0, dwell: 4 }
+    }
+}
+
+/// Weight of a new observation in an exponential moving average.
+const EMA: f64 = 0.2;
+
+/// Sets alpha from observations.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Controller {
+    rule: Rule,
+    terms: AlphaTerms,
+    /// Nominal rates of link and HBM, in bytes per second.
+    nominal: [f64; 2],
+    /// Most that the link may be used, in bytes per second.
+    link_budget: Option<f64>,
+    alpha: f64,
+    /// EMAs of what the rule watches: utilisations, or rates.
+    averages: Option<[f64; 2]>,
+    rest: u32,
+}
+
+impl Controller {
+    /// Starts at `alpha`; the paper starts at 0, the frugal end for the link.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for an alpha outside 0..=1 or rates that are no positive numbers.
+    pub fn new(
+        rule: Rule,
+        terms: AlphaTerms,
+        link_bytes_per_s: f64,
+        hbm_bytes_per_s: f64,
+        alpha: f64,
+    ) -> Result<Self, Error> {
+        if !(0.0..=1.0).contains(&alpha) {
+            return Err(Error::argument("alpha", "0 to 1", alpha));
+        }
+        for (argument, rate) in [("link_bytes_per_s", link_bytes_per_s), ("hbm_bytes_per_s", hbm_bytes_per_s)]
+        {
+            if !(rate.is_finite() && rate > 0.0) {
+                return Err(Error::argument(argument, "a finite number above 0", rate));
+            }
+        }
+        let nominal = [link_bytes_per_s, hbm_bytes_per_s];
+        Ok(Controller { rule, terms, nominal, link_budget: None, alpha, averages: None, rest: 0 })
+    }
+
+    /// The share of output-stationary blocks for the next call.
+    pub fn alpha(&self) -> f64 {
+        self.alpha
+    }
+
+    /// Caps the share of the link that the makespan rule counts on, as a scheduler of several models does; `None` lifts the cap.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a rate that is no positive number.
+    pub fn set_link_budget(&mut self, bytes_per_s: Option<f64>) -> Result<(), Error> {
+        if let Some(rate) = bytes_per_s
+            && !(rate.is_finite() && rate > 0.0)
+        {
+            return Err(Error::argument("link_budget", "a finite number above 0", rate));
+        }
+        self.link_budget = bytes_per_s;
+        Ok(())
+    }
+
+    /// Takes in what a call told, and moves alpha. Calls that moved nothing, or took no time, say nothing.
+    pub fn observe(&mut self, call: &Observation) {
+        let [link, hbm] = self.nominal;
+        match self.rule {
+            Rule::Utilisation { tau, step, dwell } => {
+                let utilisation =
+                    [call.link_bytes / (call.time_s * link), call.hbm_bytes / (call.time_s * hbm)];
+                let Some([link, hbm]) = self.average(utilisation) else { return };
+                if self.rest > 0 {
+                    self.rest -= 1;
+                    return;
+                }
+                let direction = match link - hbm {
+                    excess if excess > tau => -1.0,
+                    excess if excess < -tau => 1.0,
+                    _ => return,
+                };
+                self.alpha = (self.alpha + direction * step).clamp(0.0, 1.0);
+                self.rest = dwell;
+            }
+            Rule::Makespan => {
+                let rates = [call.link_bytes / call.link_busy_s, call.hbm_bytes / call.hbm_busy_s];
+                let Some([link, hbm]) = self.average(rates) else { return };
+                let link = self.link_budget.map_or(link, |budget| link.min(budget));
+                self.alpha = self.terms.balance(link, hbm);
+            }
+        }
+    }
+
+    fn average(&mut self, new: [f64; 2]) -> Option<[f64; 2]> {
+        if new.iter().any(|value| !value.is_finite() || *value <= 0.0) {
+            return None;
+        }
+        let old = self.averages.unwrap_or(new);
+        let averages = std::array::from_fn(|i| old[i] + EMA * (new[i] - old[i]));
+        self.averages = Some(averages);
+        Some(averages)
+    }
+}

@@ -1,0 +1,237 @@
+//! The closed forms: traffic, alpha, break-even points, and what a plan makes of them.
+
+mod common;
+
+use hybrid_gemm::cost_model::{
+    AlphaTerms, break_even_tokens, free_hbm_fraction, free_host_share, link_demand,
+};
+use hybrid_gemm::{
+    Alpha, Bound, DType, DeviceProfile, Error, Format, GemmConfig, GemmPlan, MigSlice, Path, PathChoice,
+    Placement, Residency, Tiling,
+};
+
+const BF16: Format = Format::Float(DType::BF16);
+
+fn placement(n: usize, k: usize, hbm: f64) -> Placement {
+    Placement::packed(Tiling::new(n, k, BF16).unwrap(), Residency::HbmFraction(hbm)).unwrap()
+}
+
+fn plan(placement: Placement, tokens: usize, device: DeviceProfile) -> GemmPlan {
+    GemmPlan::new(placement, GemmConfig::new(tokens, DType::BF16, device)).unwrap()
+}
+
+/// Bytes of the paper's gate and up projection: N = 28672, K = 4096, bf16, panels of 256 tokens, 16 K tiles, a final read of the
+/// partial sums included.
+fn gate_up(tokens: f64) -> AlphaTerms {
+    let (n, k) = (28672.0, 4096.0);
+    AlphaTerms {
+        link_output_stationary: 2.0 * n * k * (tokens / 256.0),
+        link_weight_stationary: 2.0 * n * k,
+        hbm_always: 2.0 * tokens * (n + k),
+        hbm_weight_stationary: 2.0 * 16.0 * 4.0 * tokens * n,
+    }
+}
+
+/// The optimum moves with the slice's share of HBM: why the paper has a knob.
+#[test]
+fn alpha_of_a_known_layer() {
+    for (hbm, expected) in [
+        (3.4e12, [0.0, 0.17, 0.25]),
+        (1.7e12, [0.29, 0.40, 0.44]),
+        (0.85e12, [0.57, 0.62, 0.63]),
+        (0.425e12, [0.77, 0.78, 0.79]),
+    ] {
+        for (tokens, expected) in [512.0, 1024.0, 2048.0].into_iter().zip(expected) {
+            let alpha = gate_up(tokens).balance(375e9, hbm);
+            assert!((alpha - expected).abs() < 0.006, "{tokens} tokens at {hbm:e}: {alpha}, not {expected}");
+        }
+    }
+}
+
+/// The closed form is as good as the best of 65 points.
+#[test]
+fn alpha_is_the_optimum() {
+    let mut rng = fastrand::Rng::with_seed(31);
+    let mut interior = 0;
+    for case in 0..500 {
+        let terms = AlphaTerms {
+            link_output_stationary: 1e9 * (1.0 + 7.0 * rng.f64()),
+            link_weight_stationary: 1e9 * rng.f64(),
+            hbm_always: 1e9 * rng.f64(),
+            hbm_weight_stationary: 2e10 * rng.f64() * rng.f64(),
+        };
+        let (link, hbm) = (375e9 * rng.f64() + 1e9, 3e12 * rng.f64() + 1e10);
+        let alpha = terms.balance(link, hbm);
+        let points = (0..=64).map(|i| terms.time_s(f64::from(i) / 64.0, link, hbm));
+        let best = points.fold(f64::INFINITY, f64::min);
+        let found = terms.time_s(alpha, link, hbm);
+        assert!(
+            found <= best * (1.0 + 1e-12),
+            "case {case}, seed 31: alpha {alpha} takes {found}, not {best}"
+        );
+        interior += usize::from(alpha > 0.0 && alpha < 1.0);
+    }
+    assert!(interior > 100, "{interior} optima between the ends");
+    // Weights that are read once either way.
+    let once = AlphaTerms { link_output_stationary: 1e9, link_weight_stationary: 1e9, ..gate_up(512.0) };
+    assert_eq!(once.balance(375e9, 3.4e12), 1.0);
+}
+
+#[test]
+fn break_even_points() {
+    let h200 = DeviceProfile::h200();
+    let gh200 = DeviceProfile::gh200();
+    let int4 = Format::Int4 { group: 128 };
+    for (case, found, expected) in [
+        ("H200", break_even_tokens(BF16, &h200), 14_000.0),
+        ("H200 at 35 GB/s", break_even_tokens(BF16, &h200.with_link(35e9)), 20_000.0),
+        ("GH200", break_even_tokens(BF16, &gh200), 1_867.0),
+        ("H200, int4", break_even_tokens(int4, &h200), 3_500.0),
+        ("share of H200 at 4096 tokens", 1000.0 * free_host_share(BF16, &h200, 4096), 292.6),
+        ("share of GH200 at 4096 tokens", free_host_share(BF16, &gh200, 4096), 1.0),
+        ("gain of H200", 1e3 / free_hbm_fraction(&h200), 1011.9),
+        ("gain of GH200", 1e3 / free_hbm_fraction(&gh200), 1110.3),
+        ("gain of 1g", 1e3 / free_hbm_fraction(&gh200.slice(MigSlice::OneG)), 1882.4),
+        ("demand", link_demand(16_000_000_000, 0.05), 320e9),
+    ] {
+        assert!((found - expected).abs() < 1e-3 * expected, "{case}: {found}, not {expected}");
+    }
+}
+
+/// What the planner takes: the corners where theory leaves no doubt.
+#[test]
+fn picks() {
+    let direct = |alpha| GemmConfig {
+        alpha,
+        path: PathChoice::Direct,
+        ..GemmConfig::new(8192, DType::BF16, DeviceProfile::gh200())
+    };
+    let layer = placement(28672, 4096, 0.0);
+    // One panel: each weight is read once on any path.
+    let one = plan(layer, 64, DeviceProfile::h200());
+    assert_eq!(one.choose(64).unwrap().0, Path::Direct { alpha: 1.0 });
+    let prediction = one.predict(8).unwrap();
+    assert_eq!((prediction.bound, prediction.traffic.link_bytes), (Bound::Link, layer.host_bytes()));
+    // PCIe is the narrowest: read once, whatever HBM has to carry.
+    let pcie = GemmConfig { device: DeviceProfile::h200(), ..direct(Alpha::Auto) };
+    assert_eq!(GemmPlan::new(layer, pcie).unwrap().choose(4096).unwrap().0, Path::Direct { alpha: 0.0 });
+    // C2C over a slice: between the ends.
+    let slice = GemmConfig { device: DeviceProfile::gh200().slice(MigSlice::ThreeG), ..direct(Alpha::Auto) };
+    match GemmPlan::new(layer, slice).unwrap().choose(1024).unwrap().0 {
+        Path::Direct { alpha } => assert!(alpha > 0.1 && alpha < 0.9, "alpha {alpha}"),
+        other => panic!("{other}"),
+    }
+    // Where all paths are open: each weight over PCIe once; over C2C, behind the math of this many tokens.
+    let (path, prediction) = {
+        let plan = plan(layer, 8192, DeviceProfile::h200());
+        plan.choose(8192).unwrap()
+    };
+    assert_eq!(prediction.traffic.link_bytes, layer.host_bytes(), "{path}");
+    assert_eq!(plan(layer, 8192, DeviceProfile::gh200()).predict(8192).unwrap().bound, Bound::Math);
+    // Nothing in host memory: the link is idle.
+    let hbm = plan(placement(4096, 4096, 1.0), 512, DeviceProfile::h200());
+    assert_eq!(hbm.predict(512).unwrap().traffic.link_bytes, 0);
+    assert_eq!(hbm.workspace_len(512), 0);
+}
+
+/// A split is as slow as the slower side, and no slower.
+#[test]
+fn split_residency() {
+    for (device, fraction) in [
+        (DeviceProfile::h200(), 0.5),
+        (DeviceProfile::h200(), 0.99),
+        (DeviceProfile::gh200(), 0.5),
+        (DeviceProfile::gh200(), 0.9),
+    ] {
+        let layer = placement(28672, 4096, fraction);
+        let prediction = plan(layer, 16, device.clone()).predict(16).unwrap();
+        let link = layer.host_bytes() as f64 / device.link_bytes_per_s;
+        let hbm = layer.hbm_bytes() as f64 / device.hbm_bytes_per_s;
+        let found = prediction.time_s - device.launch_s;
+        assert!(
+            found >= link.max(hbm) && found < 1.03 * link.max(hbm),
+            "{}, {fraction}: {found}",
+            device.name
+        );
+    }
+}
+
+/// What cannot be taken is named with its reason.
+#[test]
+fn explanations() {
+    let layer = placement(4096, 4096, 0.5);
+    let ampere = DeviceProfile { max_cluster: 1, ..DeviceProfile::h200() };
+    let text = plan(layer, 1024, ampere).explain(1024);
+    for word in [
+        "taken",
+        "dropped",
+        "multicast to 2 blocks: the device has no thread-block clusters",
+        "16.8 MB in host",
+    ] {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+    let text = plan(layer, 300, DeviceProfile::h200()).explain(300);
+    assert!(text.contains("multicast to 4 blocks: 2 panels of 256 tokens: fewer than a cluster"), "{text}");
+
+    let budget = |sm_budget, path| {
+        let config = GemmConfig {
+            sm_budget: Some(sm_budget),
+            path,
+            ..GemmConfig::new(1024, DType::BF16, DeviceProfile::h200())
+        };
+        GemmPlan::new(layer, config)
+    };
+    // One SM cannot serve the link and HBM at once, but it can after a copy.
+    let small = budget(1, PathChoice::Fastest).unwrap();
+    assert!(matches!(small.choose(1024).unwrap().0, Path::Staged { .. }));
+    assert!(
+        small
+            .explain(1024)
+            .contains("needs 1 SMs for the link and 1 for the weights in HBM, the budget is 1")
+    );
+    for (path, named) in [
+        (PathChoice::Direct, "the budget is 1"),
+        (PathChoice::Only(Path::Multicast { cluster: 8 }), "fewer than a cluster"),
+        (PathChoice::Only(Path::Multicast { cluster: 16 }), "clusters have 2 to 8 blocks"),
+        (PathChoice::Only(Path::Staged { slab_columns: 0 }), "a column tile"),
+    ] {
+        match budget(1, path) {
+            Err(Error::NoPath(reasons)) => assert!(reasons.contains(named), "{path:?}: {reasons}"),
+            other => panic!("{path:?}: {other:?}"),
+        }
+    }
+    // A ring that is larger than what is given for it.
+    let wide = Placement::packed(Tiling::new(1 << 16, 1 << 14, BF16).unwrap(), Residency::Host).unwrap();
+    let config = GemmConfig {
+        path: PathChoice::Only(Path::Staged { slab_columns: 512 }),
+        ..GemmConfig::new(1024, DType::BF16, DeviceProfile::h200())
+    };
+    assert!(matches!(GemmPlan::new(wide, config), Err(Error::NoPath(reasons)) if reasons.contains("ring")));
+}
+
+/// Profiles of slices, and of measured ceilings.
+#[test]
+fn profiles() {
+    let gh200 = DeviceProfile::gh200();
+    for (slice, sms, hbm) in
+        [(MigSlice::OneG, 16, 0.425e12), (MigSlice::TwoG, 32, 0.85e12), (MigSlice::ThreeG, 60, 1.7e12)]
+    {
+        let profile = gh200.slice(slice);
+        profile.check().unwrap();
+        assert_eq!((profile.sm_count, profile.hbm_bytes_per_s), (sms, hbm), "{}", profile.name);
+        assert_eq!(
+            profile.link_bytes_per_s, gh200.link_bytes_per_s,
+            "{}: the link is shared whole",
+            profile.name
+        );
+    }
+    assert!(DeviceProfile::custom("here", 132, 48e9, 4.3e12, 780e12).is_ok());
+    for (named, profile) in [
+        ("sm_count", DeviceProfile::custom("", 0, 1.0, 1.0, 1.0)),
+        ("link_bytes_per_s", DeviceProfile::custom("", 1, f64::NAN, 1.0, 1.0)),
+        ("hbm_bytes_per_s", DeviceProfile::custom("", 1, 1.0, -1.0, 1.0)),
+        ("flops_per_s", DeviceProfile::custom("", 1, 1.0, 1.0, f64::INFINITY)),
+    ] {
+        assert!(profile.unwrap_err().to_string().contains(named), "{named}");
+    }
+}
