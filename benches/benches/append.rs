@@ -1,6 +1,6 @@
 //! Appending to a paged cache with RoPE, in bf16: 32 query heads over 8 KV heads of 128 channels, pages of 64 tokens.
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group};
+use criterion::{BenchmarkId, Criterion, criterion_group};
 use half::bf16;
 use longkv_attention::gpu::{Append, AppendArgs, AppendConfig, AppendPlan, AppendTables, CacheLayout};
 use longkv_attention::rope::{Rope, RopeConfig};
@@ -32,7 +32,7 @@ fn cpu(criterion: &mut Criterion) {
 
 fn gpu(criterion: &mut Criterion) {
     let Some(mut bench) = GpuBench::new() else { return };
-    let mut group = criterion.benchmark_group(format!("attention/append/{}/bf16", bench.name()));
+    let mut group = bench.group(criterion, "attention/append", "bf16");
     let rope = Rope::new(RopeConfig::new(DIM, 10_000.0), POSITIONS).expect("a valid rotation");
     for tokens in TOKENS {
         let layout = PageLayout::hnd(PAGE, KV_HEADS, DIM);
@@ -66,26 +66,24 @@ fn gpu(criterion: &mut Criterion) {
         let mut k = stream.alloc_zeros::<bf16>(cache_len).expect("allocate");
         let mut v = stream.alloc_zeros::<bf16>(cache_len).expect("allocate");
         let mut status = StatusWord::new(&stream).expect("allocate");
-        group.throughput(Throughput::Bytes(plan.bytes_moved(DType::BF16)));
-        group.bench_function(BenchmarkId::from_parameter(tokens), |bencher| {
-            bench.iter_cold(bencher, |stream| {
-                let tables = AppendTables {
-                    cos: &View::device(&cos, stream),
-                    sin: &View::device(&sin, stream),
-                    position: &View::device(&positions, stream),
-                };
-                let args = AppendArgs {
-                    q_new: Some(ViewMut::device(&mut q, stream)),
-                    k_new: &View::device(&k_new, stream),
-                    v_new: &View::device(&v_new, stream),
-                    tables: Some(tables),
-                    slot: &View::device(&slots, stream),
-                    k: ViewMut::device(&mut k, stream),
-                    v: ViewMut::device(&mut v, stream),
-                    status: status.view_mut(stream),
-                };
-                append.run(stream, args).expect("launch");
-            });
+        let work = (plan.bytes_moved(DType::BF16), 0);
+        bench.case(&mut group, &tokens.to_string(), work, |stream| {
+            let tables = AppendTables {
+                cos: &View::device(&cos, stream),
+                sin: &View::device(&sin, stream),
+                position: &View::device(&positions, stream),
+            };
+            let args = AppendArgs {
+                q_new: Some(ViewMut::device(&mut q, stream)),
+                k_new: &View::device(&k_new, stream),
+                v_new: &View::device(&v_new, stream),
+                tables: Some(tables),
+                slot: &View::device(&slots, stream),
+                k: ViewMut::device(&mut k, stream),
+                v: ViewMut::device(&mut v, stream),
+                status: status.view_mut(stream),
+            };
+            append.run(stream, args).expect("launch");
         });
         assert_eq!(status.read(&stream).expect("read the status"), None, "{tokens} tokens");
     }

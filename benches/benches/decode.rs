@@ -90,7 +90,7 @@ fn cpu(criterion: &mut Criterion) {
 
 fn gpu(criterion: &mut Criterion) {
     let Some(mut bench) = GpuBench::new() else { return };
-    let mut group = criterion.benchmark_group(format!("attention/decode/{}/bf16", bench.name()));
+    let mut group = bench.group(criterion, "attention/decode", "bf16");
     for (name, kv_lens) in cases() {
         let plan = plan(&kv_lens, bench.gpu.sm_count());
         let planner = DecodeStep::prepare(&bench.gpu, &plan).expect("prepare");
@@ -127,20 +127,18 @@ fn gpu(criterion: &mut Criterion) {
             status: status.view_mut(&stream),
         };
         let step = planner.run(&stream, step, step_workspace.view_mut(&stream)).expect("plan the step");
-        group.throughput(throughput(plan.bytes_moved(&kv_lens, DType::BF16), plan.flops(&kv_lens)));
-        group.bench_function(BenchmarkId::from_parameter(name), |bencher| {
-            bench.iter_cold(bencher, |stream| {
-                let args = DecodeArgs {
-                    q: &View::device(&q, stream),
-                    k: &View::device(&k, stream),
-                    v: &View::device(&v, stream),
-                    block_table: Some(&block_table),
-                    kv_start: None,
-                    out: ViewMut::device(&mut out, stream),
-                    lse: ViewMut::device(&mut lse, stream),
-                };
-                decode.run(stream, args, &step, workspace.view_mut(stream)).expect("launch");
-            });
+        let work = (plan.bytes_moved(&kv_lens, DType::BF16), plan.flops(&kv_lens));
+        bench.case(&mut group, name, work, |stream| {
+            let args = DecodeArgs {
+                q: &View::device(&q, stream),
+                k: &View::device(&k, stream),
+                v: &View::device(&v, stream),
+                block_table: Some(&block_table),
+                kv_start: None,
+                out: ViewMut::device(&mut out, stream),
+                lse: ViewMut::device(&mut lse, stream),
+            };
+            decode.run(stream, args, &step, workspace.view_mut(stream)).expect("launch");
         });
         drop(step);
         assert_eq!(status.read(&stream).expect("read the status"), None, "{name}");

@@ -40,7 +40,7 @@ fn cpu(criterion: &mut Criterion) {
 
 fn gpu(criterion: &mut Criterion) {
     let Some(mut bench) = GpuBench::new() else { return };
-    let mut group = criterion.benchmark_group(format!("attention/merge_states/{}/bf16", bench.name()));
+    let mut group = bench.group(criterion, "attention/merge_states", "bf16");
     for (rows, splits) in SHAPES {
         let plan = plan(rows, splits, bench.gpu.sm_count());
         let merge = Merge::<_, bf16>::prepare(&bench.gpu, &plan).expect("prepare");
@@ -52,19 +52,17 @@ fn gpu(criterion: &mut Criterion) {
         let mut lse = stream.alloc_zeros::<f32>(rows).expect("allocate");
         let mut status = StatusWord::new(&stream).expect("allocate");
         let mut workspace = Workspace::zeroed(&stream, plan.workspace().bytes()).expect("allocate");
-        group.throughput(throughput(plan.bytes_moved(DType::BF16), plan.flops()));
-        group.bench_function(BenchmarkId::from_parameter(format!("{rows}x{splits}")), |bencher| {
-            bench.iter_cold(bencher, |stream| {
-                let args = MergeArgs {
-                    partial_out: &View::device(&partial_out, stream),
-                    partial_lse: &View::device(&partial_lse, stream),
-                    num_splits: None,
-                    out: ViewMut::device(&mut out, stream),
-                    lse: ViewMut::device(&mut lse, stream),
-                    status: status.view_mut(stream),
-                };
-                merge.run(stream, args, workspace.view_mut(stream)).expect("launch");
-            });
+        let work = (plan.bytes_moved(DType::BF16), plan.flops());
+        bench.case(&mut group, &format!("{rows}x{splits}"), work, |stream| {
+            let args = MergeArgs {
+                partial_out: &View::device(&partial_out, stream),
+                partial_lse: &View::device(&partial_lse, stream),
+                num_splits: None,
+                out: ViewMut::device(&mut out, stream),
+                lse: ViewMut::device(&mut lse, stream),
+                status: status.view_mut(stream),
+            };
+            merge.run(stream, args, workspace.view_mut(stream)).expect("launch");
         });
         assert_eq!(status.read(&stream).expect("read the status"), None, "{rows}x{splits}");
     }

@@ -69,8 +69,8 @@ fn cpu(criterion: &mut Criterion) {
 
 fn gpu(criterion: &mut Criterion) {
     let Some(mut bench) = GpuBench::new() else { return };
-    let mut group = criterion.benchmark_group(format!("attention/prefill/{}/bf16", bench.name()));
-    group.sample_size(20);
+    let mut group = bench.group(criterion, "attention/prefill", "bf16");
+    group.group.sample_size(20);
     for (name, queries, keys, mask, carry) in CASES {
         let plan = plan(queries, keys, mask, carry);
         let prefill = Prefill::<_, bf16>::prepare(&bench.gpu, &plan).expect("prepare");
@@ -90,34 +90,32 @@ fn gpu(criterion: &mut Criterion) {
         let mut ml = stream.alloc_zeros::<f32>(if carry { rows * 2 } else { 1 }).expect("allocate");
         let mut status = StatusWord::new(&stream).expect("allocate");
         let sequences = [(queries, keys)];
-        group.throughput(throughput(plan.bytes_moved(&sequences, DType::BF16), plan.flops(&sequences)));
-        group.bench_function(BenchmarkId::from_parameter(name), |bencher| {
-            bench.iter_cold(bencher, |stream| {
-                let inputs = PrefillInputs {
-                    q: &View::device(&q, stream),
-                    k: &View::device(&k, stream),
-                    v: &View::device(&v, stream),
-                    cu_queries: &View::device(&cu_queries, stream),
-                    kv_len: &View::device(&kv_len, stream),
-                    block_table: None,
-                    kv_start: Some(&View::device(&kv_start, stream)),
-                    status: status.view_mut(stream),
+        let work = (plan.bytes_moved(&sequences, DType::BF16), plan.flops(&sequences));
+        bench.case(&mut group, name, work, |stream| {
+            let inputs = PrefillInputs {
+                q: &View::device(&q, stream),
+                k: &View::device(&k, stream),
+                v: &View::device(&v, stream),
+                cu_queries: &View::device(&cu_queries, stream),
+                kv_len: &View::device(&kv_len, stream),
+                block_table: None,
+                kv_start: Some(&View::device(&kv_start, stream)),
+                status: status.view_mut(stream),
+            };
+            if carry {
+                let state = PrefillState {
+                    o: ViewMut::device(&mut o, stream),
+                    ml: ViewMut::device(&mut ml, stream),
+                    resume: true,
                 };
-                if carry {
-                    let state = PrefillState {
-                        o: ViewMut::device(&mut o, stream),
-                        ml: ViewMut::device(&mut ml, stream),
-                        resume: true,
-                    };
-                    prefill.run_step(stream, inputs, state).expect("launch");
-                } else {
-                    let output = PrefillOutput {
-                        out: ViewMut::device(&mut out, stream),
-                        lse: ViewMut::device(&mut lse, stream),
-                    };
-                    prefill.run(stream, inputs, output).expect("launch");
-                }
-            });
+                prefill.run_step(stream, inputs, state).expect("launch");
+            } else {
+                let output = PrefillOutput {
+                    out: ViewMut::device(&mut out, stream),
+                    lse: ViewMut::device(&mut lse, stream),
+                };
+                prefill.run(stream, inputs, output).expect("launch");
+            }
         });
         assert_eq!(status.read(&stream).expect("read the status"), None, "{name}");
     }

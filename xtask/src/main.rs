@@ -6,6 +6,8 @@ mod bindings;
 mod gpu;
 #[cfg(feature = "kernels")]
 mod kernels;
+#[cfg(feature = "gpu")]
+mod report;
 mod toolkit;
 
 use std::path::{Path, PathBuf};
@@ -36,6 +38,10 @@ gpu-status [--strict]
     Prints for each row of the kernel table whether it is proven on a GPU, failed, stale or never ran.
     --strict     fails unless every row is proven
 
+report [--check]
+    Generates benches/REPORT.md with its plots, and the GPU states in README.md, from benches/results, or checks that they are
+    fresh.
+
 bindings [--check]
     Generates cuda/src/params.rs from cuda/include/*_params.h, or checks that it is fresh.
 ";
@@ -58,8 +64,10 @@ fn main() -> ExitCode {
             "gpu-record" => gpu::record::command(rest),
             #[cfg(feature = "gpu")]
             "gpu-status" => gpu::status::command(rest),
+            #[cfg(feature = "gpu")]
+            "report" => report::command(rest),
             #[cfg(not(feature = "gpu"))]
-            "gpu-bundle" | "gpu-record" | "gpu-status" => with_feature("gpu", command, rest, None),
+            "gpu-bundle" | "gpu-record" | "gpu-status" | "report" => with_feature("gpu", command, rest, None),
             #[cfg(not(feature = "kernels"))]
             "kernels" => with_feature("kernels", command, rest, None),
             #[cfg(not(feature = "bindings"))]

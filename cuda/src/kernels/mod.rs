@@ -4,4 +4,5 @@
 //! [`Function`](crate::launch::Function), so the same code runs on the driver and in the emulator.
 
 pub mod attention;
+pub mod ceilings;
 pub mod conformance;

@@ -4,6 +4,7 @@
 //! units, the typed launch and the ledger of GPU results.
 
 mod attention;
+mod ceilings;
 mod conformance;
 
 use std::fmt;
@@ -11,7 +12,7 @@ use std::fmt;
 use crate::Error;
 
 /// All kernels, in the order of their folders.
-pub const KERNELS: &[&[Kernel]] = &[attention::KERNELS, conformance::KERNELS];
+pub const KERNELS: &[&[Kernel]] = &[attention::KERNELS, ceilings::KERNELS, conformance::KERNELS];
 
 /// All kernels, one after another.
 pub fn kernels() -> impl Iterator<Item = &'static Kernel> {

@@ -11,6 +11,7 @@ use crate::Result;
 /// A row and what is known of it.
 pub(crate) struct RowStatus {
     pub(crate) label: String,
+    pub(crate) group: &'static str,
     pub(crate) status: Status,
     /// Where and when it ran, or what failed.
     pub(crate) note: String,
@@ -36,7 +37,7 @@ pub(crate) fn statuses(ledger: &Ledger) -> Result<Vec<RowStatus>> {
                     (status, note)
                 }
             };
-            RowStatus { label, status, note }
+            RowStatus { label, group: instance.kernel.group, status, note }
         })
         .collect())
 }
@@ -95,7 +96,7 @@ mod tests {
 
     #[test]
     fn counts_are_named() {
-        let row = |status| RowStatus { label: String::new(), status, note: String::new() };
+        let row = |status| RowStatus { label: String::new(), group: "", status, note: String::new() };
         let rows = [row(Status::NeverRun), row(Status::Proven), row(Status::NeverRun), row(Status::Stale)];
         assert_eq!(summary(rows.iter()), "1 proven, 1 stale, 2 never run on a GPU");
         assert_eq!(summary([].iter()), "no shipped rows");

@@ -10,8 +10,9 @@ mod process;
 use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::Mutex;
+use std::time::Duration;
 
 use parts::{Kind, PARTS, Run};
 use xtask::results::{self, Item, MANIFEST, Manifest, Outcome, Part, RESULTS, Results};
@@ -95,7 +96,12 @@ fn command() -> Result<bool, String> {
     });
 
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    let site = wheels(&bundle, &scratch).unwrap_or_else(|error| {
+        log.line(&format!("wheels are left out: {error}"));
+        None
+    });
     let mut run = Run {
+        site,
         bundle,
         manifest,
         scratch: scratch.clone(),
@@ -134,6 +140,24 @@ fn command() -> Result<bool, String> {
         log.line(&summary(name, part));
     }
     Ok(good)
+}
+
+/// Installs the wheels of `gpu-wheels` beside the bundle, if there are any, for the peers; where they went.
+fn wheels(bundle: &Path, scratch: &Path) -> Result<Option<PathBuf>, String> {
+    let folder = bundle.with_file_name("gpu-wheels");
+    let files = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let wheels: Vec<PathBuf> = files.filter(|path| path.extension().is_some_and(|e| e == "whl")).collect();
+    if wheels.is_empty() {
+        return Ok(None);
+    }
+    let site = scratch.join("site");
+    let options =
+        ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-cache-dir", "--target"];
+    let python = machine::find("python3").ok_or("there is no python3")?;
+    let mut command = Command::new(python);
+    command.args(options).arg(&site).args(&wheels);
+    let ended = process::run(command, Duration::from_secs(120), &scratch.join("pip"));
+    if ended.end.success() { Ok(Some(site)) } else { Err(ended.output) }
 }
 
 /// Results that an earlier call left for the same bundle.

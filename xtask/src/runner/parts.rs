@@ -52,6 +52,8 @@ pub(crate) struct Run {
     pub(crate) scratch: PathBuf,
     /// Only tests and programs whose name contains this.
     pub(crate) filter: String,
+    /// Where Python finds packages that travelled as wheels.
+    pub(crate) site: Option<PathBuf>,
     /// Tests at a time.
     pub(crate) jobs: usize,
     /// Seconds that each test took in the part `tests`, from this run or an earlier one.
@@ -233,6 +235,9 @@ impl Run {
             .env("LONGKV_CEILINGS", &ceilings)
             .env("CRITERION_HOME", self.scratch.join("criterion"))
             .env("PYTHONUNBUFFERED", "1");
+        if let Some(site) = &self.site {
+            command.env("PYTHONPATH", site);
+        }
         if part == "jit" {
             // No cache either: every process compiles what it needs.
             command.env_remove("LONGKV_CUBIN_DIR").env("LONGKV_CACHE_DIR", "");
@@ -346,6 +351,7 @@ mod tests {
             manifest,
             scratch: folder.path().to_path_buf(),
             filter: String::new(),
+            site: None,
             jobs: 2,
             durations: BTreeMap::new(),
         };

@@ -1,0 +1,125 @@
+"""How peers are timed: as the kernels of this project are (benches/src/gpu.rs), with the same JSON lines.
+
+Cold L2 before every run (256 MiB are read, so that L2 is full of clean lines), device time by CUDA events, the variants of a
+problem in turn within every round, medians with 10th and 90th percentiles. Inputs are random.
+"""
+
+import json
+import os
+
+import torch
+
+FLUSH_BYTES = 256 << 20
+WARM_UP = 5
+ROUNDS = 25
+
+_flush = None
+
+
+def require_gpu():
+    """Ends the program where there is no GPU: a peer that did not run must not look like one that did."""
+    if not torch.cuda.is_available():
+        raise SystemExit("REQUIRE_GPU: PyTorch sees no CUDA device")
+    torch.manual_seed(1)
+    print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+
+
+def cold(run):
+    """Device time of one run in microseconds."""
+    global _flush
+    if _flush is None:
+        _flush = torch.randint(-100, 100, (FLUSH_BYTES // 4,), dtype=torch.int32, device="cuda")
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.sum(_flush)
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) * 1e3
+
+
+def graphed(run):
+    """The run as a CUDA graph, so that what Python and PyTorch spend on the host does not show; itself if it cannot be captured."""
+    stream = torch.cuda.Stream()
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay, None
+    except Exception as error:  # whatever a library raises
+        torch.cuda.synchronize()
+        return run, f"no CUDA graph: {first_line(error)}"
+
+
+def first_line(error):
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+def relative_error(found, expected):
+    """||found - expected|| / ||expected||; NaN never passes."""
+    found, expected = found.double(), expected.double()
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def compare(bench, variants, *, nbytes, flops, expected=None, tolerance=2e-2):
+    """Times variants of one problem and writes a line for each.
+
+    `variants` maps a name to `make`, which builds inputs of its own and returns a function that runs once and returns its
+    result. A variant that cannot run here, or whose result is wrong, gets a line with the reason instead of a time.
+    """
+    ready = {}
+    for name, make in variants.items():
+        try:
+            run = make()
+            result = run()
+            torch.cuda.synchronize()
+            if expected is not None and result is not None:
+                error = relative_error(result.reshape(expected.shape), expected)
+                if not error < tolerance:
+                    raise RuntimeError(f"wrong result: relative error {error:.1e}")
+            ready[name] = graphed(run)
+        except Exception as error:  # a peer that fails is reported, not fatal
+            write({"bench": bench, "implementation": name, "skipped": first_line(error)})
+    samples = {name: [] for name in ready}
+    names = list(ready)
+    for round_ in range(WARM_UP + ROUNDS):
+        turn = round_ % max(1, len(names))
+        for name in names[turn:] + names[:turn]:
+            time = cold(ready[name][0])
+            if round_ >= WARM_UP:
+                samples[name].append(time)
+    for name, times in samples.items():
+        times.sort()
+        at = lambda part: times[round((len(times) - 1) * part)]
+        line = {
+            "bench": bench,
+            "implementation": name,
+            "median_us": at(0.5),
+            "p10_us": at(0.1),
+            "p90_us": at(0.9),
+            "samples": len(times),
+            "bytes": nbytes,
+            "flops": flops,
+        }
+        if ready[name][1]:
+            line["note"] = ready[name][1]
+        write(line)
+
+
+def write(line):
+    if "skipped" in line:
+        print(f"{line['bench']:48} {line['implementation']:24} skipped: {line['skipped']}")
+    else:
+        print(
+            f"{line['bench']:48} {line['implementation']:24} {line['median_us']:10.1f} us "
+            f"({line['p10_us']:.1f} to {line['p90_us']:.1f})"
+        )
+    path = os.environ.get("LONGKV_FIGURES")
+    if path:
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
