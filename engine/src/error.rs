@@ -151,6 +151,10 @@ pub enum Error {
     /// An attention kernel refused its arguments.
     #[error(transparent)]
     Attention(#[from] attention::Error),
+
+    /// The quantized cache refused its arguments.
+    #[error(transparent)]
+    HomomorphicQuant(#[from] homomorphic_quant::Error),
 }
 
 impl Error {

@@ -26,10 +26,17 @@ pub struct HeadBlock {
 pub struct BlockPlace {
     /// The layer.
     pub layer: u32,
-    /// The KV head.
+    /// The KV head, of the model's numbers.
     pub kv_head: u32,
     /// Position of the block's first token in its sequence, sinks included.
     pub token: u32,
+}
+
+impl BlockPlace {
+    /// The same block, `heads` heads further.
+    pub(crate) fn of_head(self, heads: usize) -> Self {
+        BlockPlace { kv_head: self.kv_head + heads as u32, ..self }
+    }
 }
 
 impl HeadBlock {

@@ -23,6 +23,7 @@ pub mod homomorphic;
 pub mod page;
 pub mod quantizer;
 pub mod reference;
+pub mod wire;
 
 pub use block::{BlockPlace, HeadBlock};
 pub use cache::{Cache, Capacity, KvShape, Sequence};

@@ -6,6 +6,7 @@
 //! into W_O.
 
 mod dense;
+mod hack;
 
 use attention::{AttentionSpec, DType, rope::RopeConfig};
 use ndarray::{Array2, ArrayView3};
@@ -14,18 +15,37 @@ use crate::linear::Linear;
 use crate::mode::{Method, Mode};
 use crate::{Config, Error, Model};
 pub use dense::Dense;
+pub use hack::{Hack, Options as HackOptions, QuantizedLayer};
 
 /// The methods of this seam.
-pub const METHODS: &[Method] = &[Method {
-    name: "dense",
-    summary: "every key and value, in f16 (dtype=f16, bf16 or f32)",
-    file: false,
-    options: &["dtype"],
-    with: &[],
-}];
+pub const METHODS: &[Method] = &[
+    Method {
+        name: "dense",
+        summary: "every key and value, in f16 (dtype=f16, bf16 or f32)",
+        file: false,
+        options: &["dtype"],
+        with: &[],
+    },
+    hack_method("hack2", "2-bit codes, attended without dequantization"),
+    hack_method("hack4", "4-bit codes, attended without dequantization"),
+    hack_method("hack8", "8-bit codes, attended without dequantization"),
+];
+
+const fn hack_method(name: &'static str, summary: &'static str) -> Method {
+    Method { name, summary, file: false, options: hack::OPTIONS, with: &[] }
+}
+
+/// Bits of the codes of a quantized mode.
+fn hack_bits(name: &str) -> usize {
+    match name {
+        "hack2" => 2,
+        "hack4" => 4,
+        _ => 8,
+    }
+}
 
 /// The modes that the demo compares. The first is what the others are measured against.
-pub const DEMO: &[&str] = &["dense", "dense,dtype=bf16"];
+pub const DEMO: &[&str] = &["dense", "dense,dtype=bf16", "hack8", "hack4", "hack2"];
 
 /// New tokens in one layer, on their way into the cache and through attention.
 pub struct Step<'a> {
@@ -122,6 +142,10 @@ pub fn open(mode: &Mode, model: &Model, capacity: usize) -> Result<Box<dyn KvCac
             DType::BF16 => Ok(Box::new(Dense::<half::bf16>::new(geometry)?)),
             DType::F32 => Ok(Box::new(Dense::<f32>::new(geometry)?)),
         },
+        name @ ("hack2" | "hack4" | "hack8") => {
+            let options = HackOptions::new(mode, hack_bits(name))?;
+            Ok(Box::new(Hack::new(&geometry, &options)?))
+        }
         name => unreachable!("method {name} is listed but not built"),
     }
 }
@@ -133,6 +157,7 @@ pub fn open(mode: &Mode, model: &Model, capacity: usize) -> Result<Box<dyn KvCac
 pub fn check(mode: &Mode) -> Result<(), Error> {
     match mode.accept("KV", METHODS)?.name {
         "dense" => dense_dtype(mode).map(drop),
+        name @ ("hack2" | "hack4" | "hack8") => HackOptions::new(mode, hack_bits(name)).map(drop),
         _ => Ok(()),
     }
 }

@@ -187,7 +187,7 @@ impl Cache {
             let k: Vec<f32> = unpack_halves(&segment[side.keys(0..side.tokens)], dtype).collect();
             let v: Vec<f32> = unpack_halves(&segment[side.values(0..side.tokens)], dtype).collect();
             let head = self.geometry.head(kv_head);
-            let place = BlockPlace { kv_head: kv_head as u32, ..place };
+            let place = place.of_head(kv_head);
             let block = HeadBlock::quantize(head, self.config.rounding(), place, &k, &v)?;
             self.geometry.layout().write(head, &block, &mut target[self.geometry.segment(kv_head)])?;
         }
@@ -219,7 +219,7 @@ impl Cache {
                     vectors.map(|&x| store(x, dtype)).collect::<Vec<f32>>()
                 };
                 let head = this.geometry.head(kv_head);
-                let place = BlockPlace { kv_head: kv_head as u32, ..this.place(first + block) };
+                let place = this.place(first + block).of_head(kv_head);
                 let (k, v) = (gather(new.k), gather(new.v));
                 let block = HeadBlock::quantize(head, this.config.rounding(), place, &k, &v)?;
                 let mut segment = vec![0; this.geometry.segment(kv_head).len()];
@@ -259,7 +259,7 @@ impl Cache {
             let segment = &mut bytes[side.segment(kv_head)];
             let mut k: Vec<f32> = unpack_halves(&segment[side.keys(0..held)], dtype).collect();
             let mut v: Vec<f32> = unpack_halves(&segment[side.values(0..held)], dtype).collect();
-            let place = BlockPlace { kv_head: kv_head as u32, ..place };
+            let place = place.of_head(kv_head);
             requantize(self.geometry.head(kv_head), self.config.rounding(), place, &mut k, &mut v);
             pack_halves(k.into_iter(), dtype, &mut segment[side.keys(0..held)]);
             pack_halves(v.into_iter(), dtype, &mut segment[side.values(0..held)]);
@@ -270,10 +270,10 @@ impl Cache {
         Ok(1)
     }
 
-    /// Where the noise of a closed block comes from; of KV head 0.
+    /// Where the noise of a closed block comes from; of the first KV head.
     fn place(&self, block: usize) -> BlockPlace {
         let token = self.config.sinks() + block * self.config.partition();
-        BlockPlace { layer: self.layer, kv_head: 0, token: token as u32 }
+        BlockPlace { layer: self.layer, kv_head: self.first_kv_head, token: token as u32 }
     }
 }
 

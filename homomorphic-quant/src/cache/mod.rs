@@ -101,6 +101,7 @@ impl Sequence {
 pub struct Cache {
     config: Config,
     layer: u32,
+    first_kv_head: u32,
     shape: KvShape,
     geometry: PageGeometry,
     sink_page: SidePage,
@@ -118,22 +119,25 @@ impl Cache {
     /// [`Error::Argument`] when the shape makes no pages (see [`PageGeometry::new`]); [`Error::Attention`] when the pages do
     /// not fit memory.
     pub fn new(config: &Config, layer: u32, shape: KvShape, capacity: Capacity) -> Result<Self, Error> {
-        Self::with_page_layout(config, layer, shape, capacity, PageLayout::Canonical)
+        Self::shard(config, layer, 0, shape, capacity, PageLayout::Canonical)
     }
 
-    /// [`new`](Self::new) with closed blocks in another layout.
+    /// A cache of some KV heads of a layer, those from the model's head `first_kv_head` on, with closed blocks in any layout.
+    /// Widths, noise and the wire count the model's heads.
     ///
     /// # Errors
     /// As [`new`](Self::new).
-    pub fn with_page_layout(
+    pub fn shard(
         config: &Config,
         layer: u32,
+        first_kv_head: u32,
         shape: KvShape,
         capacity: Capacity,
         page_layout: PageLayout,
     ) -> Result<Self, Error> {
         let KvShape { kv_heads, qk_dim, v_dim } = shape;
-        let geometry = PageGeometry::new(config, page_layout, layer as usize, kv_heads, qk_dim, v_dim)?;
+        let heads = first_kv_head as usize..(first_kv_head as usize).saturating_add(kv_heads);
+        let geometry = PageGeometry::shard(config, page_layout, layer as usize, heads, qk_dim, v_dim)?;
         let side = |tokens| SidePage { tokens, kv_heads, qk_dim, v_dim };
         let (sink_page, open_page) = (side(config.sinks()), side(config.partition()));
         let sinks = match config.sinks() {
@@ -143,6 +147,7 @@ impl Cache {
         Ok(Cache {
             config: config.clone(),
             layer,
+            first_kv_head,
             shape,
             blocks: PagePool::new(capacity.blocks, geometry.bytes())?,
             open: PagePool::new(capacity.sequences, open_page.bytes())?,
@@ -161,6 +166,11 @@ impl Cache {
     /// The layer that the cache belongs to.
     pub fn layer(&self) -> u32 {
         self.layer
+    }
+
+    /// The model's number of the first KV head.
+    pub fn first_kv_head(&self) -> u32 {
+        self.first_kv_head
     }
 
     /// Sizes of keys and values.
@@ -210,6 +220,44 @@ impl Cache {
     /// A sequence without tokens. It takes no page until it has some.
     pub fn sequence(&self) -> Sequence {
         Sequence { sinks: None, blocks: Vec::new(), open: None, tokens: 0 }
+    }
+
+    /// A sequence of so many tokens whose pages hold anything, for whoever fills them.
+    pub(crate) fn reserve(&mut self, tokens: usize) -> Result<Sequence, Error> {
+        let mut sequence = self.sequence();
+        let taken = (|| {
+            sequence.blocks = self.blocks.allocate_many(self.closed_blocks(tokens))?;
+            if self.sink_tokens(tokens) > 0
+                && let Some(pool) = &mut self.sinks
+            {
+                sequence.sinks = Some(pool.allocate()?);
+            }
+            if self.open_tokens(tokens) > 0 {
+                sequence.open = Some(self.open.allocate()?);
+            }
+            Ok::<_, attention::Error>(())
+        })();
+        match taken {
+            Ok(()) => Ok(Sequence { tokens, ..sequence }),
+            Err(error) => {
+                self.release(sequence)?;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// One head's segment of a closed block that one sequence owns, to write.
+    pub(crate) fn block_segment_mut(&mut self, page: PageRef, kv_head: usize) -> Result<&mut [u8], Error> {
+        Ok(&mut self.blocks.bytes_mut(page)?[self.geometry.segment(kv_head)])
+    }
+
+    /// The sinks or open block of a sequence that alone owns it, to write; empty when there is none.
+    pub(crate) fn side_bytes_mut(&mut self, sequence: &Sequence, sinks: bool) -> Result<&mut [u8], Error> {
+        match (sinks, sequence.sinks, sequence.open, &mut self.sinks) {
+            (true, Some(page), _, Some(pool)) => Ok(pool.bytes_mut(page)?),
+            (false, _, Some(page), _) => Ok(self.open.bytes_mut(page)?),
+            _ => Ok(&mut []),
+        }
     }
 
     /// Tokens of a sequence that are sinks.

@@ -161,10 +161,25 @@ impl PageGeometry {
         qk_dim: usize,
         v_dim: usize,
     ) -> Result<Self, Error> {
-        if kv_heads == 0 {
+        Self::shard(config, layout, layer, 0..kv_heads, qk_dim, v_dim)
+    }
+
+    /// Pages of some KV heads of a layer: `kv_heads` are the model's numbers, which overrides of widths count.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn shard(
+        config: &Config,
+        layout: PageLayout,
+        layer: usize,
+        kv_heads: Range<usize>,
+        qk_dim: usize,
+        v_dim: usize,
+    ) -> Result<Self, Error> {
+        if kv_heads.is_empty() {
             return Err(Error::argument("kv_heads", "at least 1", 0));
         }
-        let heads = (0..kv_heads)
+        let heads = kv_heads
             .map(|head| HeadGeometry::new(config, config.head_bits(layer, head), qk_dim, v_dim))
             .collect::<Result<Vec<_>, _>>()?;
         let mut offsets = vec![0];
