@@ -4,6 +4,7 @@ use criterion::{BenchmarkId, Criterion, criterion_group};
 use half::bf16;
 use longkv_attention::gpu::{
     CacheLayout, Prefill, PrefillConfig, PrefillInputs, PrefillOutput, PrefillPlan, PrefillState,
+    PrefillTiles, PrefillTilesArgs,
 };
 use longkv_attention::testing::Inputs;
 use longkv_attention::{
@@ -12,6 +13,7 @@ use longkv_attention::{
 use longkv_benches::{GpuBench, throughput};
 use longkv_cuda::memory::{View, ViewMut};
 use longkv_cuda::status::StatusWord;
+use longkv_cuda::workspace::Workspace;
 
 const Q_HEADS: usize = 32;
 const KV_HEADS: usize = 8;
@@ -74,6 +76,7 @@ fn gpu(criterion: &mut Criterion) {
     for (name, queries, keys, mask, carry) in CASES {
         let plan = plan(queries, keys, mask, carry);
         let prefill = Prefill::<_, bf16>::prepare(&bench.gpu, &plan).expect("prepare");
+        let planner = PrefillTiles::prepare(&bench.gpu, &plan).expect("prepare the plan");
         let stream = bench.stream.clone();
         let upload = |vectors, seed| {
             stream.clone_htod(&Inputs::Normal.generate::<bf16>(vectors, DIM, seed)).expect("copy")
@@ -89,18 +92,24 @@ fn gpu(criterion: &mut Criterion) {
         let mut o = stream.alloc_zeros::<f32>(if carry { rows * DIM } else { 1 }).expect("allocate");
         let mut ml = stream.alloc_zeros::<f32>(if carry { rows * 2 } else { 1 }).expect("allocate");
         let mut status = StatusWord::new(&stream).expect("allocate");
+        let mut workspace = Workspace::zeroed(&stream, plan.workspace().bytes()).expect("allocate");
         let sequences = [(queries, keys)];
         let work = (plan.bytes_moved(&sequences, DType::BF16), plan.flops(&sequences));
+        // The plan is part of what is timed, though many layers would share it.
         bench.case(&mut group, name, work, |stream| {
-            let inputs = PrefillInputs {
-                q: &View::device(&q, stream),
-                k: &View::device(&k, stream),
-                v: &View::device(&v, stream),
+            let args = PrefillTilesArgs {
                 cu_queries: &View::device(&cu_queries, stream),
                 kv_len: &View::device(&kv_len, stream),
                 block_table: None,
                 kv_start: Some(&View::device(&kv_start, stream)),
                 status: status.view_mut(stream),
+            };
+            let tiles = planner.run(stream, args, workspace.view_mut(stream)).expect("plan");
+            let inputs = PrefillInputs {
+                q: &View::device(&q, stream),
+                k: &View::device(&k, stream),
+                v: &View::device(&v, stream),
+                block_table: None,
             };
             if carry {
                 let state = PrefillState {
@@ -108,13 +117,13 @@ fn gpu(criterion: &mut Criterion) {
                     ml: ViewMut::device(&mut ml, stream),
                     resume: true,
                 };
-                prefill.run_step(stream, inputs, state).expect("launch");
+                prefill.run_step(stream, inputs, state, &tiles).expect("launch");
             } else {
                 let output = PrefillOutput {
                     out: ViewMut::device(&mut out, stream),
                     lse: ViewMut::device(&mut lse, stream),
                 };
-                prefill.run(stream, inputs, output).expect("launch");
+                prefill.run(stream, inputs, output, &tiles).expect("launch");
             }
         });
         assert_eq!(status.read(&stream).expect("read the status"), None, "{name}");

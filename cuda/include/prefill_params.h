@@ -1,8 +1,28 @@
-/* Parameters of the kernel kernels/attention/prefill.cu. */
+/* Parameters of the kernels kernels/attention/prefill*.cu. */
 #ifndef LONGKV_PREFILL_PARAMS_H
 #define LONGKV_PREFILL_PARAMS_H
 
 #include <stdint.h>
+
+/* A tile of the rows of a segment: a run of queries, aligned to the end of the keys that go with them. */
+struct PrefillTile {
+    /* Row of the block table. */
+    uint32_t sequence;
+    /* The segment's first query, in q. */
+    uint32_t first_query;
+    /* Queries of the segment. */
+    uint32_t queries;
+    /* The tile's first row, among queries * group. */
+    uint32_t first_row;
+    /* First token of the segment's keys in a contiguous cache. */
+    uint32_t kv_start;
+    /* Keys of the segment; 0 where its rows see nothing. */
+    uint32_t kv_len;
+    /* 1 where a query sees the keys up to its own position, 0 where it sees all. */
+    uint32_t causal;
+    /* Explicit padding, always 0. */
+    uint32_t _pad;
+};
 
 /* Shape, layout and mask of one prefill. */
 struct PrefillParams {
@@ -40,7 +60,7 @@ struct PrefillParams {
     uint32_t num_tokens;
     /* Largest length that the plan allows. */
     uint32_t max_kv_len;
-    /* 1 where a query sees the keys up to its own position, 0 where it sees all. */
+    /* 1 where a query sees the keys up to its own position, 0 where it sees all; of the tiles that are planned. */
     uint32_t causal;
     /* Keys that a query sees, itself included; 0 for all. */
     uint32_t window;
@@ -48,6 +68,10 @@ struct PrefillParams {
     uint32_t sinks;
     /* First keys of the sequence that every query sees, past its own position too. */
     uint32_t prefix;
+    /* Rows of a tile: the kernel's own number. */
+    uint32_t tile_rows;
+    /* Tiles that the list has room for. */
+    uint32_t max_tiles;
     /* 1 where the softmax state starts from the one stored, 0 where it starts empty. */
     uint32_t resume;
     /* Softmax scale. */

@@ -7,7 +7,7 @@
 use bytemuck::Pod;
 
 use crate::Error;
-use crate::memory::{Space, View, ViewMut};
+use crate::memory::{Space, StreamHandle, View, ViewMut};
 use crate::table::{Arch, Instance};
 
 /// Extent of a grid, block or cluster.
@@ -106,6 +106,8 @@ pub enum Arg<'a> {
         bytes: usize,
         /// Where the memory lies.
         space: Space,
+        /// Which stream may use it.
+        stream: StreamHandle,
         /// What the kernel may do with it.
         access: Access,
     },
@@ -126,6 +128,7 @@ impl<'a> Arg<'a> {
             address: view.address(),
             bytes: view.bytes(),
             space: view.space(),
+            stream: view.stream(),
             access: Access::Read,
         }
     }
@@ -137,15 +140,20 @@ impl<'a> Arg<'a> {
             address: view.address(),
             bytes: view.bytes(),
             space: view.space(),
+            stream: view.stream(),
             access: Access::Write,
         }
+    }
+
+    fn null(name: &'static str, access: Access) -> Self {
+        Arg::Buffer { name, address: 0, bytes: 0, space: Space::Host, stream: None, access }
     }
 
     /// A pointer that may be null.
     pub fn read_optional<T: Pod>(name: &'static str, view: Option<&'a View<'_, T>>) -> Self {
         match view {
             Some(view) => Arg::read(name, view),
-            None => Arg::Buffer { name, address: 0, bytes: 0, space: Space::Host, access: Access::Read },
+            None => Arg::null(name, Access::Read),
         }
     }
 
@@ -153,7 +161,7 @@ impl<'a> Arg<'a> {
     pub fn write_optional<T: Pod>(name: &'static str, view: Option<&'a mut ViewMut<'_, T>>) -> Self {
         match view {
             Some(view) => Arg::write(name, view),
-            None => Arg::Buffer { name, address: 0, bytes: 0, space: Space::Host, access: Access::Write },
+            None => Arg::null(name, Access::Write),
         }
     }
 

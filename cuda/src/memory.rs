@@ -34,12 +34,17 @@ type Guard<'a> = Option<cudarc::driver::SyncOnDrop<'a>>;
 #[cfg(not(feature = "driver"))]
 type Guard<'a> = Option<std::convert::Infallible>;
 
+/// Which stream may use a view: the driver's handle of the stream that the view was made for, or `None` where the caller
+/// orders the work himself (raw views, mapped memory, the emulator).
+pub type StreamHandle = Option<usize>;
+
 /// Memory that a kernel reads: `len` elements of `T`.
 #[derive(Debug)]
 pub struct View<'a, T> {
     address: u64,
     len: usize,
     space: Space,
+    stream: StreamHandle,
     _guard: Guard<'a>,
     _borrow: PhantomData<&'a [T]>,
 }
@@ -50,6 +55,7 @@ pub struct ViewMut<'a, T> {
     address: u64,
     len: usize,
     space: Space,
+    stream: StreamHandle,
     _guard: Guard<'a>,
     _borrow: PhantomData<&'a mut [T]>,
 }
@@ -61,9 +67,9 @@ macro_rules! common {
             ///
             /// # Safety
             /// The memory must be valid in `space` for as long as any kernel launched with this view runs, and must not be
-            /// written (for a mutable view: accessed at all) by anybody else meanwhile.
+            /// written (for a mutable view: accessed at all) by anybody else meanwhile. Such a view fits every stream.
             pub unsafe fn from_raw(address: u64, len: usize, space: Space) -> Self {
-                Self { address, len, space, _guard: None, _borrow: PhantomData }
+                Self { address, len, space, stream: None, _guard: None, _borrow: PhantomData }
             }
 
             /// Address of the first element, in the address space of [`space`](Self::space).
@@ -89,6 +95,16 @@ macro_rules! common {
             /// Where the memory lies.
             pub fn space(&self) -> Space {
                 self.space
+            }
+
+            /// The stream that may use it.
+            pub fn stream(&self) -> StreamHandle {
+                self.stream
+            }
+
+            /// The same view, for one stream only.
+            pub(crate) fn for_stream(self, stream: StreamHandle) -> Self {
+                Self { stream, ..self }
             }
 
             /// Checks the length and the alignment that a kernel needs: `len` elements or more, at an address divisible by
@@ -144,6 +160,7 @@ impl<'a, T: Pod> View<'a, T> {
             address: slice.as_ptr() as u64,
             len: slice.len(),
             space: Space::Host,
+            stream: None,
             _guard: None,
             _borrow: PhantomData,
         }
@@ -152,7 +169,14 @@ impl<'a, T: Pod> View<'a, T> {
     /// The elements of `range`.
     pub fn part(&self, range: Range<usize>) -> Result<View<'_, T>, Error> {
         let address = self.part_address(&range)?;
-        Ok(View { address, len: range.len(), space: self.space, _guard: None, _borrow: PhantomData })
+        Ok(View {
+            address,
+            len: range.len(),
+            space: self.space,
+            stream: self.stream,
+            _guard: None,
+            _borrow: PhantomData,
+        })
     }
 }
 
@@ -163,6 +187,7 @@ impl<'a, T: Pod> ViewMut<'a, T> {
             address: slice.as_mut_ptr() as u64,
             len: slice.len(),
             space: Space::Host,
+            stream: None,
             _guard: None,
             _borrow: PhantomData,
         }
@@ -174,6 +199,7 @@ impl<'a, T: Pod> ViewMut<'a, T> {
             address: self.address,
             len: self.len,
             space: self.space,
+            stream: self.stream,
             _guard: None,
             _borrow: PhantomData,
         }
@@ -182,13 +208,27 @@ impl<'a, T: Pod> ViewMut<'a, T> {
     /// The elements of `range`, for reading.
     pub fn part(&self, range: Range<usize>) -> Result<View<'_, T>, Error> {
         let address = self.part_address(&range)?;
-        Ok(View { address, len: range.len(), space: self.space, _guard: None, _borrow: PhantomData })
+        Ok(View {
+            address,
+            len: range.len(),
+            space: self.space,
+            stream: self.stream,
+            _guard: None,
+            _borrow: PhantomData,
+        })
     }
 
     /// The elements of `range`, for writing.
     pub fn part_mut(&mut self, range: Range<usize>) -> Result<ViewMut<'_, T>, Error> {
         let address = self.part_address(&range)?;
-        Ok(ViewMut { address, len: range.len(), space: self.space, _guard: None, _borrow: PhantomData })
+        Ok(ViewMut {
+            address,
+            len: range.len(),
+            space: self.space,
+            stream: self.stream,
+            _guard: None,
+            _borrow: PhantomData,
+        })
     }
 }
 
@@ -199,22 +239,26 @@ mod device {
     use super::*;
 
     impl<'a, T: Pod> View<'a, T> {
-        /// Device memory (`CudaSlice` or `CudaView`), read on `stream`.
+        /// Device memory (`CudaSlice` or `CudaView`), read on `stream`, which has waited for whoever wrote it. A launch on another
+        /// stream, which has not, refuses the view.
         pub fn device(slice: &'a impl DevicePtr<T>, stream: &'a CudaStream) -> Self {
             let len = slice.len();
             let space = Space::Device(slice.stream().context().ordinal());
             let (address, guard) = slice.device_ptr(stream);
-            Self { address, len, space, _guard: Some(guard), _borrow: PhantomData }
+            let stream = Some(stream.cu_stream() as usize);
+            Self { address, len, space, stream, _guard: Some(guard), _borrow: PhantomData }
         }
     }
 
     impl<'a, T: Pod> ViewMut<'a, T> {
-        /// Device memory (`CudaSlice` or `CudaViewMut`), read and written on `stream`.
+        /// Device memory (`CudaSlice` or `CudaViewMut`), read and written on `stream`, which has waited for whoever used it. A
+        /// launch on another stream, which has not, refuses the view.
         pub fn device(slice: &'a mut impl DevicePtrMut<T>, stream: &'a CudaStream) -> Self {
             let len = slice.len();
             let space = Space::Device(slice.stream().context().ordinal());
             let (address, guard) = slice.device_ptr_mut(stream);
-            Self { address, len, space, _guard: Some(guard), _borrow: PhantomData }
+            let stream = Some(stream.cu_stream() as usize);
+            Self { address, len, space, stream, _guard: Some(guard), _borrow: PhantomData }
         }
     }
 }

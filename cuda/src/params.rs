@@ -7,7 +7,7 @@ pub const HEADER_DIGESTS: &[(&str, &str)] = &[
     ("append_params.h", "d3a48d068dfaa9b2097a8b57cba00cd93802a6e3fa15338c687b9918f2026910"),
     ("decode_params.h", "549968e16df86614bfc18febb9e8a134b45a2341d7ec89cffc90efeaa94a6fee"),
     ("merge_states_params.h", "a1ca4ca86a37067ead0a7fdbb4a70c68ff2be74458bddc317fa12c2d18667ee8"),
-    ("prefill_params.h", "ae79b19a538961219f74c74020118b6bee73c7146a99e3a9a012d12f825ec2b3"),
+    ("prefill_params.h", "3d61a6398e818b2d2f1de440731d6181a7005a251c83a5fb60c20befdba23406"),
     ("status_params.h", "4f7980c429bc31cb21feb31a9a1840964bf406b48721d9a745514ad009959d99"),
 ];
 
@@ -204,6 +204,40 @@ const _: () = {
         [::core::mem::offset_of!(MergeStatesParams, splits_per_block) - 8usize];
     ["Offset of field: MergeStatesParams::_pad"][::core::mem::offset_of!(MergeStatesParams, _pad) - 12usize];
 };
+#[doc = " A tile of the rows of a segment: a run of queries, aligned to the end of the keys that go with them."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct PrefillTile {
+    #[doc = " Row of the block table."]
+    pub sequence: u32,
+    #[doc = " The segment's first query, in q."]
+    pub first_query: u32,
+    #[doc = " Queries of the segment."]
+    pub queries: u32,
+    #[doc = " The tile's first row, among queries * group."]
+    pub first_row: u32,
+    #[doc = " First token of the segment's keys in a contiguous cache."]
+    pub kv_start: u32,
+    #[doc = " Keys of the segment; 0 where its rows see nothing."]
+    pub kv_len: u32,
+    #[doc = " 1 where a query sees the keys up to its own position, 0 where it sees all."]
+    pub causal: u32,
+    #[doc = " Explicit padding, always 0."]
+    pub _pad: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PrefillTile"][::core::mem::size_of::<PrefillTile>() - 32usize];
+    ["Alignment of PrefillTile"][::core::mem::align_of::<PrefillTile>() - 4usize];
+    ["Offset of field: PrefillTile::sequence"][::core::mem::offset_of!(PrefillTile, sequence) - 0usize];
+    ["Offset of field: PrefillTile::first_query"][::core::mem::offset_of!(PrefillTile, first_query) - 4usize];
+    ["Offset of field: PrefillTile::queries"][::core::mem::offset_of!(PrefillTile, queries) - 8usize];
+    ["Offset of field: PrefillTile::first_row"][::core::mem::offset_of!(PrefillTile, first_row) - 12usize];
+    ["Offset of field: PrefillTile::kv_start"][::core::mem::offset_of!(PrefillTile, kv_start) - 16usize];
+    ["Offset of field: PrefillTile::kv_len"][::core::mem::offset_of!(PrefillTile, kv_len) - 20usize];
+    ["Offset of field: PrefillTile::causal"][::core::mem::offset_of!(PrefillTile, causal) - 24usize];
+    ["Offset of field: PrefillTile::_pad"][::core::mem::offset_of!(PrefillTile, _pad) - 28usize];
+};
 #[doc = " Shape, layout and mask of one prefill."]
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -242,7 +276,7 @@ pub struct PrefillParams {
     pub num_tokens: u32,
     #[doc = " Largest length that the plan allows."]
     pub max_kv_len: u32,
-    #[doc = " 1 where a query sees the keys up to its own position, 0 where it sees all."]
+    #[doc = " 1 where a query sees the keys up to its own position, 0 where it sees all; of the tiles that are planned."]
     pub causal: u32,
     #[doc = " Keys that a query sees, itself included; 0 for all."]
     pub window: u32,
@@ -250,6 +284,10 @@ pub struct PrefillParams {
     pub sinks: u32,
     #[doc = " First keys of the sequence that every query sees, past its own position too."]
     pub prefix: u32,
+    #[doc = " Rows of a tile: the kernel's own number."]
+    pub tile_rows: u32,
+    #[doc = " Tiles that the list has room for."]
+    pub max_tiles: u32,
     #[doc = " 1 where the softmax state starts from the one stored, 0 where it starts empty."]
     pub resume: u32,
     #[doc = " Softmax scale."]
@@ -259,7 +297,7 @@ pub struct PrefillParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PrefillParams"][::core::mem::size_of::<PrefillParams>() - 128usize];
+    ["Size of PrefillParams"][::core::mem::size_of::<PrefillParams>() - 136usize];
     ["Alignment of PrefillParams"][::core::mem::align_of::<PrefillParams>() - 8usize];
     ["Offset of field: PrefillParams::k_page_stride"]
         [::core::mem::offset_of!(PrefillParams, k_page_stride) - 0usize];
@@ -296,9 +334,13 @@ const _: () = {
     ["Offset of field: PrefillParams::window"][::core::mem::offset_of!(PrefillParams, window) - 104usize];
     ["Offset of field: PrefillParams::sinks"][::core::mem::offset_of!(PrefillParams, sinks) - 108usize];
     ["Offset of field: PrefillParams::prefix"][::core::mem::offset_of!(PrefillParams, prefix) - 112usize];
-    ["Offset of field: PrefillParams::resume"][::core::mem::offset_of!(PrefillParams, resume) - 116usize];
-    ["Offset of field: PrefillParams::scale"][::core::mem::offset_of!(PrefillParams, scale) - 120usize];
-    ["Offset of field: PrefillParams::soft_cap"][::core::mem::offset_of!(PrefillParams, soft_cap) - 124usize];
+    ["Offset of field: PrefillParams::tile_rows"]
+        [::core::mem::offset_of!(PrefillParams, tile_rows) - 116usize];
+    ["Offset of field: PrefillParams::max_tiles"]
+        [::core::mem::offset_of!(PrefillParams, max_tiles) - 120usize];
+    ["Offset of field: PrefillParams::resume"][::core::mem::offset_of!(PrefillParams, resume) - 124usize];
+    ["Offset of field: PrefillParams::scale"][::core::mem::offset_of!(PrefillParams, scale) - 128usize];
+    ["Offset of field: PrefillParams::soft_cap"][::core::mem::offset_of!(PrefillParams, soft_cap) - 132usize];
 };
 #[doc = " Nothing is wrong."]
 pub const FAULT_NONE: FaultCode = 0;

@@ -38,6 +38,7 @@ pub const HEADERS: &[(&str, &str)] = headers! {
     "tile/copy_ring.cuh"
     "tile/fragment.cuh"
     "tile/last_arriver.cuh"
+    "tile/prefill_tiles.cuh"
     "tile/softmax_state.cuh"
     "tile/split_plan.cuh"
     "tile/status.cuh"

@@ -118,7 +118,7 @@ impl Layout {
         let bytes = workspace.part(region.offset..region.offset + region.len * size_of::<T>())?;
         // SAFETY: the bytes lie in the workspace, which is borrowed for as long as the view lives; `T` is plain data and the
         // address is aligned beyond its needs.
-        Ok(unsafe { View::from_raw(bytes.address(), region.len, bytes.space()) })
+        Ok(unsafe { View::from_raw(bytes.address(), region.len, bytes.space()) }.for_stream(bytes.stream()))
     }
 
     /// Size of the workspace in bytes.
@@ -178,7 +178,8 @@ impl<'a> Carver<'a> {
         let address = self.workspace.address() + region.offset as u64;
         // SAFETY: the bytes lie in the workspace, which is borrowed mutably for as long as the view lives, and past every
         // buffer taken before, so nobody else has them. `T` is plain data and the address is aligned beyond its needs.
-        Ok(unsafe { ViewMut::from_raw(address, region.len, self.workspace.space()) })
+        let view = unsafe { ViewMut::from_raw(address, region.len, self.workspace.space()) };
+        Ok(view.for_stream(self.workspace.stream()))
     }
 }
 

@@ -14,6 +14,7 @@ use longkv_cuda::memory::{Space, View, ViewMut};
 use longkv_cuda::probe::{Unavailable, Version};
 use longkv_cuda::status::StatusWord;
 use longkv_cuda::table::{Arch, ArchClass, Instance, Kernel, Row};
+use longkv_cuda::workspace::{Carver, Layout, Workspace};
 use support::fake_driver::{FakeDriver, Setup, with_driver};
 
 const fn kernel(name: &'static str, arch: ArchClass, rows: &'static [Row]) -> Kernel {
@@ -290,7 +291,6 @@ fn memory_and_streams_of_elsewhere_are_refused_by_name() {
         let mut host = [0f32; 16];
         let own = View::device(&bench.input, &bench.stream);
         let mut on_host = ViewMut::host(&mut host);
-        // The stream that a view names does not matter, only where the memory is.
         let on_other = View::device(&other, &bench.stream);
         let n = 1u32;
         let n = Arg::value("n", &n);
@@ -322,6 +322,55 @@ fn memory_and_streams_of_elsewhere_are_refused_by_name() {
         let error = bench.launch_args(&elsewhere, &[read, read, n]).unwrap_err();
         assert!(matches!(error, Error::Argument { argument: "stream", .. }), "{error}");
         assert_eq!(fake.log(), [""; 0]);
+    });
+}
+
+#[test]
+fn views_made_for_another_stream_are_refused() {
+    with_driver("views_made_for_another_stream_are_refused", Setup::default(), |fake| {
+        let mut bench = Bench::new(fake, &SMALL);
+        let [own, other] = [bench.stream.clone(), bench.gpu.context().new_stream().unwrap()];
+        let n = 1u32;
+        let raw_address = View::device(&bench.input, &own).address();
+        // SAFETY: the stand-in runs nothing.
+        let raw = unsafe { View::<f32>::from_raw(raw_address, 16, Space::Device(0)) };
+        for (launched_on, made_for, fits) in
+            [(&own, &own, true), (&own, &other, false), (&other, &own, false), (&other, &other, true)]
+        {
+            let mut output = ViewMut::device(&mut bench.output, made_for);
+            let part = output.part_mut(0..4).unwrap();
+            let mut again = part;
+            let args = [Arg::read("input", &raw), Arg::write("output", &mut again), Arg::value("n", &n)];
+            fake.log();
+            // SAFETY: the stand-in runs nothing.
+            let answer = unsafe { bench.function.launch(launched_on, &CONFIG, &args) };
+            match answer {
+                Ok(()) => assert!(fits, "launched with a view of another stream"),
+                Err(error) => {
+                    assert!(!fits, "{error}");
+                    let words = "`output`: expected a view made for the stream of the launch, found one made for another";
+                    assert!(error.to_string().contains(words), "{error}");
+                    assert!(!fake.log().iter().any(|line| line.starts_with("cuLaunch")));
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn a_workspace_keeps_its_stream() {
+    with_driver("a_workspace_keeps_its_stream", Setup::default(), |fake| {
+        let gpu = Gpu::new(&fake.context(0)).unwrap();
+        let stream = gpu.context().new_stream().unwrap();
+        let mut layout = Layout::new();
+        let words = layout.scratch::<u32>(3).unwrap();
+        let mut workspace = Workspace::zeroed(&stream, layout.bytes()).unwrap();
+        let made_for = Some(stream.cu_stream() as usize);
+        let view = workspace.view_mut(&stream);
+        assert_eq!((view.stream(), layout.view(words, &view).unwrap().stream()), (made_for, made_for));
+        let carver = Carver::new("test", view, &layout).unwrap();
+        assert_eq!(carver.take(words).unwrap().stream(), made_for);
+        assert_eq!(carver.into_workspace().stream(), made_for);
     });
 }
 

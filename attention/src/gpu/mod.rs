@@ -19,7 +19,10 @@ pub use decode::{
     Decode, DecodeArgs, DecodeConfig, DecodePlan, DecodeStep, DecodeStepArgs, PlannedStep, Splits,
 };
 pub use merge_states::{Merge, MergeArgs, MergeConfig, MergePlan};
-pub use prefill::{Prefill, PrefillConfig, PrefillInputs, PrefillOutput, PrefillPlan, PrefillState};
+pub use prefill::{
+    PlannedTiles, Prefill, PrefillConfig, PrefillInputs, PrefillOutput, PrefillPlan, PrefillState,
+    PrefillTiles, PrefillTilesArgs,
+};
 
 use crate::Error;
 

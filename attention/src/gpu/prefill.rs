@@ -1,10 +1,11 @@
-//! Prefill attention: ragged batches of queries over cached keys, whole or step by step.
+//! Prefill attention: ragged batches of queries over cached keys, whole or step by step, planned on the device.
 
 use cuda::kernels::attention as kernels;
 use cuda::launch::{Device, Function};
 use cuda::memory::{View, ViewMut};
-use cuda::params::PrefillParams;
+use cuda::params::{PrefillParams, PrefillTile};
 use cuda::storage::Storage;
+use cuda::workspace::{Carver, Layout, Region};
 
 use super::cache::{self, CacheLayout, to_u32};
 use crate::{AttentionSpec, DType, Error, Mask};
@@ -17,7 +18,7 @@ pub struct PrefillConfig {
     pub spec: AttentionSpec,
     /// Sequences of every run; empty ones have no queries.
     pub batch: usize,
-    /// Query tokens of every run, all sequences together.
+    /// Query tokens of every run, all sequences together; those behind the last sequence are padding and give 0 and −inf.
     pub num_queries: usize,
     /// Longest sequence of keys.
     pub max_kv_len: usize,
@@ -28,12 +29,24 @@ pub struct PrefillConfig {
     pub carry: bool,
 }
 
-/// Grid and variant of a prefill. It needs no workspace.
+/// Grid, variant and workspace of a prefill.
 #[derive(Debug, Clone)]
 pub struct PrefillPlan {
     config: PrefillConfig,
     variant: kernels::PrefillVariant,
     params: PrefillParams,
+    buffers: Buffers,
+}
+
+/// What the plan on the device writes and all layers read.
+#[derive(Debug, Clone)]
+struct Buffers {
+    layout: Layout,
+    valid_len: Region<u32>,
+    cost: Region<u32>,
+    tiles: Region<PrefillTile>,
+    tile_count: Region<u32>,
+    arrivals: Region<u32>,
 }
 
 impl PrefillPlan {
@@ -55,6 +68,15 @@ impl PrefillPlan {
             }
             Mask::Prefix { prefix } => (1, 0, 0, to_u32("prefix", prefix.min(config.max_kv_len))?),
         };
+        let variant = kernels::PrefillVariant {
+            qk_dim: shape.qk_dim(),
+            v_dim: shape.v_dim(),
+            paged: cache.paged,
+            soft_cap: score.soft_cap().is_some(),
+            carry: config.carry,
+        };
+        to_u32("num_queries", config.num_queries.saturating_mul(shape.group()))?;
+        let max_tiles = kernels::max_tiles(config.num_queries, shape.group(), variant.rows(), config.batch);
         let params = PrefillParams {
             k_page_stride: cache.k[0],
             k_token_stride: cache.k[1],
@@ -77,19 +99,27 @@ impl PrefillPlan {
             window,
             sinks,
             prefix,
+            tile_rows: variant.rows() as u32,
+            max_tiles: to_u32("num_queries", max_tiles)?,
             resume: 0,
             scale: score.scale(),
             soft_cap: score.soft_cap().unwrap_or(0.0),
         };
-        to_u32("num_queries", config.num_queries.saturating_mul(shape.group()))?;
-        let variant = kernels::PrefillVariant {
-            qk_dim: shape.qk_dim(),
-            v_dim: shape.v_dim(),
-            paged: cache.paged,
-            soft_cap: score.soft_cap().is_some(),
-            carry: config.carry,
+        let mut layout = Layout::new();
+        let buffers = Buffers {
+            valid_len: layout.scratch(kernels::prefill_valid_lens(&params))?,
+            cost: layout.scratch(config.batch.saturating_mul(2))?,
+            tiles: layout.scratch(max_tiles)?,
+            tile_count: layout.scratch(1)?,
+            arrivals: layout.counters(1)?,
+            layout,
         };
-        Ok(Self { config, variant, params })
+        Ok(Self { config, variant, params, buffers })
+    }
+
+    /// Layout of the workspace that [`PrefillTiles::run`] fills, zeroed before the first run.
+    pub fn workspace(&self) -> &Layout {
+        &self.buffers.layout
     }
 
     /// Floating-point operations for sequences of these (queries, keys): QKᵀ and PV over the keys that the mask leaves.
@@ -111,6 +141,88 @@ impl PrefillPlan {
     }
 }
 
+/// The prepared device-side plan of a prefill.
+#[derive(Debug, Clone)]
+pub struct PrefillTiles<F> {
+    plan: PrefillPlan,
+    kernel: kernels::PrefillPlan<F>,
+}
+
+/// Arguments of [`PrefillTiles::run`]; one of `block_table` and `kv_start` is given, as the cache asks for.
+#[derive(Debug)]
+pub struct PrefillTilesArgs<'a> {
+    /// First query of each sequence, then one past the last `[batch + 1]`.
+    pub cu_queries: &'a View<'a, u32>,
+    /// Keys of each sequence `[batch]`; its queries are the last positions of them.
+    pub kv_len: &'a View<'a, u32>,
+    /// Page ids `[batch, max_pages]` or `[kv_heads, batch, max_pages]`. Entries of pages that no query sees, past the length or
+    /// before every window, are not read.
+    pub block_table: Option<&'a View<'a, u32>>,
+    /// First token of each sequence `[batch]`.
+    pub kv_start: Option<&'a View<'a, u32>>,
+    /// Status word: [`FaultCode::BadLength`](crate::FaultCode::BadLength) or
+    /// [`BadPage`](crate::FaultCode::BadPage) with the sequence, all of whose rows then see nothing (of a table with rows per
+    /// KV head, only those of the bad row's head); or [`BadRange`](crate::FaultCode::BadRange) with a sequence whose
+    /// `cu_queries` descend, end past the queries or begin before an earlier sequence ends. Queries of no sequence see
+    /// nothing.
+    pub status: ViewMut<'a, u64>,
+}
+
+impl<F: Function> PrefillTiles<F> {
+    /// Compiles and loads. May block.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] when the kernel cannot be loaded.
+    pub fn prepare<D: Device<Function = F>>(device: &D, plan: &PrefillPlan) -> Result<Self, Error> {
+        Ok(Self { plan: plan.clone(), kernel: kernels::PrefillPlan::prepare(device)? })
+    }
+
+    /// Enqueues the plan of one batch and returns it; it serves every layer.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where the cache of the plan asks for the other of `block_table` and `kv_start`, [`Error::Cuda`]
+    /// names an argument or workspace that does not fit.
+    pub fn run<'w>(
+        &self,
+        queue: &F::Queue,
+        args: PrefillTilesArgs<'_>,
+        workspace: ViewMut<'w, u8>,
+    ) -> Result<PlannedTiles<'w>, Error> {
+        // The kernel goes by what it is given; the layers go by the plan.
+        let paged = self.plan.variant.paged;
+        if paged != args.block_table.is_some() {
+            let [expected, found] = [paged, !paged].map(|is| if is { "given" } else { "missing" });
+            return Err(Error::argument("block_table", expected, found));
+        }
+        let buffers = &self.plan.buffers;
+        let carver = Carver::new("prefill_plan", workspace, &buffers.layout)?;
+        let args = kernels::PrefillPlanArgs {
+            params: &self.plan.params,
+            cu_queries: args.cu_queries,
+            kv_len: args.kv_len,
+            kv_start: args.kv_start,
+            block_table: args.block_table,
+            valid_len: carver.take(buffers.valid_len)?,
+            cost: carver.take(buffers.cost)?,
+            tiles: carver.take(buffers.tiles)?,
+            tile_count: carver.take(buffers.tile_count)?,
+            arrivals: carver.take(buffers.arrivals)?,
+            status: args.status,
+        };
+        self.kernel.launch(queue, args)?;
+        Ok(PlannedTiles { plan: self.plan.clone(), workspace: carver.into_workspace() })
+    }
+}
+
+/// A batch that [`PrefillTiles::run`] has planned on a queue: which queries see which keys.
+///
+/// It holds the plan's workspace, so that nobody else writes what the kernel trusts.
+#[derive(Debug)]
+pub struct PlannedTiles<'w> {
+    plan: PrefillPlan,
+    workspace: ViewMut<'w, u8>,
+}
+
 /// A prepared prefill. `E` is the storage type of q, K, V and the output.
 #[derive(Debug, Clone)]
 pub struct Prefill<F, E> {
@@ -118,28 +230,18 @@ pub struct Prefill<F, E> {
     kernel: kernels::Prefill<F, E>,
 }
 
-/// Inputs of a prefill; one of `block_table` and `kv_start` is given, as the cache asks for.
+/// Inputs of a prefill.
 #[derive(Debug)]
 pub struct PrefillInputs<'a, E> {
     /// Queries `[num_queries, q_heads, qk_dim]`.
     pub q: &'a View<'a, E>,
-    /// Keys, by the cache's strides.
+    /// Keys, by the cache's strides. Keys and values that some query of a sequence sees are finite; a NaN or infinity among
+    /// them may reach its other queries. What no query sees may hold anything.
     pub k: &'a View<'a, E>,
     /// Values, by the cache's strides.
     pub v: &'a View<'a, E>,
-    /// First query of each sequence, then the number of queries `[batch + 1]`.
-    pub cu_queries: &'a View<'a, u32>,
-    /// Keys of each sequence `[batch]`.
-    pub kv_len: &'a View<'a, u32>,
-    /// Page ids `[batch, max_pages]` or `[kv_heads, batch, max_pages]`.
+    /// The block table that was planned with, for a paged cache.
     pub block_table: Option<&'a View<'a, u32>>,
-    /// First token of each sequence `[batch]`.
-    pub kv_start: Option<&'a View<'a, u32>>,
-    /// Status word: [`FaultCode::BadLength`](crate::FaultCode::BadLength) or
-    /// [`BadPage`](crate::FaultCode::BadPage) with the sequence, all of whose rows then give 0 and −inf; or
-    /// [`BadRange`](crate::FaultCode::BadRange) with a sequence whose `cu_queries` descend or end past the queries. Rows of
-    /// no sequence are not written.
-    pub status: ViewMut<'a, u64>,
 }
 
 /// Where a prefill without `carry` leaves its output.
@@ -171,32 +273,35 @@ impl<F: Function, E: Storage> Prefill<F, E> {
         Ok(Self { plan: plan.clone(), kernel: kernels::Prefill::prepare(device, plan.variant)? })
     }
 
-    /// Enqueues a whole prefill and returns.
+    /// Enqueues a whole prefill of one layer and returns. `tiles` was planned on the same queue, by the same plan.
     ///
     /// # Errors
-    /// [`Error::Cuda`] names an argument that does not fit; a plan with `carry` has no output.
+    /// [`Error::Argument`] for tiles of another plan, [`Error::Cuda`] names an argument that does not fit; a plan with `carry` has no output.
     pub fn run(
         &self,
         queue: &F::Queue,
         inputs: PrefillInputs<'_, E>,
         output: PrefillOutput<'_, E>,
+        tiles: &PlannedTiles<'_>,
     ) -> Result<(), Error> {
         let result = kernels::PrefillResult::Output { out: output.out, lse: output.lse };
-        self.launch(queue, inputs, result, false)
+        self.launch(queue, inputs, result, false, tiles)
     }
 
-    /// Enqueues one step over some of the keys and returns: the state takes them in.
+    /// Enqueues one step over some of the keys and returns: the state takes them in. `tiles` was planned on the same queue,
+    /// by the same plan. Rows that see none of the keys keep their state bit for bit.
     ///
     /// # Errors
-    /// [`Error::Cuda`] names an argument that does not fit; a plan without `carry` keeps no state.
+    /// [`Error::Argument`] for tiles of another plan, [`Error::Cuda`] names an argument that does not fit; a plan without `carry` keeps no state.
     pub fn run_step(
         &self,
         queue: &F::Queue,
         inputs: PrefillInputs<'_, E>,
         state: PrefillState<'_>,
+        tiles: &PlannedTiles<'_>,
     ) -> Result<(), Error> {
         let result = kernels::PrefillResult::State { o: state.o, ml: state.ml };
-        self.launch(queue, inputs, result, state.resume)
+        self.launch(queue, inputs, result, state.resume, tiles)
     }
 
     fn launch(
@@ -205,21 +310,27 @@ impl<F: Function, E: Storage> Prefill<F, E> {
         inputs: PrefillInputs<'_, E>,
         result: kernels::PrefillResult<'_, E>,
         resume: bool,
+        tiles: &PlannedTiles<'_>,
     ) -> Result<(), Error> {
+        if tiles.plan.config != self.plan.config {
+            return Err(Error::argument("tiles", "tiles of the same plan", "tiles of another"));
+        }
         let params = PrefillParams { resume: u32::from(resume), ..self.plan.params };
+        let buffers = &self.plan.buffers;
         let args = kernels::PrefillArgs {
             params: &params,
             q: inputs.q,
             k: inputs.k,
             v: inputs.v,
-            cu_queries: inputs.cu_queries,
-            kv_len: inputs.kv_len,
-            kv_start: inputs.kv_start,
             block_table: inputs.block_table,
+            tiles: &buffers.layout.view(buffers.tiles, &tiles.workspace)?,
+            tile_count: &buffers.layout.view(buffers.tile_count, &tiles.workspace)?,
+            valid_len: &buffers.layout.view(buffers.valid_len, &tiles.workspace)?,
             result,
-            status: inputs.status,
             programmatic: false,
         };
-        Ok(self.kernel.launch(queue, args)?)
+        // SAFETY: the three buffers lie in the workspace of tiles that `PrefillTiles::run` planned by the same configuration,
+        // hence with the same parameters; the tiles borrow it exclusively, so nobody has written it since.
+        Ok(unsafe { self.kernel.launch(queue, args) }?)
     }
 }

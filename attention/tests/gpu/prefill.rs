@@ -1,6 +1,9 @@
 //! Flash prefill.
 
-use attention::gpu::{Prefill, PrefillConfig, PrefillInputs, PrefillOutput, PrefillPlan, PrefillState};
+use attention::gpu::{
+    CacheLayout, Prefill, PrefillConfig, PrefillInputs, PrefillOutput, PrefillPlan, PrefillState,
+    PrefillTiles, PrefillTilesArgs,
+};
 use attention::testing::{Comparison, Inputs, Tolerance};
 use attention::{
     AttentionSpec, Element, Error, HeadShape, HeadsView, Mask, PageLayout, RaggedView, Score, reference,
@@ -17,7 +20,12 @@ emulator::device_test!(
     equals_the_oracle,
     steps_over_chunks_of_keys_equal_one_prefill,
     bad_sequences_are_reported_and_the_others_stay_right,
-    senseless_queries_are_reported_wherever_they_are,
+    a_bad_page_of_one_head_harms_that_head_alone,
+    keys_that_no_query_sees_hold_anything,
+    every_query_is_written_once_whatever_cu_queries_say,
+    page_order_does_not_matter,
+    many_sequences_of_all_lengths,
+    rows_without_keys_keep_their_state,
     nan_survives_the_steps_that_follow,
 );
 
@@ -94,7 +102,7 @@ fn oracle<E: Element>(case: &Case, tensors: &Tensors<E>) -> reference::Output {
         .expect("a valid case")
 }
 
-fn plan(case: &Case, cache: attention::gpu::CacheLayout, carry: bool) -> PrefillPlan {
+fn plan(case: &Case, cache: CacheLayout, carry: bool) -> PrefillPlan {
     PrefillPlan::new(PrefillConfig {
         spec: case.spec(),
         batch: case.sequences.len(),
@@ -126,7 +134,7 @@ fn prefill<R: Rig, E: Storage>(
     let (q, k, v) =
         (rig.upload(&tensors.q), rig.upload(&tensors.kv.k_cache), rig.upload(&tensors.kv.v_cache));
     let (cu_queries, kv_len) = (rig.upload(cu_queries), rig.upload(kv_len));
-    let contiguous = matches!(tensors.kv.layout, attention::gpu::CacheLayout::Contiguous { .. });
+    let contiguous = matches!(tensors.kv.layout, CacheLayout::Contiguous { .. });
     let block_table = (!contiguous).then(|| rig.upload(&tensors.kv.block_table));
     let kv_start = contiguous.then(|| rig.upload(&tensors.kv.kv_start));
     let (block_table, kv_start) =
@@ -134,20 +142,28 @@ fn prefill<R: Rig, E: Storage>(
     let mut status = rig.zeroed::<u64>(1);
     let mut out = rig.poisoned::<E>(rows * case.dims.1);
     let mut lse = rig.poisoned::<f32>(rows);
-    let inputs = PrefillInputs {
-        q: &rig.view(&q),
-        k: &rig.view(&k),
-        v: &rig.view(&v),
+    let mut workspace = rig.workspace(plan.workspace());
+    let args = PrefillTilesArgs {
         cu_queries: &rig.view(&cu_queries),
         kv_len: &rig.view(&kv_len),
         block_table: block_table.as_ref(),
         kv_start: kv_start.as_ref(),
         status: rig.view_mut(&mut status),
     };
+    let fail = |error: Error| -> ! { panic!("{case:?} on {}: {error}", rig.name()) };
+    let tiles = PrefillTiles::prepare(rig.device(), &plan)
+        .and_then(|planner| planner.run(rig.queue(), args, rig.workspace_view(&mut workspace)))
+        .unwrap_or_else(|error| fail(error));
+    let inputs = PrefillInputs {
+        q: &rig.view(&q),
+        k: &rig.view(&k),
+        v: &rig.view(&v),
+        block_table: block_table.as_ref(),
+    };
     let output = PrefillOutput { out: rig.view_mut(&mut out), lse: rig.view_mut(&mut lse) };
-    kernel
-        .run(rig.queue(), inputs, output)
-        .unwrap_or_else(|error| panic!("{case:?} on {}: {error}", rig.name()));
+    kernel.run(rig.queue(), inputs, output, &tiles).unwrap_or_else(|error| fail(error));
+    drop(tiles);
+    assert!(rig.counters_are_zero(&mut workspace, plan.workspace()), "{case:?}: counters");
     let (out, lse) = (rig.download(&out), rig.download(&lse));
     Prefilled { out, lse, fault: Fault::decode(rig.download(&status)[0]) }
 }
@@ -241,25 +257,32 @@ fn run_steps<R: Rig, E: Storage + Element>(
     let (k, v) = (rig.upload(&tensors.kv.k_cache), rig.upload(&tensors.kv.v_cache));
     let plan = plan(case, tensors.kv.layout, true);
     let kernel = Prefill::<_, E>::prepare(rig.device(), &plan).expect("prepare");
+    let planner = PrefillTiles::prepare(rig.device(), &plan).expect("prepare the plan");
+    let mut workspace = rig.workspace(plan.workspace());
     for (step, cut) in cuts.windows(2).enumerate() {
         let kv_len = rig.upload(&[(cut[1] - cut[0]) as u32]);
         let contiguous = matches!(case.cache, Cache::Contiguous);
         let kv_start = contiguous.then(|| rig.upload(&[cut[0] as u32]));
         let table = (!contiguous).then(|| rig.upload(&chunk_of_table(&tensors.kv, cut[0])));
         let (kv_start, table) = (kv_start.as_ref().map(|x| rig.view(x)), table.as_ref().map(|x| rig.view(x)));
-        let inputs = PrefillInputs {
-            q: &rig.view(if step == 0 { &q_first } else { &q_later }),
-            k: &rig.view(&k),
-            v: &rig.view(&v),
+        let args = PrefillTilesArgs {
             cu_queries: &rig.view(&cu_queries),
             kv_len: &rig.view(&kv_len),
             block_table: table.as_ref(),
             kv_start: kv_start.as_ref(),
             status: rig.view_mut(&mut status),
         };
+        let tiles =
+            planner.run(rig.queue(), args, rig.workspace_view(&mut workspace)).expect("plan the tiles");
+        let inputs = PrefillInputs {
+            q: &rig.view(if step == 0 { &q_first } else { &q_later }),
+            k: &rig.view(&k),
+            v: &rig.view(&v),
+            block_table: table.as_ref(),
+        };
         let state = PrefillState { o: rig.view_mut(&mut o), ml: rig.view_mut(&mut ml), resume: step > 0 };
         kernel
-            .run_step(rig.queue(), inputs, state)
+            .run_step(rig.queue(), inputs, state, &tiles)
             .unwrap_or_else(|error| panic!("{case:?}, step {step} on {}: {error}", rig.name()));
     }
     let (o, ml) = (rig.download(&o), rig.download(&ml));
@@ -285,7 +308,7 @@ fn nan_survives_the_steps_that_follow<R: Rig>(rig: &R) {
 
 /// The block table of one sequence from a token on, which starts a page.
 fn chunk_of_table<E>(kv: &KeysValues<E>, first: usize) -> Vec<u32> {
-    let attention::gpu::CacheLayout::Paged { page_size, .. } = kv.layout else { panic!("not paged") };
+    let CacheLayout::Paged { page_size, .. } = kv.layout else { panic!("not paged") };
     assert!(first.is_multiple_of(page_size));
     let mut table = kv.block_table[first / page_size..].to_vec();
     table.resize(kv.block_table.len(), u32::MAX);
@@ -298,9 +321,7 @@ type BadCase<'a> = (&'a str, &'a Tensors<bf16>, [u32; 3], (u32, u32));
 fn bad_sequences_are_reported_and_the_others_stay_right<R: Rig>(rig: &R) {
     let case = Case::new((4, 2), (128, 128), &[(20, 40), (10, 50), (5, 60)], Cache::Nhd(16), Mask::Causal);
     let good = tensors::<bf16>(&case, 31);
-    let attention::gpu::CacheLayout::Paged { max_pages, pages, .. } = good.kv.layout else {
-        panic!("not paged")
-    };
+    let CacheLayout::Paged { max_pages, pages, .. } = good.kv.layout else { panic!("not paged") };
     let mut bad_page = tensors::<bf16>(&case, 31);
     bad_page.kv.block_table[max_pages + 2] = pages as u32;
     let cases: [BadCase<'_>; 3] = [
@@ -323,36 +344,133 @@ fn bad_sequences_are_reported_and_the_others_stay_right<R: Rig>(rig: &R) {
     }
 }
 
-/// A block looks no further than its own sequence; a sequence that makes no sense is found all the same.
-fn senseless_queries_are_reported_wherever_they_are<R: Rig>(rig: &R) {
-    let case = Case::new((2, 2), (64, 64), &[(2, 4); 40], Cache::Contiguous, Mask::Causal);
+fn a_bad_page_of_one_head_harms_that_head_alone<R: Rig>(rig: &R) {
+    let case = Case::new((4, 2), (128, 128), &[(6, 40), (9, 150)], Cache::PerHead(16), Mask::Causal);
+    let mut tensors = tensors::<bf16>(&case, 32);
+    let CacheLayout::Paged { max_pages, pages, .. } = tensors.kv.layout else { panic!("not paged") };
+    // Table row of head 1 and sequence 1.
+    tensors.kv.block_table[3 * max_pages + 4] = pages as u32;
+    let prefilled = prefill(rig, &case, &tensors, &case.cu_queries(), &lens(&case));
+    assert_eq!(prefilled.fault, Some(Fault { code: 2, index: 1 }), "on {}", rig.name());
+    let mut expected = oracle(&case, &tensors);
+    for row in (6 * 4..15 * 4).filter(|row| row % 4 >= 2) {
+        expected.out[row * 128..][..128].fill(0.0);
+        expected.lse[row] = f64::NEG_INFINITY;
+    }
+    Comparison::new(&prefilled.out, &expected.out, Tolerance::tensor_core::<bf16>()).assert(rig.name());
+    Comparison::new(&prefilled.lse, &expected.lse, Tolerance::LSE).assert(rig.name());
+}
+
+/// Before every window, past the length and in unused pages there may be NaN and infinity, and no page at all.
+fn keys_that_no_query_sees_hold_anything<R: Rig>(rig: &R) {
+    let window = |window, sinks| Mask::sliding_window(window, sinks).expect("a window");
+    let sequences = [(3, 150), (40, 41), (20, 200)];
+    let cases = [
+        Case::new((4, 2), (128, 128), &sequences, Cache::Nhd(16), window(37, 0)),
+        Case::new((2, 2), (128, 128), &sequences, Cache::PerHead(8), window(20, 9)),
+        Case::new((2, 1), (96, 96), &sequences, Cache::Hnd(32), window(70, 40)),
+        Case::new((3, 1), (64, 64), &sequences, Cache::Gaps, window(33, 70)),
+    ];
+    for (seed, case) in cases.iter().enumerate() {
+        if case.dims.0 == 128 {
+            forgetful::<R, bf16>(rig, case, seed as u64 + 51);
+        } else {
+            forgetful::<R, f16>(rig, case, seed as u64 + 51);
+        }
+    }
+}
+
+fn forgetful<R: Rig, E: Storage + Element>(rig: &R, case: &Case, seed: u64) {
+    let mut tensors = tensors::<E>(case, seed);
+    let expected = oracle(case, &tensors);
+    let hidden = tensors.kv.forget_hidden(case.mask, |sequence| case.sequences[sequence].0);
+    assert!(hidden > 0, "{case:?} hides nothing");
+    let prefilled = prefill(rig, case, &tensors, &case.cu_queries(), &lens(case));
+    let name = format!("{case:?} as {} with seed {seed} on {}", E::NAME, rig.name());
+    Comparison::new(&prefilled.out, &expected.out, Tolerance::tensor_core::<E>()).assert(&name);
+    Comparison::new(&prefilled.lse, &expected.lse, Tolerance::LSE).assert(&name);
+    assert_eq!(prefilled.fault, None, "{name}");
+}
+
+fn page_order_does_not_matter<R: Rig>(rig: &R) {
+    let case = Case::new((2, 1), (128, 128), &[(20, 100), (70, 90)], Cache::Nhd(16), Mask::Causal);
+    let straight = tensors::<bf16>(&case, 5);
+    let mut reversed = tensors::<bf16>(&case, 5);
+    reversed.kv = reversed.kv.reverse_pages();
+    let [straight, reversed] =
+        [straight, reversed].map(|tensors| prefill(rig, &case, &tensors, &case.cu_queries(), &lens(&case)));
+    assert_eq!(straight.lse, reversed.lse, "on {}", rig.name());
+    assert_eq!(straight.out, reversed.out, "on {}", rig.name());
+}
+
+/// More sequences than the plan has threads, of few and many tiles each.
+fn many_sequences_of_all_lengths<R: Rig>(rig: &R) {
+    let sequences: Vec<(usize, usize)> = (0..300)
+        .map(|i| match i {
+            17 => (130, 130),
+            200 => (70, 260),
+            _ => (usize::from(i % 16 == 0), i % 5),
+        })
+        .collect();
+    check::<R, f16>(rig, &Case::new((2, 1), (64, 64), &sequences, Cache::Contiguous, Mask::Causal), 41);
+}
+
+/// A step that shows a row no key leaves its state bit for bit.
+fn rows_without_keys_keep_their_state<R: Rig>(rig: &R) {
+    let case = Case::new((2, 2), (64, 64), &[(5, 96)], Cache::Nhd(16), Mask::Full);
+    let tensors = tensors::<bf16>(&case, 14);
+    let once = run_steps(rig, &case, &tensors, &tensors.q, &[0, 96]);
+    let and_nothing = run_steps(rig, &case, &tensors, &tensors.q, &[0, 96, 96, 96]);
+    assert_eq!(once, and_nothing, "on {}", rig.name());
+}
+
+/// Sequences whose queries make no sense are refused, wherever they are, and queries of no sequence see nothing.
+fn every_query_is_written_once_whatever_cu_queries_say<R: Rig>(rig: &R) {
+    let case = Case::new((2, 2), (64, 64), &[(2, 4); 10], Cache::Contiguous, Mask::Causal);
     let tensors = tensors::<f16>(&case, 33);
     let expected = oracle(&case, &tensors);
-    let mut cu_queries = case.cu_queries();
-    cu_queries[40] += 1; // the last sequence ends past the queries
-    let prefilled = prefill(rig, &case, &tensors, &cu_queries, &lens(&case));
-    let code = attention::FaultCode::BadRange as u32;
-    assert_eq!(prefilled.fault, Some(Fault { code, index: 39 }), "on {}", rig.name());
-    let right = 39 * 2 * 2; // rows of the sequences before
-    Comparison::new(&prefilled.lse[..right], &expected.lse[..right], Tolerance::LSE)
-        .assert(format_args!("lse on {}", rig.name()));
-
-    // A sequence that begins among the queries of an earlier one, which keep their only writer.
-    let mut cu_queries = case.cu_queries();
-    cu_queries[38] -= 3;
-    let prefilled = prefill(rig, &case, &tensors, &cu_queries, &lens(&case));
-    let fault = prefilled.fault.unwrap_or_else(|| panic!("nothing reported on {}", rig.name()));
-    assert!(fault.code == code && [37, 38].contains(&fault.index), "{fault:?} on {}", rig.name());
-    let right = 37 * 2 * 2;
-    Comparison::new(&prefilled.lse[..right], &expected.lse[..right], Tolerance::LSE)
-        .assert(format_args!("lse on {}", rig.name()));
+    let straight = case.cu_queries();
+    let changed = |changes: &[(usize, u32)]| {
+        let mut cu_queries = straight.clone();
+        changes.iter().for_each(|(index, value)| cu_queries[*index] = *value);
+        cu_queries
+    };
+    // cu_queries, the sequences that are refused or lost, the sequences that may be reported.
+    let cases = [
+        ("the last sequence ends past the queries", changed(&[(10, 21)]), 9..10, Some(9..10)),
+        ("queries behind the last sequence", changed(&[(9, 16), (10, 16)]), 8..10, None),
+        ("queries before the first sequence", changed(&[(0, 2), (1, 2)]), 0..1, None),
+        // Sequence 7 descends, and 8 begins among the queries of an earlier one, which keep their only writer.
+        ("a sequence descends", changed(&[(8, 13)]), 7..9, Some(7..9)),
+        ("no sequence at all", vec![20; 11], 0..10, None),
+        ("far out of range", changed(&[(5, u32::MAX)]), 4..6, Some(4..6)),
+    ];
+    for (what, cu_queries, lost, reported) in cases {
+        let prefilled = prefill(rig, &case, &tensors, &cu_queries, &lens(&case));
+        let name = format!("{what} on {}", rig.name());
+        match (prefilled.fault, reported) {
+            (None, None) => {}
+            (Some(Fault { code, index }), Some(reported)) => {
+                assert_eq!(code, attention::FaultCode::BadRange as u32, "{name}");
+                assert!(reported.contains(&index), "{name}: {index}");
+            }
+            (fault, _) => panic!("{name}: {fault:?}"),
+        }
+        // Two queries and two heads a sequence.
+        let rows = lost.start * 4..lost.end * 4;
+        let mut expected = expected.clone();
+        expected.out[rows.start * 64..rows.end * 64].fill(0.0);
+        expected.lse[rows].fill(f64::NEG_INFINITY);
+        Comparison::new(&prefilled.out, &expected.out, Tolerance::tensor_core::<f16>()).assert(&name);
+        Comparison::new(&prefilled.lse, &expected.lse, Tolerance::LSE).assert(&name);
+    }
 }
 
 #[test]
 fn plans_refuse_what_no_kernel_can_do() {
     let case = Case::new((4, 2), (128, 128), &[(20, 40)], Cache::Nhd(16), Mask::Causal);
     let layout = PageLayout::nhd(16, 2, 128);
-    let cache = |page_size, pages, head_stride| attention::gpu::CacheLayout::Paged {
+    let cache = |page_size, pages, head_stride| CacheLayout::Paged {
         page_size,
         pages,
         max_pages: 4,

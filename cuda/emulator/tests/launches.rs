@@ -167,7 +167,7 @@ fn wrong_arguments_are_named() {
         Arg::value("real", &1f32),
     ];
     let device =
-        Arg::Buffer { name: "in", address: 64, bytes: 128, space: Space::Device(3), access: Access::Read };
+        Arg::Buffer { name: "in", address: 64, bytes: 128, space: Space::Device(3), stream: None, access: Access::Read };
     let cases: [(&str, usize, Arg<'_>, &[&str]); 6] = [
         (
             "short value",

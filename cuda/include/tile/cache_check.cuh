@@ -39,7 +39,7 @@ DEVICE void check_sequence(uint32_t sequence, uint32_t len, uint32_t begin, uint
                            const uint32_t* block_table, uint32_t* valid_len, uint64_t* status, const Params& params) {
     bool too_long = len > params.max_kv_len;
     if (block_table == nullptr) {
-        too_long = too_long || static_cast<uint64_t>(kv_start[sequence]) + len > params.num_tokens;
+        too_long = too_long || (len > 0 && static_cast<uint64_t>(kv_start[sequence]) + len > params.num_tokens);
     } else {
         too_long = too_long || len > static_cast<uint64_t>(params.max_pages) << params.page_shift;
     }

@@ -2,25 +2,26 @@
 //
 //   out = softmax(mask(cap(scale·q·Kᵀ)))·V,  lse = ln Σ exp(score)        per query token and query head
 //
-// q           [num_queries, q_heads, QK_DIM]  KV_DTYPE; sequence s has queries cu_queries[s] … cu_queries[s + 1] − 1
+// q           [num_queries, q_heads, QK_DIM]  KV_DTYPE
 // k, v        by the strides of params; paged: token t of sequence s lies in slot t % page of page block_table[head, s, t / page];
-//             contiguous: at token kv_start[s] + t. Vectors are 16-byte aligned.
-// kv_len      [batch] u32, keys of each sequence; its queries are aligned to their end
+//             contiguous: at token kv_start of the tile + t. Vectors are 16-byte aligned.
+// tiles       [tile_count] PrefillTile, of prefill_plan: which rows see which keys
+// valid_len   of prefill_plan; read where every KV head has its own block table
 // CARRY 0:    out [num_queries, q_heads, V_DIM] KV_DTYPE, lse [num_queries, q_heads] f32, natural log
 // CARRY 1:    state_o [num_queries, q_heads, V_DIM] f32 and state_ml [num_queries, q_heads, 2] f32: the raw state (m, l, O) in
 //             natural units, continued where params.resume is 1 and left there; what one step of a ring needs
-// status      first fault: FAULT_BAD_LENGTH, FAULT_BAD_PAGE or FAULT_BAD_RANGE with the sequence
 //
 // Query i of n sits at p = kv_len − n + i. It sees keys up to p if causal (all if not), of them the last `window`, and the
-// first `sinks` up to p and the first `prefix` whatever p is. A query without keys, and every query of a sequence that cannot
-// be read, gets out 0 and lse −inf (a carried state stays as it is). A sequence whose cu_queries make no sense has no queries.
+// first `sinks` up to p and the first `prefix` whatever p is. A query without keys gets out 0 and lse −inf, or its carried
+// state stays bit for bit as it is. Keys and values that some row of a tile sees are finite, or their NaN may reach its other
+// rows; memory of all others may hold anything.
 //
 // Arch:    sm_80 and later.
 // Mapping: a block owns ROWS rows of one sequence and KV head; row r is query head r % group of token r / group, so that all
 //          heads of a group share K and V and short chunks still fill a tile. Four warps split the rows. Keys stream in tiles
-//          of 64: K of the next tile loads during PV, V during QKᵀ (FlashAttention-2, algorithm 1). Later tiles come first,
-//          because they are the longest of a causal sequence.
-// Budget:  255 registers, ROWS·QK_DIM·2 + 64·(QK_DIM + V_DIM)·2 bytes of shared memory.
+//          of 64: K of the next tile loads during PV, V during QKᵀ (FlashAttention-2, algorithm 1). The list has the longest
+//          tiles first; heads follow one another, so that the blocks of a head share its keys in L2.
+// Budget:  255 registers, ROWS·QK_DIM·2 + 64·(QK_DIM + V_DIM)·2 + 2080 bytes of shared memory.
 // Limit:   flops: 2·(QK_DIM + V_DIM) per visible key and row on the tensor cores.
 #include "core.cuh"
 #include "prefill_params.h"
@@ -30,10 +31,10 @@
 #include "ptx/mma.cuh"
 #include "ptx/shuffle.cuh"
 #include "ptx/sync.cuh"
-#include "status_params.h"
+#include "tile/cache_check.cuh"
 #include "tile/fragment.cuh"
+#include "tile/prefill_tiles.cuh"
 #include "tile/softmax_state.cuh"
-#include "tile/status.cuh"
 #include "types.cuh"
 
 using Element = StorageOf<KV_DTYPE>;
@@ -56,143 +57,74 @@ constexpr uint32_t V_BYTES = KEYS * V_ROW;
 
 // The rows that one block works on.
 struct Item {
-    uint32_t sequence;
+    const PrefillTile& tile;
     uint32_t kv_head;
-    uint32_t first_query;  // of the sequence, in q
-    uint32_t queries;
-    uint32_t first_row;  // of the block, among queries·group
-    uint32_t kv_len;     // 0 for a sequence that cannot be read
-};
+    uint32_t kv_len;  // of this head: 0 where its pages cannot be read
 
-// Keys that a row sees: [begin, end) and [0, sinks).
-struct Visible {
-    uint32_t begin;
-    uint32_t end;
-    uint32_t sinks;
-
-    DEVICE bool sees(uint32_t key) const { return (key >= begin && key < end) || key < sinks; }
-};
-
-DEVICE Visible visible_to(uint32_t query, const Item& item, const PrefillParams& params) {
-    // One past the query's own position; 0 where the sequence has more queries than keys up to it.
-    const uint32_t own = item.kv_len + query + 1 > item.queries ? item.kv_len + query + 1 - item.queries : 0;
-    uint32_t end = params.causal ? min(own, item.kv_len) : item.kv_len;
-    const uint32_t begin = params.window != 0 && end > params.window ? end - params.window : 0;
-    const uint32_t sinks = min(params.sinks, end);
-    return {begin, max(end, min(params.prefix, item.kv_len)), sinks};
-}
-
-// Finds the sequence and rows of this block: tiles of rows are numbered sequence by sequence, last rows first. False where
-// there are fewer tiles than blocks. Every warp searches for itself. A sequence that begins before an earlier one ends is
-// refused, so that no row has two writers.
-DEVICE bool find_item(Item& item, const uint32_t* cu_queries, uint64_t* status, const PrefillParams& params) {
-    uint32_t tile = blockIdx.x;
-    item.kv_head = blockIdx.y;
-    uint32_t reached = 0;  // the furthest end of the sequences so far
-    for (uint32_t first = 0; first < params.batch; first += WARP_SIZE) {
-        const uint32_t sequence = first + lane_index();
-        uint32_t begin = 0;
-        uint32_t end = 0;
-        if (sequence < params.batch) {
-            begin = cu_queries[sequence];
-            end = cu_queries[sequence + 1];
-        }
-        const bool ascends = end >= begin && end <= params.num_queries;
-        uint32_t furthest = ascends ? end : 0;  // of this and the lanes before
-#pragma unroll
-        for (uint32_t distance = 1; distance < WARP_SIZE; distance *= 2) {
-            const uint32_t before = __shfl_up_sync(FULL_WARP, furthest, distance);
-            if (lane_index() >= distance) furthest = max(furthest, before);
-        }
-        const uint32_t before_lane = __shfl_up_sync(FULL_WARP, furthest, 1);
-        const uint32_t taken = lane_index() == 0 ? reached : max(reached, before_lane);
-        reached = max(reached, __shfl_sync(FULL_WARP, furthest, WARP_SIZE - 1));
-        if (sequence < params.batch && (!ascends || begin < taken)) {
-            // No block but those past the last tile looks at all sequences, so each reports what it sees.
-            if (blockIdx.y == 0 && warp_index() == 0) report_fault(status, FAULT_BAD_RANGE, sequence);
-            begin = end = 0;
-        }
-        const uint32_t tiles = ceil_div((end - begin) * params.group, ROWS);
-        const uint32_t before = warp_prefix_sum(tiles);
-        const uint32_t mine = __ballot_sync(FULL_WARP, tile >= before && tile < before + tiles);
-        if (mine != 0) {
-            const int lane = __ffs(mine) - 1;
-            item.sequence = __shfl_sync(FULL_WARP, sequence, lane);
-            item.first_query = __shfl_sync(FULL_WARP, begin, lane);
-            item.queries = __shfl_sync(FULL_WARP, end - begin, lane);
-            item.first_row = (__shfl_sync(FULL_WARP, before + tiles, lane) - 1 - tile) * ROWS;
-            return true;
-        }
-        tile -= __shfl_sync(FULL_WARP, before + tiles, WARP_SIZE - 1);
-    }
-    return false;
-}
-
-// The sequence's length if all its keys can be read, else 0 after a report. The whole block calls.
-DEVICE uint32_t checked_len(const Item& item, const uint32_t* kv_len, const uint32_t* kv_start, const uint32_t* table,
-                            uint32_t* bad_pages, uint64_t* status, const PrefillParams& params) {
-    const uint32_t len = kv_len[item.sequence];
-    bool too_long = len > params.max_kv_len;
-#if PAGED
-    too_long = too_long || len > static_cast<uint64_t>(params.max_pages) << params.page_shift;
-    if (threadIdx.x == 0) *bad_pages = 0;
-    __syncthreads();
-    const uint32_t pages = too_long ? 0 : ceil_div<uint64_t>(len, 1ull << params.page_shift);
-    bool bad = false;
-    for (uint32_t page = threadIdx.x; page < pages; page += THREADS) bad |= table[page] >= params.num_pages;
-    if (bad) atomicOr(bad_pages, 1u);
-    __syncthreads();
-    const bool unreadable = too_long || *bad_pages != 0;
-#else
-    too_long = too_long || static_cast<uint64_t>(kv_start[item.sequence]) + len > params.num_tokens;
-    const bool unreadable = too_long;
-#endif
-    if (unreadable && threadIdx.x == 0) report_fault(status, too_long ? FAULT_BAD_LENGTH : FAULT_BAD_PAGE, item.sequence);
-    return unreadable ? 0 : len;
-}
-
-// Streams tiles of K or V into shared memory, with the swizzle applied on the way.
-struct TileLoader {
-    const Element* base;
-    const uint32_t* table;
-    int64_t page_stride;
-    int64_t token_stride;
-
-    template <uint32_t RowBytes>
-    DEVICE void load(uint32_t tile_address, uint32_t first_key, uint32_t kv_len, const PrefillParams& params) const {
-        constexpr uint32_t CHUNKS = RowBytes / 16;
-#if PAGED
-#pragma unroll
-        for (uint32_t i = 0; i < KEYS * CHUNKS / THREADS; i++) {
-            const uint32_t index = i * THREADS + threadIdx.x;
-            const uint32_t row = index / CHUNKS;
-            const uint32_t chunk = index % CHUNKS;
-            const uint32_t key = first_key + row;
-            const bool exists = key < kv_len;
-            int64_t offset = 0;
-            if (exists) {
-                const uint32_t page = min(table[key >> params.page_shift], params.num_pages - 1);
-                offset = page * page_stride + (key & ((1u << params.page_shift) - 1)) * token_stride;
-            }
-            cp_async_16_zfill(tile_address + Swizzle<RowBytes>::offset(row, chunk), base + offset + chunk * 8,
-                              exists ? 16 : 0);
-        }
-#else
-        // Few live addresses: this runs while O and P fill the registers.
-        const Element* const tile = base + first_key * token_stride;
-        const uint32_t keys = first_key < kv_len ? kv_len - first_key : 0;
-#pragma unroll 1
-        for (uint32_t index = threadIdx.x; index < KEYS * CHUNKS; index += THREADS) {
-            const uint32_t row = index / CHUNKS;
-            const uint32_t chunk = index % CHUNKS;
-            const bool exists = row < keys;
-            cp_async_16_zfill(tile_address + Swizzle<RowBytes>::offset(row, chunk),
-                              (exists ? tile + row * token_stride : base) + chunk * 8, exists ? 16 : 0);
-        }
-#endif
-        cp_async_commit();
+    DEVICE Visible visible_to_row(uint32_t row, const PrefillParams& params) const {
+        return visible_to(row / params.group, tile.queries, kv_len, tile.causal != 0, params);
     }
 };
+
+// Where the rows of a tile of keys begin in K and V, worked out once per row and tile and not for each of its chunks. Two
+// buffers: the next tile's are put while this one's are in use.
+struct RowPlaces {
+    int64_t offset[2][2][KEYS];  // [buffer, K or V, row] in elements, or NONE
+};
+constexpr int64_t NONE = -1;
+static_assert(THREADS == 2 * KEYS, "one thread per row of K and of V");
+
+// Beside q, K and V. The tile's description lies here and not in registers, of which the main loop has none to spare.
+struct Shared {
+    RowPlaces places;
+    PrefillTile tile;
+};
+
+// Row of the tile, and whether of K or V, that this thread places.
+DEVICE uint32_t placed_row() { return threadIdx.x % KEYS; }
+DEVICE bool places_v() { return threadIdx.x >= KEYS; }
+
+// The page of the row that this thread places; any, where the row is not seen.
+DEVICE uint32_t page_of(const uint32_t* table, uint32_t first_key, const Visible& seen, const PrefillParams& params) {
+#if PAGED
+    const uint32_t key = first_key + placed_row();
+    // prefill_plan has checked the ids, but the table is the caller's to change: never a page outside the pool.
+    return seen.sees(key) ? min(table[key >> params.page_shift], params.num_pages - 1) : 0;
+#else
+    return 0;
+#endif
+}
+
+// Places this thread's row. Rows of keys that no row of the block sees have no place.
+DEVICE void place(RowPlaces& places, uint32_t buffer, uint32_t first_key, uint32_t page, const Visible& seen,
+                  const PrefillParams& params) {
+    const uint32_t key = first_key + placed_row();
+    const int64_t token_stride = places_v() ? params.v_token_stride : params.k_token_stride;
+#if PAGED
+    const int64_t page_stride = places_v() ? params.v_page_stride : params.k_page_stride;
+    const int64_t offset = page * page_stride + (key & ((1u << params.page_shift) - 1)) * token_stride;
+#else
+    const int64_t offset = key * token_stride;
+#endif
+    places.offset[buffer][places_v()][placed_row()] = seen.sees(key) ? offset : NONE;
+}
+
+// Starts copying a tile of K or V to shared memory, with the swizzle applied on the way. Rows without a place become 0: a weight
+// of 0 would not silence a NaN.
+template <uint32_t RowBytes>
+DEVICE void load_tile(uint32_t tile_address, const Element* base, const int64_t (&offset)[KEYS]) {
+    constexpr uint32_t CHUNKS = RowBytes / 16;
+#pragma unroll 4
+    for (uint32_t i = 0; i < KEYS * CHUNKS / THREADS; i++) {
+        const uint32_t index = i * THREADS + threadIdx.x;
+        const uint32_t row = index / CHUNKS;
+        const uint32_t chunk = index % CHUNKS;
+        const int64_t place = offset[row];
+        cp_async_16_zfill(tile_address + Swizzle<RowBytes>::offset(row, chunk),
+                          base + (place < 0 ? 0 : place) + chunk * 8, place < 0 ? 0 : 16);
+    }
+    cp_async_commit();
+}
 
 DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if KV_DTYPE == 1
@@ -210,7 +142,7 @@ struct Warp {
 
     // Row of the item that register pair e of row tile r belongs to.
     static DEVICE uint32_t row_of(const Item& item, uint32_t r, uint32_t e) {
-        return item.first_row + warp_index() * WARP_ROWS + r * 16 + accumulator_row(lane_index(), 2 * e);
+        return item.tile.first_row + warp_index() * WARP_ROWS + r * 16 + accumulator_row(lane_index(), 2 * e);
     }
 
     DEVICE void start() {
@@ -286,7 +218,7 @@ struct Warp {
         for (uint32_t r = 0; r < ROW_TILES; r++) {
 #pragma unroll
             for (uint32_t e = 0; e < 2; e++) {
-                const Visible visible = visible_to(row_of(item, r, e) / params.group, item, params);
+                const Visible visible = item.visible_to_row(row_of(item, r, e), params);
 #pragma unroll
                 for (uint32_t n = 0; n < KEY_TILES; n++) {
 #pragma unroll
@@ -368,8 +300,8 @@ struct Warp {
             for (uint32_t e = 0; e < 2; e++) {
                 const uint32_t row = row_of(item, r, e);
                 const uint32_t query = row / params.group;
-                if (query >= item.queries) continue;
-                const uint64_t token = item.first_query + query;
+                if (query >= item.tile.queries) continue;
+                const uint64_t token = item.tile.first_query + query;
                 const uint32_t head = item.kv_head * params.group + row % params.group;
                 visit(r, e, token * params.kv_heads * params.group + head);
             }
@@ -383,10 +315,10 @@ DEVICE void load_queries(uint32_t q_tile, const Element* q, const Item& item, co
     for (uint32_t index = threadIdx.x; index < ROWS * CHUNKS; index += THREADS) {
         const uint32_t row = index / CHUNKS;
         const uint32_t chunk = index % CHUNKS;
-        const uint32_t query = (item.first_row + row) / params.group;
-        const bool exists = query < item.queries;
-        const uint64_t token = exists ? item.first_query + query : 0;
-        const uint64_t head = exists ? item.kv_head * params.group + (item.first_row + row) % params.group : 0;
+        const uint32_t query = (item.tile.first_row + row) / params.group;
+        const bool exists = query < item.tile.queries;
+        const uint64_t token = exists ? item.tile.first_query + query : 0;
+        const uint64_t head = exists ? item.kv_head * params.group + (item.tile.first_row + row) % params.group : 0;
         const Element* source = q + (token * params.kv_heads * params.group + head) * QK_DIM + chunk * 8;
         cp_async_16_zfill(q_tile + Swizzle<K_ROW>::offset(row, chunk), source, exists ? 16 : 0);
     }
@@ -399,75 +331,87 @@ struct KeyTiles {
     uint32_t main_begin;
     uint32_t end;
 
-    DEVICE KeyTiles(const Visible& of_first, const Visible& of_last) {
-        main_begin = of_first.begin / KEYS;
-        end = ceil_div(of_last.end, KEYS);
-        sink_end = min(ceil_div(of_last.sinks, KEYS), main_begin);
+    DEVICE explicit KeyTiles(const Visible& seen) {
+        main_begin = seen.begin / KEYS;
+        end = ceil_div(seen.end, KEYS);
+        sink_end = min(ceil_div(seen.sinks, KEYS), main_begin);
     }
     DEVICE uint32_t first() const { return sink_end > 0 ? 0 : main_begin; }
     DEVICE uint32_t after(uint32_t tile) const { return tile + 1 == sink_end ? main_begin : tile + 1; }
 };
 
 KERNEL(128, 2)
-prefill(const Element* q, const Element* k, const Element* v, const uint32_t* cu_queries, const uint32_t* kv_len,
-        const uint32_t* kv_start, const uint32_t* block_table,
+prefill(const Element* q, const Element* k, const Element* v, const uint32_t* block_table, const PrefillTile* tile_list,
+        const uint32_t* tile_count, const uint32_t* valid_len,
 #if CARRY
         float* state_o, float* state_ml,
 #else
         Element* out, float* lse,
 #endif
-        uint64_t* status, const __grid_constant__ PrefillParams params) {
+        const __grid_constant__ PrefillParams params) {
     DYNAMIC_SHARED(shared_bytes);
     const uint32_t q_tile = shared_address(shared_bytes);
     const uint32_t k_tile = q_tile + Q_BYTES;
     const uint32_t v_tile = k_tile + K_BYTES;
-    uint32_t* const flag = reinterpret_cast<uint32_t*>(shared_bytes + Q_BYTES + K_BYTES + V_BYTES);
+    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes + Q_BYTES + K_BYTES + V_BYTES);
+    RowPlaces& places = shared.places;
 
     grid_dependency_wait();
-    Item item;
-    if (!find_item(item, cu_queries, status, params)) return;
+    if (blockIdx.x >= *tile_count) return;
+    if (threadIdx.x == 0) shared.tile = tile_list[blockIdx.x];
+    __syncthreads();
+    Item item{shared.tile, blockIdx.y, shared.tile.kv_len};
 #if PAGED
+    // A head whose own pages cannot be read sees nothing; the others' keys are as many as the tile says.
+    if (params.table_head_stride != 0 && item.kv_len > 0) {
+        item.kv_len = valid_len_of(valid_len, item.tile.sequence, item.kv_head, params);
+    }
     const int64_t start = 0;
     const uint32_t* table =
-        block_table + item.kv_head * params.table_head_stride + item.sequence * params.table_batch_stride;
+        block_table + item.kv_head * params.table_head_stride + item.tile.sequence * params.table_batch_stride;
 #else
+    const int64_t start = item.tile.kv_start;
     const uint32_t* table = nullptr;
 #endif
-    item.kv_len = checked_len(item, kv_len, kv_start, table, flag, status, params);
-#if !PAGED
-    const int64_t start = item.kv_len > 0 ? kv_start[item.sequence] : 0;
-#endif
-    const TileLoader keys{k + start * params.k_token_stride + item.kv_head * params.k_head_stride, table,
-                          params.k_page_stride, params.k_token_stride};
-    const TileLoader values{v + start * params.v_token_stride + item.kv_head * params.v_head_stride, table,
-                            params.v_page_stride, params.v_token_stride};
-
-    const uint32_t last_query = min((item.first_row + ROWS - 1) / params.group, item.queries - 1);
-    const Visible of_first = visible_to(item.first_row / params.group, item, params);
-    const Visible of_last = visible_to(last_query, item, params);
-    const KeyTiles tiles(of_first, of_last);
+    const uint32_t last_row = min(item.tile.first_row + ROWS, item.tile.queries * params.group) - 1;
+    const Visible of_first = item.visible_to_row(item.tile.first_row, params);
+    const Visible of_last = item.visible_to_row(last_row, params);
+    const Visible seen = {of_first.begin, of_last.end, of_last.sinks};
+    const KeyTiles tiles(seen);
+    const Element* const keys = k + start * params.k_token_stride + item.kv_head * params.k_head_stride;
+    const Element* const values = v + start * params.v_token_stride + item.kv_head * params.v_head_stride;
 
     Warp warp;
     warp.start();
     load_queries(q_tile, q, item, params);
-    if (tiles.first() < tiles.end) keys.load<K_ROW>(k_tile, tiles.first() * KEYS, item.kv_len, params);
-    for (uint32_t tile = tiles.first(); tile < tiles.end; tile = tiles.after(tile)) {
+    uint32_t buffer = 0;
+    if (tiles.first() < tiles.end) {
+        const uint32_t first_key = tiles.first() * KEYS;
+        place(places, buffer, first_key, page_of(table, first_key, seen, params), seen, params);
+        __syncthreads();
+        load_tile<K_ROW>(k_tile, keys, places.offset[buffer][0]);
+    }
+    for (uint32_t tile = tiles.first(); tile < tiles.end;) {
         const uint32_t first_key = tile * KEYS;
+        const uint32_t next = tiles.after(tile);
         cp_async_wait<0>();
         __syncthreads();  // K has landed for everyone, and everyone has left V
-        values.load<V_ROW>(v_tile, first_key, item.kv_len, params);
+        load_tile<V_ROW>(v_tile, values, places.offset[buffer][1]);
+        const uint32_t page = page_of(table, next * KEYS, seen, params);  // on its way while scores are computed
 
         float s[ROW_TILES][KEY_TILES][4];
         warp.scores(s, q_tile, k_tile, params);
         // Tiles that every row sees whole need no mask.
         if (first_key < of_last.begin || first_key + KEYS > of_first.end) warp.mask(s, first_key, item, params);
+        buffer ^= 1;
+        place(places, buffer, next * KEYS, page, seen, params);
         warp.softmax(s);
 
         cp_async_wait<0>();
-        __syncthreads();  // V has landed for everyone, and everyone has left K
-        const uint32_t next = tiles.after(tile);
-        if (next < tiles.end) keys.load<K_ROW>(k_tile, next * KEYS, item.kv_len, params);
+        __syncthreads();  // V has landed for everyone, everyone has left K, and the next tile's rows have their places
+        if (next < tiles.end) load_tile<K_ROW>(k_tile, keys, places.offset[buffer][0]);
         warp.accumulate(s, v_tile);
+        tile = next;
     }
     cp_async_wait<0>();  // q, where no key was seen
 
@@ -479,6 +423,7 @@ prefill(const Element* q, const Element* k, const Element* v, const uint32_t* cu
         l += __shfl_xor_sync(lanes, l, 1);
         l += __shfl_xor_sync(lanes, l, 2);
 #if CARRY
+        if (params.resume && warp.m[r][e] == NEGATIVE_INFINITY && l == 0.0f) return;  // nothing to add
         // The state so far joins at the end, when the scores' registers are free.
         float m = warp.m[r][e];
         const float m_before = params.resume ? state_ml[2 * row] * LOG2_E : NEGATIVE_INFINITY;

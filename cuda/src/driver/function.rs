@@ -204,8 +204,8 @@ impl GpuFunction {
         Ok(blocks as u32)
     }
 
-    /// Refuses arguments that the device cannot reach or that are not the kernel's parameters.
-    fn check_args(&self, args: &[Arg<'_>]) -> Result<(), Error> {
+    /// Refuses arguments that the device cannot reach, that another stream was to use, or that are not the kernel's parameters.
+    fn check_args(&self, stream: &CudaStream, args: &[Arg<'_>]) -> Result<(), Error> {
         let kernel = || self.loaded.instance.label();
         let wrong_count = |expected: usize| {
             Error::argument(kernel(), "args", format_args!("{expected} arguments"), args.len())
@@ -220,6 +220,12 @@ impl GpuFunction {
                 && *address != 0
             {
                 return Err(Error::argument(kernel(), name, own, space));
+            }
+            if let Arg::Buffer { name, stream: Some(made_for), .. } = arg
+                && *made_for != stream.cu_stream() as usize
+            {
+                let expected = "a view made for the stream of the launch";
+                return Err(Error::argument(kernel(), name, expected, "one made for another stream"));
             }
         }
         if let Some(parameters) = &self.loaded.parameters {
@@ -286,7 +292,7 @@ impl Function for GpuFunction {
         self.check_shared(config)?;
         self.check_hopper_features(config)?;
         self.gpu.check_stream(self.loaded.instance.kernel.name, stream)?;
-        self.check_args(args)?;
+        self.check_args(stream, args)?;
         if config.grid.count() == 0 {
             return Ok(());
         }

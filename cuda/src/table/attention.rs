@@ -32,11 +32,16 @@ const PREFILL_CONSTANTS: &[Constant] = &[
     Constant { name: "CARRY", allowed: &[0, 1] },
 ];
 
-/// Rows of q, a tile of 64 keys, a tile of 64 values and a flag.
+/// Rows of q, a tile of 64 keys, a tile of 64 values, the places of their rows in the cache and the tile's description.
 const fn prefill_row(values: &'static [i64]) -> Row {
     let (qk_dim, v_dim) = (values[0] as u32, values[1] as u32);
     let rows = if qk_dim <= 128 && v_dim <= 128 { 128 } else { 64 };
-    Row { values, registers: 255, shared: rows * qk_dim * 2 + 64 * (qk_dim + v_dim) * 2 + 4, emulated: true }
+    Row {
+        values,
+        registers: 255,
+        shared: rows * qk_dim * 2 + 64 * (qk_dim + v_dim) * 2 + 2080,
+        emulated: true,
+    }
 }
 
 const APPEND_CONSTANTS: &[Constant] = &[
@@ -84,6 +89,15 @@ pub(super) const KERNELS: &[Kernel] = &[
             prefill_row(&[192, 128, dtype::BF16, 1, 0, 0]),
             prefill_row(&[256, 256, dtype::BF16, 1, 1, 0]),
         ],
+    },
+    Kernel {
+        name: "prefill_plan",
+        group: "attention",
+        source: include_str!("../../kernels/attention/prefill_plan.cu"),
+        constants: &[],
+        arch: ArchClass::Portable,
+        threads: 256,
+        rows: &[Row { values: &[], registers: 64, shared: 128, emulated: true }],
     },
     Kernel {
         name: "decode_plan",

@@ -58,8 +58,8 @@ impl Detach for Arg<'_> {
     /// A buffer argument holds an address, not a borrow; the tests keep the buffer alive.
     fn detach(self) -> Arg<'static> {
         match self {
-            Arg::Buffer { name, address, bytes, space, access } => {
-                Arg::Buffer { name, address, bytes, space, access }
+            Arg::Buffer { name, address, bytes, space, stream, access } => {
+                Arg::Buffer { name, address, bytes, space, stream, access }
             }
             Arg::Value { .. } => unreachable!("only buffers are detached"),
         }

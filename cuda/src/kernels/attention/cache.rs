@@ -17,6 +17,23 @@ pub(super) struct CacheExtent {
 }
 
 impl CacheExtent {
+    /// Checks the pool of a paged cache.
+    pub(super) fn check_paged(&self, kernel: &str) -> Result<(), Error> {
+        let Some((pages, page_shift)) = self.pages else { return Ok(()) };
+        if pages == 0 {
+            return Err(Error::argument(kernel, "num_pages", "at least 1", 0));
+        }
+        if !(3..=30).contains(&page_shift) {
+            return Err(Error::argument(
+                kernel,
+                "page_shift",
+                "3 to 30: pages of 8 tokens or more",
+                page_shift,
+            ));
+        }
+        Ok(())
+    }
+
     /// Checks that a paged cache has a block table, long enough, and a contiguous one its starts, and neither both.
     pub(super) fn check_places(
         &self,
@@ -28,14 +45,8 @@ impl CacheExtent {
     ) -> Result<(), Error> {
         let given = |view: Option<&View<'_, u32>>| if view.is_some() { "given" } else { "missing" };
         match (self.pages, block_table, kv_start) {
-            (Some((pages, page_shift)), Some(table), None) => {
-                if pages == 0 {
-                    return Err(Error::argument(kernel, "num_pages", "at least 1", 0));
-                }
-                if !(3..=30).contains(&page_shift) {
-                    let expected = "3 to 30: pages of 8 tokens or more";
-                    return Err(Error::argument(kernel, "page_shift", expected, page_shift));
-                }
+            (Some(_), Some(table), None) => {
+                self.check_paged(kernel)?;
                 table.check(kernel, "block_table", table_len(), 4)
             }
             (None, None, Some(start)) => start.check(kernel, "kv_start", batch, 4),

@@ -11,4 +11,7 @@ pub use decode::{
     Decode, DecodeArgs, DecodePlan, DecodePlanArgs, DecodeVariant, columns, part_slots, valid_lens,
 };
 pub use merge_states::{MergeStates, MergeStatesArgs, MergeStatesLastArriver, MergeStatesScratch};
-pub use prefill::{Prefill, PrefillArgs, PrefillResult, PrefillVariant};
+pub use prefill::{
+    Prefill, PrefillArgs, PrefillPlan, PrefillPlanArgs, PrefillResult, PrefillVariant, max_tiles,
+    prefill_valid_lens,
+};

@@ -1,19 +1,162 @@
-//! Flash attention over ragged batches: `prefill`.
+//! Flash attention over ragged batches: `prefill_plan` and `prefill`.
 
 use std::marker::PhantomData;
 
 use crate::Error;
 use crate::launch::{Arg, Device, Function, LaunchConfig};
 use crate::memory::{View, ViewMut};
-use crate::params::PrefillParams;
+use crate::params::{PrefillParams, PrefillTile};
 use crate::storage::Storage;
 use crate::table::Instance;
 
 use super::cache::{CacheExtent, check_cache, elements, table_len};
 
-const KERNEL: &str = "prefill";
-const THREADS: u32 = 128;
 const KEYS: usize = 64;
+
+/// Room for tiles of `rows` rows each that `prefill_plan` may list: sequences and the gaps between them may each end in a tile
+/// that is not full.
+pub const fn max_tiles(queries: usize, group: usize, rows: usize, batch: usize) -> usize {
+    let full = queries.saturating_mul(group).div_ceil(rows);
+    if full == 0 { 0 } else { full.saturating_add(batch.saturating_mul(2)) }
+}
+
+/// Lengths that `prefill_plan` leaves: one per sequence, or one per KV head and sequence where every head has its own table.
+pub fn prefill_valid_lens(params: &PrefillParams) -> usize {
+    let tables = if params.table_head_stride == 0 { 1 } else { params.kv_heads as usize };
+    elements(&[tables, params.batch as usize])
+}
+
+/// Checks what both kernels read from [`PrefillParams`]; everything else follows from buffers and strides.
+fn check_params(kernel: &str, params: &PrefillParams) -> Result<(), Error> {
+    for (argument, value) in [
+        ("batch", params.batch),
+        ("kv_heads", params.kv_heads),
+        ("group", params.group),
+        ("tile_rows", params.tile_rows),
+    ] {
+        if value == 0 {
+            return Err(Error::argument(kernel, argument, "at least 1", value));
+        }
+    }
+    let rows = params.num_queries as usize * params.group as usize;
+    if rows > i32::MAX as usize || params.max_kv_len > i32::MAX as u32 {
+        return Err(Error::argument(
+            kernel,
+            "num_queries",
+            format_args!("at most {} rows and keys", i32::MAX),
+            format_args!("{rows} rows and {} keys", params.max_kv_len),
+        ));
+    }
+    let batch = params.batch as usize;
+    let tiles =
+        max_tiles(params.num_queries as usize, params.group as usize, params.tile_rows as usize, batch);
+    if (params.max_tiles as usize) < tiles || params.max_tiles > i32::MAX as u32 {
+        let expected = format!("{tiles} to {}", i32::MAX);
+        return Err(Error::argument(kernel, "max_tiles", expected, params.max_tiles));
+    }
+    Ok(())
+}
+
+/// What the sequences can index, and the length of their block table.
+fn extent_of(params: &PrefillParams, paged: bool) -> CacheExtent {
+    CacheExtent {
+        pages: paged.then_some((params.num_pages, params.page_shift)),
+        tokens: params.num_tokens,
+        heads: params.kv_heads,
+    }
+}
+
+fn table_len_of(params: &PrefillParams) -> usize {
+    let strides = [params.table_head_stride, params.table_batch_stride];
+    table_len(strides, params.kv_heads, params.batch, params.max_pages)
+}
+
+/// `prefill_plan`: checks a batch on the device and lists the tiles of its queries, longest first.
+#[derive(Debug, Clone)]
+pub struct PrefillPlan<F> {
+    function: F,
+}
+
+/// Arguments of [`PrefillPlan`].
+#[derive(Debug)]
+pub struct PrefillPlanArgs<'a> {
+    /// Shape, layout and mask; both kernels get the same.
+    pub params: &'a PrefillParams,
+    /// First query of each sequence, then one past the last `[batch + 1]`.
+    pub cu_queries: &'a View<'a, u32>,
+    /// Keys of each sequence `[batch]`.
+    pub kv_len: &'a View<'a, u32>,
+    /// First token of each sequence in a contiguous cache `[batch]`; exactly one of this and `block_table` is given.
+    pub kv_start: Option<&'a View<'a, u32>>,
+    /// Page ids, by the table strides of `params`.
+    pub block_table: Option<&'a View<'a, u32>>,
+    /// Out: `kv_len`, or 0 where the sequence cannot be read `[prefill_valid_lens]`, see [`prefill_valid_lens`].
+    pub valid_len: ViewMut<'a, u32>,
+    /// Scratch `[2, batch]`.
+    pub cost: ViewMut<'a, u32>,
+    /// Out: the tiles `[max_tiles]`, 16-byte aligned.
+    pub tiles: ViewMut<'a, PrefillTile>,
+    /// Out: how many there are `[1]`.
+    pub tile_count: ViewMut<'a, u32>,
+    /// One counter, zero before the first launch.
+    pub arrivals: ViewMut<'a, u32>,
+    /// Status word.
+    pub status: ViewMut<'a, u64>,
+}
+
+impl<F: Function> PrefillPlan<F> {
+    /// Compiles and loads the kernel.
+    pub fn prepare<D: Device<Function = F>>(device: &D) -> Result<Self, Error> {
+        Ok(Self { function: device.load(&Instance::new("prefill_plan", &[])?)? })
+    }
+
+    /// Enqueues the plan of one batch.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] names an argument that is too short, misaligned, missing or in the wrong space.
+    pub fn launch(&self, queue: &F::Queue, mut args: PrefillPlanArgs<'_>) -> Result<(), Error> {
+        const KERNEL: &str = "prefill_plan";
+        const THREADS: u32 = 256;
+        const WARPS: usize = 8;
+        let params = args.params;
+        check_params(KERNEL, params)?;
+        let batch = params.batch as usize;
+        extent_of(params, args.block_table.is_some()).check_places(
+            KERNEL,
+            args.block_table,
+            args.kv_start,
+            batch,
+            || table_len_of(params),
+        )?;
+        args.cu_queries.check(KERNEL, "cu_queries", batch + 1, 4)?;
+        args.kv_len.check(KERNEL, "kv_len", batch, 4)?;
+        args.valid_len.check(KERNEL, "valid_len", prefill_valid_lens(params), 4)?;
+        args.cost.check(KERNEL, "cost", elements(&[2, batch]), 4)?;
+        args.tiles.check(KERNEL, "tiles", params.max_tiles as usize, 16)?;
+        args.tile_count.check(KERNEL, "tile_count", 1, 4)?;
+        args.arrivals.check(KERNEL, "arrivals", 1, 4)?;
+        args.status.check(KERNEL, "status", 1, 8)?;
+
+        let shared = (WARPS + 1) * size_of::<u32>();
+        let config = LaunchConfig::new(params.batch, THREADS).shared(shared as u32);
+        let kernel_args = [
+            Arg::read("cu_queries", args.cu_queries),
+            Arg::read("kv_len", args.kv_len),
+            Arg::read_optional("kv_start", args.kv_start),
+            Arg::read_optional("block_table", args.block_table),
+            Arg::write("valid_len", &mut args.valid_len),
+            Arg::write("cost", &mut args.cost),
+            Arg::write("tiles", &mut args.tiles),
+            Arg::write("tile_count", &mut args.tile_count),
+            Arg::write("arrivals", &mut args.arrivals),
+            Arg::write("status", &mut args.status),
+            Arg::value("params", params),
+        ];
+        // SAFETY: the arguments are the kernel's parameters in order and type; the checks above made every buffer as long as
+        // one block per sequence reads and writes, and the list as long as the tiles of disjoint runs of queries can be.
+        unsafe { self.function.launch(queue, &config, &kernel_args) }
+    }
+}
 
 /// What a [`Prefill`] kernel is compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -36,9 +179,14 @@ impl PrefillVariant {
         if self.qk_dim <= 128 && self.v_dim <= 128 { 128 } else { 64 }
     }
 
-    /// Dynamic shared memory of a block, in bytes: queries, a tile of K, a tile of V and a flag.
+    /// Dynamic shared memory of a block, in bytes: queries, a tile of K, a tile of V, two tiles' places in the cache, and the
+    /// tile's description.
     pub fn shared_bytes(&self) -> usize {
-        self.rows() * self.qk_dim * 2 + KEYS * (self.qk_dim + self.v_dim) * 2 + size_of::<u32>()
+        let places = 2 * 2 * KEYS * size_of::<i64>();
+        self.rows() * self.qk_dim * 2
+            + KEYS * (self.qk_dim + self.v_dim) * 2
+            + places
+            + size_of::<PrefillTile>()
     }
 }
 
@@ -80,18 +228,16 @@ pub struct PrefillArgs<'a, E> {
     pub k: &'a View<'a, E>,
     /// Values, by the strides of `params`, 16-byte aligned.
     pub v: &'a View<'a, E>,
-    /// First query of each sequence, then the number of queries `[batch + 1]`.
-    pub cu_queries: &'a View<'a, u32>,
-    /// Keys of each sequence `[batch]`.
-    pub kv_len: &'a View<'a, u32>,
-    /// First token of each sequence of a contiguous cache `[batch]`.
-    pub kv_start: Option<&'a View<'a, u32>>,
     /// Page ids of a paged cache, by the table strides of `params`.
     pub block_table: Option<&'a View<'a, u32>>,
+    /// From [`PrefillPlan`] `[max_tiles]`, 16-byte aligned.
+    pub tiles: &'a View<'a, PrefillTile>,
+    /// From [`PrefillPlan`] `[1]`.
+    pub tile_count: &'a View<'a, u32>,
+    /// From [`PrefillPlan`] `[prefill_valid_lens]`, see [`prefill_valid_lens`].
+    pub valid_len: &'a View<'a, u32>,
     /// Where the result goes.
     pub result: PrefillResult<'a, E>,
-    /// Status word.
-    pub status: ViewMut<'a, u64>,
     /// Start while the previous kernel of the stream drains.
     pub programmatic: bool,
 }
@@ -100,7 +246,7 @@ impl<F: Function, E: Storage> Prefill<F, E> {
     /// Compiles and loads the kernel for `variant`.
     pub fn prepare<D: Device<Function = F>>(device: &D, variant: PrefillVariant) -> Result<Self, Error> {
         let instance = Instance::new(
-            KERNEL,
+            "prefill",
             &[
                 ("QK_DIM", variant.qk_dim as i64),
                 ("V_DIM", variant.v_dim as i64),
@@ -117,52 +263,46 @@ impl<F: Function, E: Storage> Prefill<F, E> {
     ///
     /// # Errors
     /// [`Error::Argument`] names an argument that is too short, misaligned, missing or in the wrong space.
-    pub fn launch(&self, queue: &F::Queue, mut args: PrefillArgs<'_, E>) -> Result<(), Error> {
+    ///
+    /// # Safety
+    /// When the kernel runs, `tiles`, `tile_count` and `valid_len` are as a [`PrefillPlan`] launch with the same `params`
+    /// left them, or list other disjoint rows of q with keys that lie in the cache. The block table may have changed since:
+    /// the kernel stays within the cache whatever it holds.
+    pub unsafe fn launch(&self, queue: &F::Queue, mut args: PrefillArgs<'_, E>) -> Result<(), Error> {
+        const KERNEL: &str = "prefill";
+        const THREADS: u32 = 128;
         let params = args.params;
         let PrefillVariant { qk_dim, v_dim, paged, soft_cap, carry } = self.variant;
-        for (argument, value) in
-            [("batch", params.batch), ("kv_heads", params.kv_heads), ("group", params.group)]
-        {
-            if value == 0 {
-                return Err(Error::argument(KERNEL, argument, "at least 1", value));
-            }
+        check_params(KERNEL, params)?;
+        if params.tile_rows as usize != self.variant.rows() {
+            return Err(Error::argument(KERNEL, "tile_rows", self.variant.rows(), params.tile_rows));
         }
         let out_rows =
             elements(&[params.num_queries as usize, params.kv_heads as usize, params.group as usize]);
-        let rows = params.num_queries as usize * params.group as usize;
-        if rows > i32::MAX as usize || params.max_kv_len > i32::MAX as u32 {
-            return Err(Error::argument(
-                KERNEL,
-                "num_queries",
-                format_args!("at most {} rows and keys", i32::MAX),
-                format_args!("{rows} rows and {} keys", params.max_kv_len),
-            ));
-        }
         if soft_cap && (params.soft_cap.is_nan() || params.soft_cap <= 0.0) {
             return Err(Error::argument(KERNEL, "soft_cap", "a positive number", params.soft_cap));
         }
-        let batch = params.batch as usize;
-        let extent = CacheExtent {
-            pages: paged.then_some((params.num_pages, params.page_shift)),
-            tokens: params.num_tokens,
-            heads: params.kv_heads,
-        };
+        let extent = extent_of(params, paged);
         args.q.check(KERNEL, "q", elements(&[out_rows, qk_dim]), 16)?;
         let k_strides = [params.k_page_stride, params.k_token_stride, params.k_head_stride];
         let v_strides = [params.v_page_stride, params.v_token_stride, params.v_head_stride];
         check_cache(KERNEL, "k", args.k, qk_dim, extent, k_strides)?;
         check_cache(KERNEL, "v", args.v, v_dim, extent, v_strides)?;
-        extent.check_places(KERNEL, args.block_table, args.kv_start, batch, || {
-            table_len(
-                [params.table_head_stride, params.table_batch_stride],
-                params.kv_heads,
-                params.batch,
-                params.max_pages,
-            )
-        })?;
-        args.cu_queries.check(KERNEL, "cu_queries", batch + 1, 4)?;
-        args.kv_len.check(KERNEL, "kv_len", batch, 4)?;
-        args.status.check(KERNEL, "status", 1, 8)?;
+        match (paged, args.block_table) {
+            (true, Some(table)) => {
+                extent.check_paged(KERNEL)?;
+                table.check(KERNEL, "block_table", table_len_of(params), 4)?;
+            }
+            (false, None) => {}
+            (_, table) => {
+                let [expected, found] =
+                    [paged, table.is_some()].map(|is| if is { "given" } else { "missing" });
+                return Err(Error::argument(KERNEL, "block_table", expected, found));
+            }
+        }
+        args.tiles.check(KERNEL, "tiles", params.max_tiles as usize, 16)?;
+        args.tile_count.check(KERNEL, "tile_count", 1, 4)?;
+        args.valid_len.check(KERNEL, "valid_len", prefill_valid_lens(params), 4)?;
         let (first, second) = match (&mut args.result, carry) {
             (PrefillResult::Output { out, lse }, false) => {
                 out.check(KERNEL, "out", elements(&[out_rows, v_dim]), 2 * size_of::<E>() as u64)?;
@@ -178,28 +318,24 @@ impl<F: Function, E: Storage> Prefill<F, E> {
             (_, false) => return Err(Error::argument(KERNEL, "result", "an output", "a state")),
         };
 
-        // Every sequence may end in a tile that is not full.
-        let tiles = rows.div_ceil(self.variant.rows()) + batch - 1;
-        let tiles = if rows == 0 { 0 } else { u32::try_from(tiles).unwrap_or(u32::MAX) };
-        let mut config = LaunchConfig::new((tiles, params.kv_heads), THREADS);
+        let mut config = LaunchConfig::new((params.max_tiles, params.kv_heads), THREADS);
         config = config.shared(self.variant.shared_bytes() as u32);
         config.programmatic = args.programmatic;
         let kernel_args = [
             Arg::read("q", args.q),
             Arg::read("k", args.k),
             Arg::read("v", args.v),
-            Arg::read("cu_queries", args.cu_queries),
-            Arg::read("kv_len", args.kv_len),
-            Arg::read_optional("kv_start", args.kv_start),
             Arg::read_optional("block_table", args.block_table),
+            Arg::read("tiles", args.tiles),
+            Arg::read("tile_count", args.tile_count),
+            Arg::read("valid_len", args.valid_len),
             first,
             second,
-            Arg::write("status", &mut args.status),
             Arg::value("params", params),
         ];
         // SAFETY: the arguments are the kernel's parameters in order and type. The checks above made every buffer as long
-        // as the kernel's index range; lengths, page ids and `cu_queries`, which lie in device memory, are checked by the
-        // kernel before it reads by them.
+        // as the kernel's index range, and the kernel clamps page ids to the pool. That the tiles lie in q and in the cache
+        // is this function's contract with its caller.
         unsafe { self.function.launch(queue, &config, &kernel_args) }
     }
 }
