@@ -155,6 +155,10 @@ pub enum Error {
     /// The quantized cache refused its arguments.
     #[error(transparent)]
     HomomorphicQuant(#[from] homomorphic_quant::Error),
+
+    /// Weights in host memory were refused.
+    #[error(transparent)]
+    HybridGemm(#[from] hybrid_gemm::Error),
 }
 
 impl Error {

@@ -6,7 +6,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`kv`] | seam: what a token leaves behind in a layer, and how attention reads it |
-//! | [`linear`] | seam: where weight matrices live and how they are multiplied |
+//! | [`linear`] | seam: where weight matrices live (in memory, or split between host memory and HBM) and how they are multiplied |
 //! | [`ranks`] | seam: who computes a prompt |
 //! | [`mode`] | how a method is asked for: `NAME[:FILE][,key=value…][+NAME]` |
 //! | [`config`], [`checkpoint`], [`Model`] | a checkpoint: its shape, its weights, its forward pass |

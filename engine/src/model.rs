@@ -3,12 +3,13 @@
 mod layer;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ndarray::{ArcArray2, Array2, ArrayView2};
 
 use crate::checkpoint::Checkpoint;
 use crate::kv::KvCache;
-use crate::linear::{self, Linear, Role, Weight};
+use crate::linear::{self, Ledger, Linear, Role, StepTraffic, Weight};
 use crate::mode::Mode;
 use crate::{Config, Error};
 use layer::{Layer, RmsNorm};
@@ -21,6 +22,7 @@ pub struct Model {
     layers: Vec<Layer>,
     norm: RmsNorm,
     output: Box<dyn Linear>,
+    ledger: Arc<Ledger>,
 }
 
 impl Model {
@@ -30,9 +32,10 @@ impl Model {
     /// # Errors
     /// A configuration or weights that are missing, damaged, unsupported or do not fit each other; an unknown mode.
     pub fn load(path: &Path, linear: &Mode) -> Result<Self, Error> {
-        linear.accept("linear", linear::METHODS)?;
+        linear::check(linear)?;
         let config = Config::read(path)?;
-        let mut weights = Loader { checkpoint: Checkpoint::read(path)?, linear };
+        let ledger = Arc::new(Ledger::default());
+        let mut weights = Loader { checkpoint: Checkpoint::read(path)?, linear, ledger: &ledger };
 
         let shape = [config.vocab_size, config.hidden_size];
         let (embedding, stored) = weights.matrix("model.embed_tokens", shape)?;
@@ -42,11 +45,11 @@ impl Model {
         let norm = weights.norm("model.norm", config.hidden_size, config.rms_norm_eps)?;
         let output = if config.tied_embeddings {
             let weight = Weight { matrix: embedding.clone(), bias: None, stored };
-            linear::place(linear, Role::Output, weight)?
+            linear::place(linear, Role::Output, weight, &ledger)?
         } else {
             weights.linear("lm_head", Role::Output, shape, false)?
         };
-        Ok(Model { path: path.to_path_buf(), config, embedding, layers, norm, output })
+        Ok(Model { path: path.to_path_buf(), config, embedding, layers, norm, output, ledger })
     }
 
     /// The checkpoint's folder.
@@ -67,6 +70,7 @@ impl Model {
     pub fn forward(&self, tokens: &[u32], start: usize, kv: &mut dyn KvCache) -> Result<Array2<f32>, Error> {
         self.config.check_tokens(tokens)?;
         self.config.check_context(start + tokens.len())?;
+        self.ledger.begin(tokens.len());
         let positions: Vec<u32> = (start as u32..).take(tokens.len()).collect();
         let mut x = Array2::zeros((tokens.len(), self.config.hidden_size));
         for (&token, mut row) in tokens.iter().zip(x.rows_mut()) {
@@ -85,12 +89,35 @@ impl Model {
     pub fn logits(&self, hidden: ArrayView2<'_, f32>) -> Result<Array2<f32>, Error> {
         self.output.forward(hidden)
     }
+
+    /// What the weights moved in the steps so far, by number of tokens; empty where the linear mode does not count. Products of
+    /// [`logits`](Self::logits) belong to the step before. Sequences that run at the same time are not told apart.
+    pub fn weight_steps(&self) -> Vec<StepTraffic> {
+        match self.output.predict(0, 1) {
+            Some(_) => self.ledger.steps(),
+            None => Vec::new(),
+        }
+    }
+
+    /// The devices that [`predict_step`](Self::predict_step) knows.
+    pub fn weight_devices(&self) -> &[hybrid_gemm::DeviceProfile] {
+        self.ledger.devices()
+    }
+
+    /// Seconds that the products of a step of `tokens` tokens and the logits of its last would take on a device of
+    /// [`weight_devices`](Self::weight_devices), one after another; `None` where the linear mode does not predict.
+    pub fn predict_step(&self, device: usize, tokens: usize) -> Option<f64> {
+        let layers =
+            self.layers.iter().flat_map(Layer::matrices).map(|matrix| matrix.predict(device, tokens));
+        layers.chain([self.output.predict(device, 1)]).map(|prediction| Some(prediction?.time_s)).sum()
+    }
 }
 
 /// Takes weights out of a checkpoint and hands matrices to the linear seam.
 struct Loader<'a> {
     checkpoint: Checkpoint,
     linear: &'a Mode,
+    ledger: &'a Arc<Ledger>,
 }
 
 impl Loader<'_> {
@@ -114,7 +141,7 @@ impl Loader<'_> {
             true => Some(self.checkpoint.take(&format!("{name}.bias"), &shape[..1])?.data),
             false => None,
         };
-        linear::place(self.linear, role, Weight { matrix, bias, stored })
+        linear::place(self.linear, role, Weight { matrix, bias, stored }, self.ledger)
     }
 
     fn norm(&mut self, name: &str, size: usize, eps: f32) -> Result<RmsNorm, Error> {

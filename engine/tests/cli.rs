@@ -183,6 +183,45 @@ fn the_demo_prints_a_table() {
     }
 }
 
+/// Where weights live changes no bit of a result, and what they moved is told.
+#[test]
+fn weights_in_host_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let logits = |weights: &str| {
+        let file = folder.path().join("logits.json");
+        let arguments =
+            ["logits", "--tokens", "100,101,102,32,40", "--weights", weights, "--json", path(&file)];
+        succeed(&arguments);
+        read_json(&file)["logits"].clone()
+    };
+    let none = logits("host:0");
+    for weights in ["host:0.5", "host:0.75", "host:1", "host:1,alpha=0"] {
+        assert!(logits(weights) == none, "{weights}: other logits than with all weights in HBM");
+    }
+    let dense = logits("dense");
+    let values = |logits: &Value| -> Vec<f64> {
+        let rows = logits.as_array().unwrap().iter();
+        rows.flat_map(|row| row.as_array().unwrap()).map(|logit| logit.as_f64().unwrap()).collect()
+    };
+    for (index, (found, expected)) in values(&none).iter().zip(values(&dense)).enumerate() {
+        assert!((found - expected).abs() < 1e-3, "logit {index}: {found}, dense {expected}");
+    }
+
+    let generate = |weights: &str| {
+        succeed(&["generate", "--prompt", "import ", "--max-tokens", "8", "--weights", weights])
+    };
+    let (plain, host) = (generate("dense"), generate("host:0.75"));
+    let report = host.strip_prefix(&plain).unwrap_or_else(|| panic!("other text: {host}"));
+    // 7 tokens of the prompt, then 7 steps of one. 12 of each 16 columns in host memory, each byte once.
+    for word in ["7 tokens × 1 ", "1 tokens × 7 ", "H200 (PCIe)", "GH200 1g", "none was measured"] {
+        assert!(report.contains(word), "{word}: {report}");
+    }
+    assert!(!report.contains("not as predicted"), "{report}");
+    let step = report.lines().find(|line| line.contains("1 tokens × 7 ")).unwrap();
+    assert!(step.contains("MB in") || step.contains("kB in"), "{step}");
+    assert!(!plain.contains("Weights per step"), "{plain}");
+}
+
 #[test]
 fn help_names_every_mode() {
     let help = succeed(&["--help"]);
@@ -284,9 +323,12 @@ fn bad_arguments() {
         ),
         (
             "unknown linear mode",
-            &["generate", "--prompt", "x", "--linear", "tape"],
+            &["generate", "--prompt", "x", "--weights", "tape"],
             &["linear", "tape", "known: dense"],
         ),
+        ("no share", &["generate", "--prompt", "x", "--weights", "host"], &["host:SHARE"]),
+        ("share over 1", &["eval", "--text", &text, "--weights", "host:1.5"], &["host:1.5", "0 to 1"]),
+        ("unknown format", &["demo", "--weights", "host:0.5,format=int3"], &["stored, int8 or int4", "int3"]),
         (
             "unknown ranks mode",
             &["generate", "--prompt", "x", "--ranks", "mob"],

@@ -1,7 +1,6 @@
 //! The oracle: the product in f64, in plain loops, from the weights as they are decoded.
 
 use crate::epilogue::{Activation, SWIGLU_GROUP};
-use crate::pack::TILE_ROWS;
 use crate::weights::Weights;
 use crate::{Element, EpilogueSpec, Error, MatrixView};
 
@@ -21,22 +20,8 @@ pub fn gemm<X: Element, O: Element>(
     if inputs != k {
         return Err(Error::argument("x", format!("{k} columns"), inputs));
     }
-    // W `[n, k]`, scaled.
-    let mut w = vec![0.0f64; n * k];
-    for column in 0..tiling.column_tiles() {
-        for k_tile in 0..tiling.k_tiles() {
-            let mut tile = vec![0.0; TILE_ROWS * tiling.inputs(k_tile)];
-            weights.decode_tile(column, k_tile, &mut tile);
-            for (row, values) in tile.chunks(tiling.inputs(k_tile)).take(tiling.rows(column)).enumerate() {
-                let row = column * TILE_ROWS + row;
-                let scale = weights.channel_scales().get(row).map_or(1.0, |scale| f64::from(*scale));
-                let at = row * k + k_tile * tiling.tile_k();
-                for (out, value) in w[at..].iter_mut().zip(values) {
-                    *out = f64::from(*value) * scale;
-                }
-            }
-        }
-    }
+    // Codes and scales are exact in f32 but their product need not be, so it is taken here.
+    let w = weights.dequantize_f64();
     let columns = epilogue.out_columns(n);
     let mut out = Vec::with_capacity(tokens * columns);
     for token in 0..tokens {

@@ -54,7 +54,7 @@ const FLAGS: &[Flag] = &[
         commands: &[Eval, Generate, Retrieval],
     },
     Flag {
-        name: "linear",
+        name: "weights",
         value: "MODE",
         help: "where the weights live (default: dense)",
         commands: &[Demo, Eval, Generate, Retrieval, Logits],
@@ -222,7 +222,7 @@ pub(super) fn help() -> String {
         }
     }
     text.push_str("\nA MODE is NAME[:FILE][,key=value…][+NAME].\n");
-    for (seam, methods) in [("kv", kv::METHODS), ("linear", linear::METHODS), ("ranks", ranks::METHODS)] {
+    for (seam, methods) in [("kv", kv::METHODS), ("weights", linear::METHODS), ("ranks", ranks::METHODS)] {
         for Method { name, summary, .. } in methods {
             let _ = writeln!(text, "  {:<24} {summary}", format!("--{seam} {name}"));
         }

@@ -15,6 +15,7 @@ use super::Failure;
 use super::args::Args;
 use super::output::{self, JsonFile};
 use super::progress::Progress;
+use super::traffic;
 
 /// The model and texts that come with the engine.
 pub(super) const BUNDLED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/model");
@@ -34,9 +35,9 @@ pub(super) struct Modes {
 
 impl Modes {
     pub(super) fn new(args: &Args, kv: Mode) -> Result<Self, Failure> {
-        let (linear, ranks) = (args.mode("linear", "dense")?, args.mode("ranks", "single")?);
+        let (linear, ranks) = (args.mode("weights", "dense")?, args.mode("ranks", "single")?);
         kv::check(&kv)?;
-        linear.accept("linear", linear::METHODS)?;
+        linear::check(&linear)?;
         ranks.accept("ranks", ranks::METHODS)?;
         Ok(Modes { kv, linear, ranks })
     }
@@ -103,7 +104,8 @@ pub(super) fn eval(args: &Args) -> Result<(), Failure> {
         report.dense_kv_bytes_per_token,
         report.prefill_tokens_per_s,
         report.decode_tokens_per_s,
-    ))
+    ))?;
+    output::print(&traffic::report(&model))
 }
 
 /// `engine generate`
@@ -131,7 +133,8 @@ pub(super) fn generate(args: &Args) -> Result<(), Failure> {
     generate::generate(&mut session, &tokens, max_tokens, &mut sampler, |token| {
         output::print_bytes(&stream.push(token)?)
     })?;
-    output::print("\n")
+    output::print("\n")?;
+    output::print(&traffic::report(&model))
 }
 
 /// `engine retrieval`

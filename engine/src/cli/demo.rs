@@ -14,6 +14,7 @@ use super::commands::{BUNDLED, CONTEXT, DOCUMENTS, Modes, RETRIEVAL_CONTEXT, rea
 use super::output;
 use super::progress::Progress;
 use super::table::{Row, table};
+use super::traffic;
 
 const PROMPT: &str = "def merge(first, second):\n    \"\"\"Merge two sorted lists.\"\"\"\n";
 const GENERATED: usize = 200;
@@ -76,7 +77,8 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         };
         rows.push(Row { report, retrieval });
     }
-    output::print(&table(&rows, WINDOWS))
+    output::print(&table(&rows, WINDOWS))?;
+    output::print(&traffic::report(&model))
 }
 
 fn describe(model: &Model) -> String {

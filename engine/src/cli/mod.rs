@@ -6,6 +6,7 @@ mod demo;
 mod output;
 mod progress;
 mod table;
+mod traffic;
 
 use std::process::ExitCode;
 

@@ -4,6 +4,10 @@
 //! implements [`Linear`] and gets a line in [`METHODS`] and in `place`.
 
 mod dense;
+mod host;
+mod ledger;
+
+use std::sync::Arc;
 
 use attention::DType;
 use ndarray::{ArcArray2, Array2, ArrayView2, CowArray, Ix2};
@@ -11,15 +15,21 @@ use ndarray::{ArcArray2, Array2, ArrayView2, CowArray, Ix2};
 use crate::Error;
 use crate::mode::{Method, Mode};
 pub use dense::Dense;
+pub use host::{Host, HostOptions};
+pub use ledger::{Ledger, StepTraffic};
 
 /// The methods of this seam.
-pub const METHODS: &[Method] = &[Method {
-    name: "dense",
-    summary: "all weights in memory, in f32",
-    file: false,
-    options: &[],
-    with: &[],
-}];
+pub const METHODS: &[Method] = &[
+    Method { name: "dense", summary: "all weights in memory, in f32", file: false, options: &[], with: &[] },
+    Method {
+        name: "host",
+        summary: "a share in host memory, the rest in HBM: host:0.75[,format=stored|int8|int4][,alpha=auto|0..1]",
+        // The share stands where other methods have a file.
+        file: true,
+        options: &["format", "alpha"],
+        with: &[],
+    },
+];
 
 /// Which matrix of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -72,16 +82,39 @@ pub trait Linear: Send + Sync {
 
     /// The bias `[out_features]`.
     fn bias(&self) -> Option<&[f32]>;
+
+    /// What a product of `tokens` tokens would move and take on a device of the [`Ledger`]; `None` for methods that keep none.
+    fn predict(&self, device: usize, tokens: usize) -> Option<hybrid_gemm::Prediction> {
+        let _ = (device, tokens);
+        None
+    }
 }
 
-/// Puts a weight where the mode wants it.
+/// Checks a mode's name and options, before anything is loaded.
 ///
 /// # Errors
 /// An unknown mode, or one that the method refuses.
-pub fn place(mode: &Mode, role: Role, weight: Weight) -> Result<Box<dyn Linear>, Error> {
-    let _ = role; // All matrices are alike to the dense method.
+pub fn check(mode: &Mode) -> Result<(), Error> {
+    match mode.accept("linear", METHODS)?.name {
+        "host" => HostOptions::new(mode).map(drop),
+        _ => Ok(()),
+    }
+}
+
+/// Puts a weight where the mode wants it. Methods that count what they move tell the ledger.
+///
+/// # Errors
+/// An unknown mode, or one that the method refuses.
+pub fn place(
+    mode: &Mode,
+    role: Role,
+    weight: Weight,
+    ledger: &Arc<Ledger>,
+) -> Result<Box<dyn Linear>, Error> {
+    let _ = role; // All matrices are alike to these methods.
     match mode.accept("linear", METHODS)?.name {
         "dense" => Ok(Box::new(Dense::new(weight))),
+        "host" => Ok(Box::new(Host::new(weight, HostOptions::new(mode)?, ledger.clone())?)),
         name => unreachable!("method {name} is listed but not built"),
     }
 }

@@ -81,6 +81,11 @@ impl Layer {
         })
     }
 
+    /// All of the layer's matrices.
+    pub(super) fn matrices(&self) -> [&dyn Linear; 7] {
+        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down].map(|matrix| &**matrix)
+    }
+
     /// Adds the layer's two blocks to the residual stream `x` `[tokens, hidden]`.
     pub(super) fn forward(
         &self,

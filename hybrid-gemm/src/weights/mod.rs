@@ -190,6 +190,37 @@ impl Weights {
         &self.channel_scales
     }
 
+    /// The matrix `[n, k]` in f32, scales applied.
+    pub fn dequantize(&self) -> Vec<f32> {
+        self.decode_all(|code, scale| code * scale)
+    }
+
+    /// The matrix `[n, k]` in f64, scales applied there.
+    pub(crate) fn dequantize_f64(&self) -> Vec<f64> {
+        self.decode_all(|code, scale| f64::from(code) * f64::from(scale))
+    }
+
+    fn decode_all<T: Clone + Default>(&self, scaled: impl Fn(f32, f32) -> T) -> Vec<T> {
+        let tiling = self.placement.tiling();
+        let k = tiling.k();
+        let mut values = vec![T::default(); tiling.n() * k];
+        let mut tile = Vec::new();
+        for column in 0..tiling.column_tiles() {
+            for k_tile in 0..tiling.k_tiles() {
+                let inputs = tiling.inputs(k_tile);
+                tile.resize(TILE_ROWS * inputs, 0.0);
+                self.decode_tile(column, k_tile, &mut tile);
+                for (row, tile) in tile.chunks_exact(inputs).take(tiling.rows(column)).enumerate() {
+                    let row = column * TILE_ROWS + row;
+                    let scale = self.channel_scales.get(row).copied().unwrap_or(1.0);
+                    let at = row * k + k_tile * tiling.tile_k();
+                    values[at..].iter_mut().zip(tile).for_each(|(value, code)| *value = scaled(*code, scale));
+                }
+            }
+        }
+        values
+    }
+
     /// Whether kernels can read the host part where it lies.
     ///
     /// # Errors
