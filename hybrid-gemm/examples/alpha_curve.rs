@@ -68,22 +68,30 @@ fn main() -> Result<(), Box<dyn Error>> {
             .map(|(i, ms)| format!("{:.1},{:.1}", x(i as f64 / 32.0), y(*ms)))
             .collect();
         let best = (0..times.len()).min_by(|a, b| times[*a].total_cmp(&times[*b])).unwrap_or(0);
-        let alpha = best as f64 / 32.0;
-        let legend = 44.0 + 16.0 * row as f64;
+        let (alpha, ms) = (best as f64 / 32.0, times[best]);
         writeln!(
             svg,
-            "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>\
-             <circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"5\" fill=\"white\" stroke=\"{colour}\" stroke-width=\"2\"/>\
-             <line x1=\"{2:.1}\" y1=\"{3}\" x2=\"{2:.1}\" y2=\"{4}\" stroke=\"{colour}\" stroke-dasharray=\"3 4\"/>\
-             <text x=\"{5}\" y=\"{legend}\" fill=\"{colour}\">{name}: best {6:.2} ms at {alpha:.2}, closed form {balanced:.2}</text>",
-            points.join(" "),
+            "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>",
+            points.join(" ")
+        )?;
+        writeln!(
+            svg,
+            "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"5\" fill=\"white\" stroke=\"{colour}\" stroke-width=\"2\"/>",
             x(alpha),
-            y(times[best]),
+            y(ms),
+        )?;
+        writeln!(
+            svg,
+            "<line x1=\"{0:.1}\" y1=\"{1:.1}\" x2=\"{0:.1}\" y2=\"{2:.1}\" stroke=\"{colour}\" stroke-dasharray=\"3 4\"/>",
             x(*balanced),
             y(0.0),
             y(longest),
+        )?;
+        writeln!(
+            svg,
+            "<text x=\"{:.1}\" y=\"{:.1}\" fill=\"{colour}\">{name}: best {ms:.2} ms at {alpha:.2}, closed form {balanced:.2}</text>",
             x(0.4),
-            times[best],
+            44.0 + 16.0 * row as f64,
         )?;
     }
     svg.push_str("</svg>\n");

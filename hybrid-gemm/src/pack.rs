@@ -221,7 +221,8 @@ pub(crate) fn pack_column(
                 store_halves(&row_values, &mut bytes, |x| half::bf16::from_f32(x).to_bits());
             }
             Format::Int8 => {
-                scales[row] = quantize_int8(&row_values, &mut codes)?;
+                let scale = quantize_int8(&row_values, &mut codes)?;
+                scales[row..=row].fill(scale);
                 bytes.copy_from_slice(bytemuck::cast_slice(&codes));
             }
             Format::Int4 { group } => {

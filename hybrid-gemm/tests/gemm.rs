@@ -345,11 +345,9 @@ fn refusals_name_the_argument() {
     assert!(Gemm::prepare(&plan, other).unwrap_err().to_string().contains("weights"));
     let gemm = Gemm::prepare(&plan, good.clone()).unwrap();
     let x = vec![1.0f32; 5 * 64];
-    for (case, x, named) in [("too many tokens", &x[..], "at most 4 rows")] {
-        assert!(run::<f32, f32>(&gemm, x, None, None).unwrap_err().to_string().contains(named), "{case}");
-    }
     let bias = vec![0.0; 64];
     for (case, result, named) in [
+        ("too many tokens", run::<f32, f32>(&gemm, &x, None, None).map(drop), "at most 4 rows"),
         ("type of X", run::<f16, f32>(&gemm, &[f16::ONE; 64], None, None).map(drop), "`x`: expected f32"),
         ("type of O", run::<f32, f16>(&gemm, &x[..64], None, None).map(drop), "`out`: expected f32"),
         (
