@@ -6,6 +6,8 @@
 pub const HEADER_DIGESTS: &[(&str, &str)] = &[
     ("append_params.h", "d3a48d068dfaa9b2097a8b57cba00cd93802a6e3fa15338c687b9918f2026910"),
     ("decode_params.h", "549968e16df86614bfc18febb9e8a134b45a2341d7ec89cffc90efeaa94a6fee"),
+    ("hack_append_params.h", "0cf237835d324da496bad60f99fce8340db80df7522d0f16f948896b33bd9f4c"),
+    ("hack_decode_params.h", "e12f4ad7aca8ed0caec2bd17dc3dda2690f7691835804a3593ba6ea4d05f660d"),
     ("merge_states_params.h", "a1ca4ca86a37067ead0a7fdbb4a70c68ff2be74458bddc317fa12c2d18667ee8"),
     ("prefill_params.h", "3d61a6398e818b2d2f1de440731d6181a7005a251c83a5fb60c20befdba23406"),
     ("status_params.h", "4f7980c429bc31cb21feb31a9a1840964bf406b48721d9a745514ad009959d99"),
@@ -179,6 +181,162 @@ const _: () = {
     ["Offset of field: DecodeParams::min_units"][::core::mem::offset_of!(DecodeParams, min_units) - 116usize];
     ["Offset of field: DecodeParams::scale"][::core::mem::offset_of!(DecodeParams, scale) - 120usize];
     ["Offset of field: DecodeParams::soft_cap"][::core::mem::offset_of!(DecodeParams, soft_cap) - 124usize];
+};
+#[doc = " Shape and layout of one append to a quantized KV cache."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct HackAppendParams {
+    #[doc = " Elements between two tokens of the new keys, a multiple of 8."]
+    pub k_new_stride: i64,
+    #[doc = " Elements between two tokens of the new values, a multiple of 8."]
+    pub v_new_stride: i64,
+    #[doc = " Bytes between two pages of codes, a multiple of 16."]
+    pub page_stride: i64,
+    #[doc = " Entries between two sequences of the block table."]
+    pub table_batch_stride: i64,
+    #[doc = " Sequences."]
+    pub batch: u32,
+    #[doc = " KV heads."]
+    pub kv_heads: u32,
+    #[doc = " New tokens in all, over the sequences."]
+    pub num_new: u32,
+    #[doc = " New tokens of one sequence at most."]
+    pub max_new: u32,
+    #[doc = " Largest length that the plan allows."]
+    pub max_kv_len: u32,
+    #[doc = " Tokens at the start of a sequence that stay in 16 bits."]
+    pub sinks: u32,
+    #[doc = " Pages that the block table holds for one sequence."]
+    pub max_pages: u32,
+    #[doc = " Pages of codes in the pool; a page id is below this."]
+    pub num_pages: u32,
+    #[doc = " Pages in the pool of sinks."]
+    pub num_sink_pages: u32,
+    #[doc = " Pages in the pool of open blocks."]
+    pub num_open_pages: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of HackAppendParams"][::core::mem::size_of::<HackAppendParams>() - 72usize];
+    ["Alignment of HackAppendParams"][::core::mem::align_of::<HackAppendParams>() - 8usize];
+    ["Offset of field: HackAppendParams::k_new_stride"]
+        [::core::mem::offset_of!(HackAppendParams, k_new_stride) - 0usize];
+    ["Offset of field: HackAppendParams::v_new_stride"]
+        [::core::mem::offset_of!(HackAppendParams, v_new_stride) - 8usize];
+    ["Offset of field: HackAppendParams::page_stride"]
+        [::core::mem::offset_of!(HackAppendParams, page_stride) - 16usize];
+    ["Offset of field: HackAppendParams::table_batch_stride"]
+        [::core::mem::offset_of!(HackAppendParams, table_batch_stride) - 24usize];
+    ["Offset of field: HackAppendParams::batch"][::core::mem::offset_of!(HackAppendParams, batch) - 32usize];
+    ["Offset of field: HackAppendParams::kv_heads"]
+        [::core::mem::offset_of!(HackAppendParams, kv_heads) - 36usize];
+    ["Offset of field: HackAppendParams::num_new"]
+        [::core::mem::offset_of!(HackAppendParams, num_new) - 40usize];
+    ["Offset of field: HackAppendParams::max_new"]
+        [::core::mem::offset_of!(HackAppendParams, max_new) - 44usize];
+    ["Offset of field: HackAppendParams::max_kv_len"]
+        [::core::mem::offset_of!(HackAppendParams, max_kv_len) - 48usize];
+    ["Offset of field: HackAppendParams::sinks"][::core::mem::offset_of!(HackAppendParams, sinks) - 52usize];
+    ["Offset of field: HackAppendParams::max_pages"]
+        [::core::mem::offset_of!(HackAppendParams, max_pages) - 56usize];
+    ["Offset of field: HackAppendParams::num_pages"]
+        [::core::mem::offset_of!(HackAppendParams, num_pages) - 60usize];
+    ["Offset of field: HackAppendParams::num_sink_pages"]
+        [::core::mem::offset_of!(HackAppendParams, num_sink_pages) - 64usize];
+    ["Offset of field: HackAppendParams::num_open_pages"]
+        [::core::mem::offset_of!(HackAppendParams, num_open_pages) - 68usize];
+};
+#[doc = " Shape, layout and split of attention over a quantized KV cache."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct HackDecodeParams {
+    #[doc = " Bytes between two pages of codes, a multiple of 16."]
+    pub page_stride: i64,
+    #[doc = " Entries between two sequences of the block table."]
+    pub table_batch_stride: i64,
+    #[doc = " Sequences."]
+    pub batch: u32,
+    #[doc = " Queries of each sequence, aligned to the end of its tokens."]
+    pub q_len: u32,
+    #[doc = " KV heads."]
+    pub kv_heads: u32,
+    #[doc = " Query heads that read one KV head."]
+    pub group: u32,
+    #[doc = " Blocks of columns that the q_len * group queries of one KV head need."]
+    pub column_blocks: u32,
+    #[doc = " Tokens of a closed block."]
+    pub partition: u32,
+    #[doc = " Tokens at the start of a sequence that are in 16 bits."]
+    pub sinks: u32,
+    #[doc = " Pages that the block table holds for one sequence."]
+    pub max_pages: u32,
+    #[doc = " Pages of codes in the pool; a page id is below this."]
+    pub num_pages: u32,
+    #[doc = " Pages in the pool of sinks."]
+    pub num_sink_pages: u32,
+    #[doc = " Pages in the pool of open blocks."]
+    pub num_open_pages: u32,
+    #[doc = " Largest length that the plan allows."]
+    pub max_kv_len: u32,
+    #[doc = " Tokens that a query sees, itself included; 0 for all."]
+    pub window: u32,
+    #[doc = " First tokens of a sequence that a window leaves visible: at most `sinks`."]
+    pub window_sinks: u32,
+    #[doc = " Pages of one unit of work: 1 for balanced splits; a fixed number for splits that no other sequence changes."]
+    pub unit_pages: u32,
+    #[doc = " 1 where each unit is a part of its own, 0 where a block's units of one item are one part."]
+    pub fixed_parts: u32,
+    #[doc = " Units below which a block does not split further."]
+    pub min_units: u32,
+    #[doc = " Softmax scale."]
+    pub scale: f32,
+    #[doc = " Soft-cap of the scaled scores; read only where the kernel is compiled with it."]
+    pub soft_cap: f32,
+    #[doc = " Zero."]
+    pub _pad: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of HackDecodeParams"][::core::mem::size_of::<HackDecodeParams>() - 96usize];
+    ["Alignment of HackDecodeParams"][::core::mem::align_of::<HackDecodeParams>() - 8usize];
+    ["Offset of field: HackDecodeParams::page_stride"]
+        [::core::mem::offset_of!(HackDecodeParams, page_stride) - 0usize];
+    ["Offset of field: HackDecodeParams::table_batch_stride"]
+        [::core::mem::offset_of!(HackDecodeParams, table_batch_stride) - 8usize];
+    ["Offset of field: HackDecodeParams::batch"][::core::mem::offset_of!(HackDecodeParams, batch) - 16usize];
+    ["Offset of field: HackDecodeParams::q_len"][::core::mem::offset_of!(HackDecodeParams, q_len) - 20usize];
+    ["Offset of field: HackDecodeParams::kv_heads"]
+        [::core::mem::offset_of!(HackDecodeParams, kv_heads) - 24usize];
+    ["Offset of field: HackDecodeParams::group"][::core::mem::offset_of!(HackDecodeParams, group) - 28usize];
+    ["Offset of field: HackDecodeParams::column_blocks"]
+        [::core::mem::offset_of!(HackDecodeParams, column_blocks) - 32usize];
+    ["Offset of field: HackDecodeParams::partition"]
+        [::core::mem::offset_of!(HackDecodeParams, partition) - 36usize];
+    ["Offset of field: HackDecodeParams::sinks"][::core::mem::offset_of!(HackDecodeParams, sinks) - 40usize];
+    ["Offset of field: HackDecodeParams::max_pages"]
+        [::core::mem::offset_of!(HackDecodeParams, max_pages) - 44usize];
+    ["Offset of field: HackDecodeParams::num_pages"]
+        [::core::mem::offset_of!(HackDecodeParams, num_pages) - 48usize];
+    ["Offset of field: HackDecodeParams::num_sink_pages"]
+        [::core::mem::offset_of!(HackDecodeParams, num_sink_pages) - 52usize];
+    ["Offset of field: HackDecodeParams::num_open_pages"]
+        [::core::mem::offset_of!(HackDecodeParams, num_open_pages) - 56usize];
+    ["Offset of field: HackDecodeParams::max_kv_len"]
+        [::core::mem::offset_of!(HackDecodeParams, max_kv_len) - 60usize];
+    ["Offset of field: HackDecodeParams::window"]
+        [::core::mem::offset_of!(HackDecodeParams, window) - 64usize];
+    ["Offset of field: HackDecodeParams::window_sinks"]
+        [::core::mem::offset_of!(HackDecodeParams, window_sinks) - 68usize];
+    ["Offset of field: HackDecodeParams::unit_pages"]
+        [::core::mem::offset_of!(HackDecodeParams, unit_pages) - 72usize];
+    ["Offset of field: HackDecodeParams::fixed_parts"]
+        [::core::mem::offset_of!(HackDecodeParams, fixed_parts) - 76usize];
+    ["Offset of field: HackDecodeParams::min_units"]
+        [::core::mem::offset_of!(HackDecodeParams, min_units) - 80usize];
+    ["Offset of field: HackDecodeParams::scale"][::core::mem::offset_of!(HackDecodeParams, scale) - 84usize];
+    ["Offset of field: HackDecodeParams::soft_cap"]
+        [::core::mem::offset_of!(HackDecodeParams, soft_cap) - 88usize];
+    ["Offset of field: HackDecodeParams::_pad"][::core::mem::offset_of!(HackDecodeParams, _pad) - 92usize];
 };
 #[doc = " Shape of one merge of partial attention states."]
 #[repr(C)]

@@ -13,12 +13,15 @@
 //! | [`quantizer`] | the quantizer as operations: bit-exact on every backend |
 //! | [`HeadBlock`] | a closed block of one KV head in the clear |
 //! | [`page`] | the bytes of pages, in every layout |
+//! | `gpu` | the kernels, with feature `cuda` |
 //! | [`Error`] | what a caller can get wrong |
 
 mod block;
 pub mod cache;
 pub mod config;
 mod error;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 pub mod homomorphic;
 pub mod page;
 pub mod quantizer;

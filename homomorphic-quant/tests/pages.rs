@@ -113,6 +113,10 @@ fn blocks_survive_every_layout() {
                     )
                     .unwrap();
                     for &layout in PageLayout::ALL {
+                        if layout.check(head).is_err() {
+                            assert_ne!(layout, PageLayout::Canonical, "{name}");
+                            continue;
+                        }
                         let bytes = layout.segment_bytes(head);
                         assert_eq!(bytes % 16, 0, "{name}: {layout:?} segment of {bytes} bytes");
                         let mut segment = vec![0xEE; bytes];

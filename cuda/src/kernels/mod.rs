@@ -6,3 +6,4 @@
 pub mod attention;
 pub mod ceilings;
 pub mod conformance;
+pub mod homomorphic_quant;

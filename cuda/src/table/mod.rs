@@ -6,13 +6,15 @@
 mod attention;
 mod ceilings;
 mod conformance;
+mod homomorphic_quant;
 
 use std::fmt;
 
 use crate::Error;
 
 /// All kernels, in the order of their folders.
-pub const KERNELS: &[&[Kernel]] = &[attention::KERNELS, ceilings::KERNELS, conformance::KERNELS];
+pub const KERNELS: &[&[Kernel]] =
+    &[attention::KERNELS, ceilings::KERNELS, conformance::KERNELS, homomorphic_quant::KERNELS];
 
 /// All kernels, one after another.
 pub fn kernels() -> impl Iterator<Item = &'static Kernel> {

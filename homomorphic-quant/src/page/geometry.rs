@@ -152,7 +152,8 @@ impl PageGeometry {
     /// Pages of one layer.
     ///
     /// # Errors
-    /// [`Error::Argument`] when `kv_heads` is 0 or a dim is refused by [`HeadGeometry::new`].
+    /// [`Error::Argument`] when `kv_heads` is 0, a dim is refused by [`HeadGeometry::new`], or the layout is not made for a
+    /// head.
     pub fn new(
         config: &Config,
         layout: PageLayout,
@@ -185,6 +186,7 @@ impl PageGeometry {
         let mut offsets = vec![0];
         let mut end = 0;
         for head in &heads {
+            layout.check(head)?;
             end += layout.segment_bytes(head);
             offsets.push(end);
         }

@@ -9,6 +9,7 @@
 
 pub mod canonical;
 mod geometry;
+pub mod packed;
 mod side;
 
 pub use geometry::{HeadGeometry, PageGeometry, SumType};
@@ -22,16 +23,19 @@ use crate::{Error, HeadBlock};
 pub enum PageLayout {
     /// [`canonical`]: stable, documented, what goes over the wire.
     Canonical,
+    /// [`packed`]: what the GPU's kernels read and write.
+    Packed,
 }
 
 impl PageLayout {
     /// Every layout.
-    pub const ALL: &[PageLayout] = &[PageLayout::Canonical];
+    pub const ALL: &[PageLayout] = &[PageLayout::Canonical, PageLayout::Packed];
 
     /// The layout's number in files and streams.
     pub const fn id(self) -> u16 {
         match self {
             PageLayout::Canonical => 1,
+            PageLayout::Packed => 2,
         }
     }
 
@@ -44,26 +48,41 @@ impl PageLayout {
     pub fn segment_bytes(self, head: &HeadGeometry) -> usize {
         match self {
             PageLayout::Canonical => canonical::Fields::new(head).bytes,
+            PageLayout::Packed => packed::bytes(head),
+        }
+    }
+
+    /// Refuses heads that the layout is not made for.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] names what does not fit.
+    pub fn check(self, head: &HeadGeometry) -> Result<(), Error> {
+        match self {
+            PageLayout::Canonical => Ok(()),
+            PageLayout::Packed => packed::check(head),
         }
     }
 
     /// Reads a segment.
     ///
     /// # Errors
-    /// [`Error::Argument`] when it has another length.
+    /// [`Error::Argument`] when it has another length, or the layout is not made for the head.
     pub fn read(self, head: &HeadGeometry, segment: &[u8]) -> Result<HeadBlock, Error> {
         match self {
             PageLayout::Canonical => canonical::read(head, segment),
+            PageLayout::Packed => packed::read(head, segment),
         }
     }
 
     /// Writes a segment, wholly.
     ///
     /// # Errors
-    /// [`Error::Argument`] when the segment has another length or the block another shape.
+    /// [`Error::Argument`] when the segment has another length or the block another shape, or the layout is not made for the
+    /// head.
     pub fn write(self, head: &HeadGeometry, block: &HeadBlock, segment: &mut [u8]) -> Result<(), Error> {
         match self {
             PageLayout::Canonical => canonical::write(head, block, segment),
+            PageLayout::Packed => packed::write(head, block, segment),
         }
     }
 }

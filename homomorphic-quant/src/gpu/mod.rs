@@ -1,0 +1,44 @@
+//! The kernels: plan, prepare, run.
+//!
+//! A plan needs no device: it checks every shape, fixes the grid and lays out the workspace. `prepare` compiles and loads
+//! and may block. `run` only enqueues: no allocation, no synchronization, no read-back, so that a step can be captured in a
+//! CUDA graph. Lengths and page ids live in device memory and are checked there; a bad sequence gets output 0 and LSE −inf and
+//! is named by the caller's status word.
+//!
+//! [`Append`] quantizes what new tokens complete and keeps the rest in 16 bits, for one token per step as for a whole prompt.
+//! [`Decode`] attends to the result; with many queries per sequence it is prefill on codes. Both work on the caller's
+//! [`Pools`]: pages in [`PageLayout::Packed`](crate::page::PageLayout::Packed), sinks and open blocks as
+//! [`SidePage`](crate::page::SidePage)s.
+//!
+//! A NaN or infinity among new keys or values is not an error here, since nobody would read one back: the group of values that
+//! share its scale becomes NaN, and so does whatever is computed from it.
+//!
+//! Everything here is generic over [`Device`](cuda::launch::Device), so the emulator runs the same plans as a GPU.
+
+mod append;
+mod decode;
+mod pools;
+
+pub use append::{Append, AppendArgs, AppendConfig, AppendPlan};
+pub use attention::gpu::Splits;
+pub use decode::{Decode, DecodeArgs, DecodeConfig, DecodePlan, DecodeStep, DecodeStepArgs, PlannedStep};
+pub use pools::{Counts, Places, Pools};
+
+use crate::Error;
+
+/// A count that the device keeps in 31 bits.
+fn to_u32(argument: &'static str, value: usize) -> Result<u32, Error> {
+    u32::try_from(value)
+        .ok()
+        .filter(|value| *value <= i32::MAX as u32)
+        .ok_or_else(|| Error::argument(argument, format!("at most {}", i32::MAX), value))
+}
+
+/// Refuses storage of another type than the cache's.
+fn check_dtype<E: cuda::storage::Storage>(pools: &Pools) -> Result<(), Error> {
+    let expected = pools.geometry().dtype;
+    if E::NAME == expected.to_string() {
+        return Ok(());
+    }
+    Err(Error::argument("E", expected, E::NAME))
+}

@@ -1,0 +1,6 @@
+//! The kernels against the CPU reference: on the emulator in every order of warps and lanes, and on a GPU.
+#![cfg(feature = "cuda")]
+
+mod append;
+mod decode;
+mod sequences;

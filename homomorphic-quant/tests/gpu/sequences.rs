@@ -1,0 +1,173 @@
+//! Cached sequences, as the CPU's cache has them and as the kernels take them.
+
+use attention::testing::Inputs;
+use attention::{Element, HeadShape, HeadsView};
+use cuda::storage::Storage;
+use emulator::rig::Rig;
+use homomorphic_quant::gpu::{Counts, Places, Pools};
+use homomorphic_quant::page::PageLayout;
+use homomorphic_quant::{Bits, Cache, Capacity, Config, KvShape, Sequence};
+
+/// Heads, sizes and widths of a case.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shape {
+    pub(crate) q_heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) dims: (usize, usize),
+    pub(crate) bits: (usize, usize),
+    pub(crate) partition: usize,
+    pub(crate) sinks: usize,
+}
+
+impl Shape {
+    pub(crate) fn new(heads: (usize, usize), dim: usize, bits: (usize, usize), partition: usize) -> Self {
+        Shape { q_heads: heads.0, kv_heads: heads.1, dims: (dim, dim), bits, partition, sinks: 4 }
+    }
+
+    pub(crate) fn heads(&self) -> HeadShape {
+        HeadShape::new(self.q_heads, self.kv_heads, self.dims.0, self.dims.1).expect("a valid shape")
+    }
+
+    pub(crate) fn config<E: Element>(&self) -> Config {
+        let bits = |bits| Bits::new(bits).expect("a width");
+        Config::new(bits(self.bits.0), bits(self.bits.1))
+            .with_partition(self.partition)
+            .and_then(|config| config.with_sinks(self.sinks))
+            .and_then(|config| config.with_dtype(E::DTYPE))
+            .expect("a valid configuration")
+    }
+
+    pub(crate) fn kv(&self) -> KvShape {
+        KvShape { kv_heads: self.kv_heads, qk_dim: self.dims.0, v_dim: self.dims.1 }
+    }
+}
+
+/// New keys and values of one sequence.
+pub(crate) struct Tokens<E> {
+    pub(crate) len: usize,
+    /// `[len, kv_heads, qk_dim]`
+    pub(crate) k: Vec<E>,
+    /// `[len, kv_heads, v_dim]`
+    pub(crate) v: Vec<E>,
+}
+
+impl<E: Element> Tokens<E> {
+    pub(crate) fn new(shape: &Shape, len: usize, kinds: (Inputs, Inputs), seed: u64) -> Self {
+        // Heads side by side, so that each channel of each head has its own distribution.
+        let k = kinds.0.generate(len, shape.kv_heads * shape.dims.0, seed);
+        let v = kinds.1.generate(len, shape.kv_heads * shape.dims.1, seed + 1000);
+        Tokens { len, k, v }
+    }
+
+    /// Appends tokens `from..to` to a sequence of the CPU's cache.
+    pub(crate) fn append(
+        &self,
+        shape: &Shape,
+        cache: &mut Cache,
+        sequence: &mut Sequence,
+        from: usize,
+        to: usize,
+    ) {
+        let widen = |values: &[E]| -> Vec<f32> { values.iter().map(|x| x.to_f64() as f32).collect() };
+        let (k, v) = (widen(&self.k), widen(&self.v));
+        let k = HeadsView::nhd(&k, self.len, shape.kv_heads, shape.dims.0).expect("keys");
+        let v = HeadsView::nhd(&v, self.len, shape.kv_heads, shape.dims.1).expect("values");
+        cache.append(sequence, k.slice(from..to), v.slice(from..to)).expect("room for the tokens");
+    }
+}
+
+/// Sequences in a CPU cache of packed pages.
+pub(crate) struct Cached {
+    pub(crate) cache: Cache,
+    pub(crate) sequences: Vec<Sequence>,
+    pub(crate) table: Table,
+}
+
+/// Where the kernels find the sequences' pages.
+#[derive(Debug, Clone)]
+pub(crate) struct Table {
+    pub(crate) max_pages: usize,
+    /// `[batch, max_pages]`; entries without a block are no page's.
+    pub(crate) block_table: Vec<u32>,
+    pub(crate) sink_page: Vec<u32>,
+    pub(crate) open_page: Vec<u32>,
+}
+
+impl Cached {
+    /// Sequences of these tokens. They grow in turns, so that their pages mix.
+    pub(crate) fn new<E: Element>(shape: &Shape, tokens: &[Tokens<E>]) -> Self {
+        let config = shape.config::<E>();
+        let longest = tokens.iter().map(|tokens| tokens.len).max().unwrap_or(0);
+        let capacity = Capacity::of_tokens(&config, tokens.len(), longest + shape.partition);
+        let mut cache = Cache::with_page_layout(&config, 0, shape.kv(), capacity, PageLayout::Packed)
+            .expect("a valid cache");
+        let mut sequences: Vec<Sequence> = tokens.iter().map(|_| cache.sequence()).collect();
+        let step = shape.partition * 2 + 5;
+        for from in (0..longest).step_by(step) {
+            for (tokens, sequence) in tokens.iter().zip(&mut sequences) {
+                let to = tokens.len.min(from + step);
+                if from < to {
+                    tokens.append(shape, &mut cache, sequence, from, to);
+                }
+            }
+        }
+        let max_pages = sequences.iter().map(|s| s.blocks().len()).max().unwrap_or(0) + 1;
+        let mut table = Table {
+            max_pages,
+            block_table: vec![u32::MAX; sequences.len() * max_pages],
+            sink_page: vec![u32::MAX; sequences.len()],
+            open_page: vec![u32::MAX; sequences.len()],
+        };
+        for (s, sequence) in sequences.iter().enumerate() {
+            for (entry, page) in table.block_table[s * max_pages..].iter_mut().zip(sequence.blocks()) {
+                *entry = page.index();
+            }
+            // Places that are not there must not be looked at.
+            table.sink_page[s] = sequence.sinks().map_or(u32::MAX, |page| page.index());
+            table.open_page[s] = sequence.open().map_or(u32::MAX, |page| page.index());
+        }
+        Cached { cache, sequences, table }
+    }
+
+    pub(crate) fn pools(&self, shape: &Shape) -> Pools {
+        let counts = Counts {
+            pages: self.cache.block_pool().usage().capacity,
+            sink_pages: self.cache.sink_pool().map_or(0, |pool| pool.usage().capacity),
+            open_pages: self.cache.open_pool().usage().capacity,
+            max_pages: self.table.max_pages,
+        };
+        Pools::new(self.cache.config(), 0, shape.heads(), counts).expect("pools of the device")
+    }
+
+    /// The bytes of the pools: pages, sinks, open blocks.
+    pub(crate) fn upload<R: Rig, E: Storage>(&self, rig: &R) -> (R::Buffer<u8>, R::Buffer<E>, R::Buffer<E>) {
+        let pages = rig.upload(self.cache.block_pool().elements::<u8>().expect("bytes"));
+        let sinks = self.cache.sink_pool().map_or(&[] as &[E], |pool| pool.elements().expect("elements"));
+        let open = rig.upload(self.cache.open_pool().elements::<E>().expect("elements"));
+        (pages, rig.upload(sinks), open)
+    }
+}
+
+/// A [`Table`] on the device.
+pub(crate) struct DeviceTable<R: Rig> {
+    block_table: R::Buffer<u32>,
+    sink_page: R::Buffer<u32>,
+    open_page: R::Buffer<u32>,
+}
+
+impl<R: Rig> DeviceTable<R> {
+    pub(crate) fn new(rig: &R, table: &Table) -> Self {
+        DeviceTable {
+            block_table: rig.upload(&table.block_table),
+            sink_page: rig.upload(&table.sink_page),
+            open_page: rig.upload(&table.open_page),
+        }
+    }
+
+    /// Hands the places to `run`.
+    pub(crate) fn with<T>(&self, rig: &R, run: impl FnOnce(Places<'_>) -> T) -> T {
+        let (block_table, sink_page, open_page) =
+            (rig.view(&self.block_table), rig.view(&self.sink_page), rig.view(&self.open_page));
+        run(Places { block_table: &block_table, sink_page: &sink_page, open_page: &open_page })
+    }
+}
