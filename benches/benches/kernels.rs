@@ -4,7 +4,14 @@
 
 mod append;
 mod decode;
+mod kv_compress;
 mod merge_states;
 mod prefill;
 
-criterion::criterion_main!(append::benches, decode::benches, merge_states::benches, prefill::benches);
+criterion::criterion_main!(
+    append::benches,
+    decode::benches,
+    kv_compress::benches,
+    merge_states::benches,
+    prefill::benches
+);

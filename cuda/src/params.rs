@@ -6,6 +6,7 @@
 pub const HEADER_DIGESTS: &[(&str, &str)] = &[
     ("append_params.h", "d3a48d068dfaa9b2097a8b57cba00cd93802a6e3fa15338c687b9918f2026910"),
     ("decode_params.h", "549968e16df86614bfc18febb9e8a134b45a2341d7ec89cffc90efeaa94a6fee"),
+    ("fdc_params.h", "81d02e68ec5e2a1571023e5f5f62e790966675690ec912b76554208839fc847e"),
     ("hack_append_params.h", "0cf237835d324da496bad60f99fce8340db80df7522d0f16f948896b33bd9f4c"),
     ("hack_decode_params.h", "e12f4ad7aca8ed0caec2bd17dc3dda2690f7691835804a3593ba6ea4d05f660d"),
     ("merge_states_params.h", "a1ca4ca86a37067ead0a7fdbb4a70c68ff2be74458bddc317fa12c2d18667ee8"),
@@ -181,6 +182,211 @@ const _: () = {
     ["Offset of field: DecodeParams::min_units"][::core::mem::offset_of!(DecodeParams, min_units) - 116usize];
     ["Offset of field: DecodeParams::scale"][::core::mem::offset_of!(DecodeParams, scale) - 120usize];
     ["Offset of field: DecodeParams::soft_cap"][::core::mem::offset_of!(DecodeParams, soft_cap) - 124usize];
+};
+#[doc = " KV heads that one layer may have."]
+pub const FDC_MAX_HEADS: FdcConstants = 128;
+#[doc = " Channels in a block of channels: ranks are multiples of it."]
+pub const FDC_RANK_STEP: FdcConstants = 16;
+#[doc = " Tokens in a group of tokens, the granule of the work; a page is whole groups."]
+pub const FDC_GROUP: FdcConstants = 16;
+#[doc = " Groups of tokens in a unit of decode_plan's sums, whose tiles have 64 tokens."]
+pub const FDC_UNIT_GROUPS: FdcConstants = 4;
+#[doc = " Constants of the low-rank kernels."]
+pub type FdcConstants = ::core::ffi::c_uint;
+#[doc = " Ranks of the KV heads of one layer, as sums over the heads before, in blocks of 16 channels. From these follow a head's\nranks, the places of its keys and values in a page, of its queries, outputs and projections, and its share of the work."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct FdcHeads {
+    #[doc = " Blocks of key channels of all heads before each head, then of all heads."]
+    pub k_before: [u16; 129usize],
+    #[doc = " Blocks of value channels of all heads before each head, then of all heads."]
+    pub v_before: [u16; 129usize],
+    #[doc = " KV heads."]
+    pub count: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of FdcHeads"][::core::mem::size_of::<FdcHeads>() - 520usize];
+    ["Alignment of FdcHeads"][::core::mem::align_of::<FdcHeads>() - 4usize];
+    ["Offset of field: FdcHeads::k_before"][::core::mem::offset_of!(FdcHeads, k_before) - 0usize];
+    ["Offset of field: FdcHeads::v_before"][::core::mem::offset_of!(FdcHeads, v_before) - 258usize];
+    ["Offset of field: FdcHeads::count"][::core::mem::offset_of!(FdcHeads, count) - 516usize];
+};
+#[doc = " Shape and layout of one append of new tokens to a low-rank cache."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct FdcAppendParams {
+    #[doc = " Elements between two pages."]
+    pub page_stride: i64,
+    #[doc = " Elements between two tokens of the new queries."]
+    pub q_new_stride: i64,
+    #[doc = " Elements between two tokens of the new keys."]
+    pub k_new_stride: i64,
+    #[doc = " Elements between two tokens of the new values."]
+    pub v_new_stride: i64,
+    #[doc = " Slots in the cache; a slot is below this."]
+    pub num_slots: i64,
+    #[doc = " New tokens."]
+    pub tokens: u32,
+    #[doc = " Query heads that read one KV head; 0 where queries are not given."]
+    pub group: u32,
+    #[doc = " Tiles of 64 rows that the queries of one KV head have."]
+    pub q_tiles: u32,
+    #[doc = " Tiles of 64 rows that the keys, or the values, of one KV head have."]
+    pub kv_tiles: u32,
+    #[doc = " Channels that rotate: a multiple of 16."]
+    pub rotary_dim: u32,
+    #[doc = " Positions in the tables of cosines and sines."]
+    pub positions: u32,
+    #[doc = " log2 of the tokens in a page."]
+    pub page_shift: u32,
+    #[doc = " 0."]
+    pub padding: u32,
+    #[doc = " Ranks."]
+    pub heads: FdcHeads,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of FdcAppendParams"][::core::mem::size_of::<FdcAppendParams>() - 592usize];
+    ["Alignment of FdcAppendParams"][::core::mem::align_of::<FdcAppendParams>() - 8usize];
+    ["Offset of field: FdcAppendParams::page_stride"]
+        [::core::mem::offset_of!(FdcAppendParams, page_stride) - 0usize];
+    ["Offset of field: FdcAppendParams::q_new_stride"]
+        [::core::mem::offset_of!(FdcAppendParams, q_new_stride) - 8usize];
+    ["Offset of field: FdcAppendParams::k_new_stride"]
+        [::core::mem::offset_of!(FdcAppendParams, k_new_stride) - 16usize];
+    ["Offset of field: FdcAppendParams::v_new_stride"]
+        [::core::mem::offset_of!(FdcAppendParams, v_new_stride) - 24usize];
+    ["Offset of field: FdcAppendParams::num_slots"]
+        [::core::mem::offset_of!(FdcAppendParams, num_slots) - 32usize];
+    ["Offset of field: FdcAppendParams::tokens"][::core::mem::offset_of!(FdcAppendParams, tokens) - 40usize];
+    ["Offset of field: FdcAppendParams::group"][::core::mem::offset_of!(FdcAppendParams, group) - 44usize];
+    ["Offset of field: FdcAppendParams::q_tiles"]
+        [::core::mem::offset_of!(FdcAppendParams, q_tiles) - 48usize];
+    ["Offset of field: FdcAppendParams::kv_tiles"]
+        [::core::mem::offset_of!(FdcAppendParams, kv_tiles) - 52usize];
+    ["Offset of field: FdcAppendParams::rotary_dim"]
+        [::core::mem::offset_of!(FdcAppendParams, rotary_dim) - 56usize];
+    ["Offset of field: FdcAppendParams::positions"]
+        [::core::mem::offset_of!(FdcAppendParams, positions) - 60usize];
+    ["Offset of field: FdcAppendParams::page_shift"]
+        [::core::mem::offset_of!(FdcAppendParams, page_shift) - 64usize];
+    ["Offset of field: FdcAppendParams::padding"]
+        [::core::mem::offset_of!(FdcAppendParams, padding) - 68usize];
+    ["Offset of field: FdcAppendParams::heads"][::core::mem::offset_of!(FdcAppendParams, heads) - 72usize];
+};
+#[doc = " Shape and layout of one rebuilding of dense keys and values from a low-rank cache."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct FdcReconstructParams {
+    #[doc = " Elements between two pages of the low-rank cache."]
+    pub page_stride: i64,
+    #[doc = " Pages in the pool: all are rebuilt."]
+    pub num_pages: u32,
+    #[doc = " log2 of the tokens in a page."]
+    pub page_shift: u32,
+    #[doc = " Ranks."]
+    pub heads: FdcHeads,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of FdcReconstructParams"][::core::mem::size_of::<FdcReconstructParams>() - 536usize];
+    ["Alignment of FdcReconstructParams"][::core::mem::align_of::<FdcReconstructParams>() - 8usize];
+    ["Offset of field: FdcReconstructParams::page_stride"]
+        [::core::mem::offset_of!(FdcReconstructParams, page_stride) - 0usize];
+    ["Offset of field: FdcReconstructParams::num_pages"]
+        [::core::mem::offset_of!(FdcReconstructParams, num_pages) - 8usize];
+    ["Offset of field: FdcReconstructParams::page_shift"]
+        [::core::mem::offset_of!(FdcReconstructParams, page_shift) - 12usize];
+    ["Offset of field: FdcReconstructParams::heads"]
+        [::core::mem::offset_of!(FdcReconstructParams, heads) - 16usize];
+};
+#[doc = " Contiguous ranges of equal bytes."]
+pub const FDC_SPLIT_BALANCED: FdcSplit = 0;
+#[doc = " Parts of a fixed number of bytes each, in contiguous ranges: no sequence's parts depend on another sequence."]
+pub const FDC_SPLIT_FIXED: FdcSplit = 1;
+#[doc = " One block per sequence and KV head, whatever its bytes: what a kernel without balancing does."]
+pub const FDC_SPLIT_NONE: FdcSplit = 2;
+#[doc = " How the work of a decode step is dealt to blocks."]
+pub type FdcSplit = ::core::ffi::c_uint;
+#[doc = " Shape, layout and split of one decode step over a low-rank cache."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct FdcDecodeParams {
+    #[doc = " Elements between two pages."]
+    pub page_stride: i64,
+    #[doc = " Entries between two sequences of the block table."]
+    pub table_batch_stride: i64,
+    #[doc = " Sequences."]
+    pub batch: u32,
+    #[doc = " Queries of each sequence, aligned to the end of its keys."]
+    pub q_len: u32,
+    #[doc = " Query heads that read one KV head."]
+    pub group: u32,
+    #[doc = " Blocks of columns that the q_len * group queries of one KV head need."]
+    pub column_blocks: u32,
+    #[doc = " log2 of the tokens in a page."]
+    pub page_shift: u32,
+    #[doc = " Pages that the block table holds for one sequence."]
+    pub max_pages: u32,
+    #[doc = " Pages in the pool; a page id is below this."]
+    pub num_pages: u32,
+    #[doc = " Keys that a query sees, itself included; 0 for all."]
+    pub window: u32,
+    #[doc = " One of FdcSplit."]
+    pub split: u32,
+    #[doc = " Work of a fixed part, in weights: 16 tokens of 16 channels."]
+    pub part_weight: u32,
+    #[doc = " Fixed parts that one item may have: slots of partial states."]
+    pub max_parts: u32,
+    #[doc = " Work of an item besides its bytes, in weights."]
+    pub item_weight: u32,
+    #[doc = " Work below which a block does not split further, in weights."]
+    pub min_weight: u32,
+    #[doc = " Softmax scale: that of the full head dimension, whatever the ranks."]
+    pub scale: f32,
+    #[doc = " Soft-cap of the scaled scores; read only where the kernel is compiled with it."]
+    pub soft_cap: f32,
+    #[doc = " 0."]
+    pub padding: u32,
+    #[doc = " Ranks."]
+    pub heads: FdcHeads,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of FdcDecodeParams"][::core::mem::size_of::<FdcDecodeParams>() - 600usize];
+    ["Alignment of FdcDecodeParams"][::core::mem::align_of::<FdcDecodeParams>() - 8usize];
+    ["Offset of field: FdcDecodeParams::page_stride"]
+        [::core::mem::offset_of!(FdcDecodeParams, page_stride) - 0usize];
+    ["Offset of field: FdcDecodeParams::table_batch_stride"]
+        [::core::mem::offset_of!(FdcDecodeParams, table_batch_stride) - 8usize];
+    ["Offset of field: FdcDecodeParams::batch"][::core::mem::offset_of!(FdcDecodeParams, batch) - 16usize];
+    ["Offset of field: FdcDecodeParams::q_len"][::core::mem::offset_of!(FdcDecodeParams, q_len) - 20usize];
+    ["Offset of field: FdcDecodeParams::group"][::core::mem::offset_of!(FdcDecodeParams, group) - 24usize];
+    ["Offset of field: FdcDecodeParams::column_blocks"]
+        [::core::mem::offset_of!(FdcDecodeParams, column_blocks) - 28usize];
+    ["Offset of field: FdcDecodeParams::page_shift"]
+        [::core::mem::offset_of!(FdcDecodeParams, page_shift) - 32usize];
+    ["Offset of field: FdcDecodeParams::max_pages"]
+        [::core::mem::offset_of!(FdcDecodeParams, max_pages) - 36usize];
+    ["Offset of field: FdcDecodeParams::num_pages"]
+        [::core::mem::offset_of!(FdcDecodeParams, num_pages) - 40usize];
+    ["Offset of field: FdcDecodeParams::window"][::core::mem::offset_of!(FdcDecodeParams, window) - 44usize];
+    ["Offset of field: FdcDecodeParams::split"][::core::mem::offset_of!(FdcDecodeParams, split) - 48usize];
+    ["Offset of field: FdcDecodeParams::part_weight"]
+        [::core::mem::offset_of!(FdcDecodeParams, part_weight) - 52usize];
+    ["Offset of field: FdcDecodeParams::max_parts"]
+        [::core::mem::offset_of!(FdcDecodeParams, max_parts) - 56usize];
+    ["Offset of field: FdcDecodeParams::item_weight"]
+        [::core::mem::offset_of!(FdcDecodeParams, item_weight) - 60usize];
+    ["Offset of field: FdcDecodeParams::min_weight"]
+        [::core::mem::offset_of!(FdcDecodeParams, min_weight) - 64usize];
+    ["Offset of field: FdcDecodeParams::scale"][::core::mem::offset_of!(FdcDecodeParams, scale) - 68usize];
+    ["Offset of field: FdcDecodeParams::soft_cap"]
+        [::core::mem::offset_of!(FdcDecodeParams, soft_cap) - 72usize];
+    ["Offset of field: FdcDecodeParams::padding"]
+        [::core::mem::offset_of!(FdcDecodeParams, padding) - 76usize];
+    ["Offset of field: FdcDecodeParams::heads"][::core::mem::offset_of!(FdcDecodeParams, heads) - 80usize];
 };
 #[doc = " Shape and layout of one append to a quantized KV cache."]
 #[repr(C)]

@@ -19,6 +19,7 @@ pub const HEADERS: &[(&str, &str)] = headers! {
     "types.cuh"
     "append_params.h"
     "decode_params.h"
+    "fdc_params.h"
     "hack_append_params.h"
     "hack_decode_params.h"
     "merge_states_params.h"
@@ -46,12 +47,15 @@ pub const HEADERS: &[(&str, &str)] = headers! {
     "tile/hack_stream.cuh"
     "tile/hack_tokens.cuh"
     "tile/last_arriver.cuh"
+    "tile/low_rank.cuh"
     "tile/prefill_tiles.cuh"
     "tile/quantizer.cuh"
+    "tile/rotary.cuh"
     "tile/softmax_state.cuh"
     "tile/split_plan.cuh"
     "tile/status.cuh"
     "tile/swizzle.cuh"
+    "tile/weighted_split.cuh"
 };
 
 #[cfg(test)]

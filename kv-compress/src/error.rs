@@ -62,6 +62,11 @@ pub enum Error {
     /// The shared vocabulary refused an argument, or a page pool ran out.
     #[error(transparent)]
     Attention(#[from] attention::Error),
+
+    /// A kernel could not be compiled, loaded or launched, or an argument does not fit it.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] cuda::Error),
 }
 
 impl Error {

@@ -9,12 +9,15 @@
 //!
 //! - [`HeadRanks`], [`LayerRanks`]: ranks per KV head.
 //! - [`cache`]: the ragged paged cache and its layout.
+//! - `gpu` (feature `cuda`): append and balanced decode on a GPU.
 //! - [`Error`]: what a caller can get wrong.
 
 pub mod cache;
 pub mod calibrate;
 mod error;
 mod format;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 mod linalg;
 mod maps;
 pub mod merge;

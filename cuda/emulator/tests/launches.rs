@@ -166,8 +166,14 @@ fn wrong_arguments_are_named() {
         read("out", &data),
         Arg::value("real", &1f32),
     ];
-    let device =
-        Arg::Buffer { name: "in", address: 64, bytes: 128, space: Space::Device(3), stream: None, access: Access::Read };
+    let device = Arg::Buffer {
+        name: "in",
+        address: 64,
+        bytes: 128,
+        space: Space::Device(3),
+        stream: None,
+        access: Access::Read,
+    };
     let cases: [(&str, usize, Arg<'_>, &[&str]); 6] = [
         (
             "short value",

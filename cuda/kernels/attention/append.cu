@@ -22,6 +22,7 @@
 #include "ptx/memory.cuh"
 #include "ptx/sync.cuh"
 #include "status_params.h"
+#include "tile/rotary.cuh"
 #include "tile/status.cuh"
 #include "types.cuh"
 
@@ -29,47 +30,6 @@ using Element = StorageOf<KV_DTYPE>;
 
 constexpr uint32_t THREADS = 128;
 constexpr uint32_t CHUNK = 8;  // channels in 16 bytes
-constexpr uint32_t HALF_SPLIT = 1;
-constexpr uint32_t INTERLEAVED = 2;
-
-// Eight channels as f32.
-struct Channels {
-    float x[CHUNK];
-
-    DEVICE explicit Channels(uint4 bits) {
-        const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-        for (uint32_t i = 0; i < 4; i++) {
-            const float2 pair = unpack2<Element>(words[i]);
-            x[2 * i] = pair.x;
-            x[2 * i + 1] = pair.y;
-        }
-    }
-    DEVICE uint4 bits() const {
-        return make_uint4(pack2<Element>(x[0], x[1]), pack2<Element>(x[2], x[3]), pack2<Element>(x[4], x[5]),
-                          pack2<Element>(x[6], x[7]));
-    }
-};
-
-// Count planes of a table row, from a multiple of four on.
-template <uint32_t Count>
-struct Planes {
-    float x[Count];
-
-    DEVICE explicit Planes(const float* row) {
-#pragma unroll
-        for (uint32_t i = 0; i < Count; i += 4) {
-            const float4 four = *reinterpret_cast<const float4*>(row + i);
-            x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
-        }
-    }
-};
-
-DEVICE void rotate(float& a, float& b, float cosine, float sine) {
-    const float turned = __fsub_rn(__fmul_rn(a, cosine), __fmul_rn(b, sine));
-    b = __fadd_rn(__fmul_rn(b, cosine), __fmul_rn(a, sine));
-    a = turned;
-}
 
 // Pieces of work that one rotated vector has.
 DEVICE uint32_t pieces(const AppendParams& params) {
@@ -82,12 +42,9 @@ DEVICE void move_rotated(Element* to, const Element* from, uint32_t piece, const
     const uint32_t planes = params.rotary_dim / 2;
     if (ROTARY == HALF_SPLIT && piece * CHUNK < planes) {
         const uint32_t low = piece * CHUNK;
-        Channels a(load_global_16(from + low));
-        Channels b(load_global_16(from + low + planes));
-        const Planes<CHUNK> cosine(cosines + low);
-        const Planes<CHUNK> sine(sines + low);
-#pragma unroll
-        for (uint32_t i = 0; i < CHUNK; i++) rotate(a.x[i], b.x[i], cosine.x[i], sine.x[i]);
+        Channels<Element> a(load_global_16(from + low));
+        Channels<Element> b(load_global_16(from + low + planes));
+        rotate_halves(a, b, cosines + low, sines + low);
         store_global_16(to + low, a.bits());
         store_global_16(to + low + planes, b.bits());
         return;
@@ -96,11 +53,8 @@ DEVICE void move_rotated(Element* to, const Element* from, uint32_t piece, const
     const uint32_t first = (ROTARY == HALF_SPLIT ? planes : 0) + piece * CHUNK;
     const uint4 bits = load_global_16(from + first);
     if (ROTARY == INTERLEAVED && first < params.rotary_dim) {
-        Channels pairs(bits);
-        const Planes<CHUNK / 2> cosine(cosines + first / 2);
-        const Planes<CHUNK / 2> sine(sines + first / 2);
-#pragma unroll
-        for (uint32_t i = 0; i < CHUNK / 2; i++) rotate(pairs.x[2 * i], pairs.x[2 * i + 1], cosine.x[i], sine.x[i]);
+        Channels<Element> pairs(bits);
+        rotate_pairs(pairs, cosines + first / 2, sines + first / 2);
         store_global_16(to + first, pairs.bits());
     } else {
         store_global_16(to + first, bits);

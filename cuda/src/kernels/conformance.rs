@@ -5,6 +5,7 @@
 use crate::Error;
 use crate::launch::{Arg, Device, Function, LaunchConfig};
 use crate::memory::{View, ViewMut};
+use crate::params::FdcDecodeParams;
 use crate::table::Instance;
 
 /// A typed kernel: its struct, and how it is prepared.
@@ -524,5 +525,41 @@ impl<F: Function> StatusContention<F> {
         let args = [Arg::write_optional("status", status), Arg::value("stride", &stride)];
         // SAFETY: the arguments are the kernel's parameters; the status word is one u64 or null.
         unsafe { self.function.launch(queue, &LaunchConfig::new(blocks as u32, 64), &args) }
+    }
+}
+
+kernel! {
+    /// `weighted_parts`: the parts that a weighted split deals to each block.
+    WeightedParts = "weighted_parts"
+}
+
+impl<F: Function> WeightedParts<F> {
+    /// Enqueues `blocks` blocks: `first_unit` `[batch + 1]`, `parts` `[blocks, room, 8]` (sequence, item, first group, end
+    /// group, index, count, slot, the slot of its index), `counts` `[blocks]`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] names an argument that is too short or misaligned.
+    pub fn launch(
+        &self,
+        queue: &F::Queue,
+        params: &FdcDecodeParams,
+        (blocks, room): (usize, u32),
+        first_unit: &View<'_, u32>,
+        parts: &mut ViewMut<'_, u32>,
+        counts: &mut ViewMut<'_, u32>,
+    ) -> Result<(), Error> {
+        let threads = count(Self::KERNEL, "blocks", &[blocks, 32])?;
+        first_unit.check(Self::KERNEL, "first_unit", params.batch as usize + 1, 4)?;
+        parts.check(Self::KERNEL, "parts", blocks * room as usize * 8, 4)?;
+        counts.check(Self::KERNEL, "counts", blocks, 4)?;
+        let args = [
+            Arg::read("first_unit", first_unit),
+            Arg::write("parts", parts),
+            Arg::write("counts", counts),
+            Arg::value("room", &room),
+            Arg::value("params", params),
+        ];
+        // SAFETY: the arguments are the kernel's parameters, each as long as the grid indexes it.
+        unsafe { self.function.launch(queue, &LaunchConfig::new(threads / 32, 32), &args) }
     }
 }

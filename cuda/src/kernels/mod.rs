@@ -7,3 +7,4 @@ pub mod attention;
 pub mod ceilings;
 pub mod conformance;
 pub mod homomorphic_quant;
+pub mod kv_compress;

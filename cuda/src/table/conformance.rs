@@ -60,6 +60,7 @@ pub(super) const KERNELS: &[Kernel] = &[
         &[Constant { name: "STAGES", allowed: &[2, 3, 4] }],
         &[row(&[2], 48, 4096), row(&[3], 48, 6144), row(&[4], 48, 8192)]
     ),
+    kernel!("weighted_parts", Portable, 32, &[], &[row(&[], 72, 0)]),
     kernel!("vector_memory", Portable, 128, &[], &[row(&[], 56, 0)]),
     kernel!("convert", Portable, 256, &[], &[row(&[], 24, 0)]),
     kernel!("math_approx", Portable, 256, &[], &[row(&[], 24, 0)]),

@@ -7,14 +7,20 @@ mod attention;
 mod ceilings;
 mod conformance;
 mod homomorphic_quant;
+mod kv_compress;
 
 use std::fmt;
 
 use crate::Error;
 
 /// All kernels, in the order of their folders.
-pub const KERNELS: &[&[Kernel]] =
-    &[attention::KERNELS, ceilings::KERNELS, conformance::KERNELS, homomorphic_quant::KERNELS];
+pub const KERNELS: &[&[Kernel]] = &[
+    attention::KERNELS,
+    ceilings::KERNELS,
+    conformance::KERNELS,
+    homomorphic_quant::KERNELS,
+    kv_compress::KERNELS,
+];
 
 /// All kernels, one after another.
 pub fn kernels() -> impl Iterator<Item = &'static Kernel> {

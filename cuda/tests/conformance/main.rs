@@ -13,5 +13,6 @@ mod fragments;
 mod isa;
 mod matrices;
 mod numbers;
+mod split;
 mod warps;
 mod wgmma;

@@ -64,7 +64,7 @@ impl CacheExtent {
 
 /// Elements of a block table that `[head, batch]` strides can reach; a head stride of 0 means that heads share it. What no
 /// memory can hold, negative strides among it, is `usize::MAX`, which no view has.
-pub(super) fn table_len(strides: [i64; 2], heads: u32, batch: u32, max_pages: u32) -> usize {
+pub(in crate::kernels) fn table_len(strides: [i64; 2], heads: u32, batch: u32, max_pages: u32) -> usize {
     let last = |count: u32, stride: i64| {
         usize::try_from(stride).unwrap_or(usize::MAX).saturating_mul(count.saturating_sub(1) as usize)
     };
@@ -75,7 +75,7 @@ pub(super) fn table_len(strides: [i64; 2], heads: u32, batch: u32, max_pages: u3
 }
 
 /// Elements of a dense tensor; `usize::MAX`, which no view has, where no memory can hold them.
-pub(super) fn elements(extents: &[usize]) -> usize {
+pub(in crate::kernels) fn elements(extents: &[usize]) -> usize {
     if extents.contains(&0) {
         return 0;
     }

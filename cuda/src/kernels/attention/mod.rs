@@ -1,7 +1,7 @@
 //! Kernels of `cuda/kernels/attention`.
 
 mod append;
-mod cache;
+pub(super) mod cache;
 mod decode;
 mod merge_states;
 mod prefill;

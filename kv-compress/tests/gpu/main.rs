@@ -1,0 +1,7 @@
+//! The kernels against the oracle: on the emulator in every order of warps and lanes, and on a GPU.
+#![cfg(feature = "cuda")]
+
+mod append;
+mod cache;
+mod decode;
+mod reconstruct;
