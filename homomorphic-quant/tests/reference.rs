@@ -35,7 +35,11 @@ fn named_shapes() {
                 let name = format!(
                     "{q_heads}/{kv_heads} d{dim} Π{partition} S{sinks} T{tokens} {k}/{v} {mask:?} {queries}"
                 );
+                if queries == 50 && (k, v) != (2, 2) {
+                    continue; // many queries are the same rows again
+                }
                 let spec = spec(q_heads, shape, mask);
+                let queries = if tokens > 1000 { queries.min(3) } else { queries };
                 let q = Inputs::Normal.values(queries * q_heads, dim, 7);
                 let (out, lse) = attend(&spec, &cache, &sequence, &q, None);
                 let expected = oracle(&spec, &cache, &sequence, &q);
@@ -150,13 +154,17 @@ fn masks_ratios_and_splits() {
             let data = Tokens::new(shape, 333, i as u64);
             let (cache, sequence) = filled(&config(4, 4, 32, 4).with_layout(layout), &data);
             for (m, &mask) in masks.iter().enumerate() {
+                // Pairs of everything: each ratio meets every mask, in one of the layouts.
+                if (m + i) % 2 == usize::from(layout == Layout::PerTokenKey) {
+                    continue;
+                }
                 let name = format!("{q_heads}/{kv_heads} {qk_dim}/{v_dim} {layout:?} {mask:?}");
                 let mut spec = spec(q_heads, shape, mask);
                 if m % 2 == 1 {
                     spec.score = spec.score.with_soft_cap(20.0).unwrap();
                 }
                 let q: Vec<f32> =
-                    Inputs::Normal.values(50 * q_heads, qk_dim, 7).iter().map(|x| x * 0.3).collect();
+                    Inputs::Normal.values(12 * q_heads, qk_dim, 7).iter().map(|x| x * 0.3).collect();
                 let (out, lse) = attend(&spec, &cache, &sequence, &q, Some(1));
                 let expected = oracle(&spec, &cache, &sequence, &q);
                 let error = relative(&out, &expected.out);

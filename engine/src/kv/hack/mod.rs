@@ -5,6 +5,7 @@
 
 mod layer;
 mod options;
+mod transfer;
 
 use attention::rope::Rope;
 use homomorphic_quant::reference::Prefill;
