@@ -76,12 +76,18 @@ pub enum Error {
 
     /// A page pool or an attention argument: see [`attention::Error`].
     #[error(transparent)]
-    Attention(#[from] attention::Error),
+    Attention(Box<attention::Error>),
 
     /// A kernel could not be prepared or launched.
     #[cfg(feature = "cuda")]
     #[error(transparent)]
     Cuda(#[from] cuda::Error),
+}
+
+impl From<attention::Error> for Error {
+    fn from(error: attention::Error) -> Self {
+        Error::Attention(Box::new(error))
+    }
 }
 
 impl Error {

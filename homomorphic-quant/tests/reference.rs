@@ -119,8 +119,9 @@ fn every_output_is_within_half_a_step_of_the_probabilities() {
                     let scales: Vec<f32> =
                         block.v_groups[g..].iter().step_by(dim / channels).map(|group| group.scale).collect();
                     let a = f64::from(eight_bit(&scales, &mut [0; 64]).scale);
-                    for c in g * channels..(g + 1) * channels {
-                        bounds[c] += a / 2.0 * f64::from(block.v_sums[c]) / tokens as f64;
+                    let mine = g * channels..(g + 1) * channels;
+                    for (bound, &v_sum) in bounds[mine.clone()].iter_mut().zip(&block.v_sums[mine]) {
+                        *bound += a / 2.0 * f64::from(v_sum) / tokens as f64;
                     }
                 }
             }

@@ -75,9 +75,8 @@ impl<'a> Query<'a> {
                 let token = position - tokens.start;
                 let codes = &block.k_codes[token * head.qk_dim..][..head.qk_dim];
                 let mut dot = q_min;
-                for p in 0..partitions {
+                for (p, &Group { scale: alpha, min: beta }) in quantized.groups.iter().enumerate() {
                     let channels = p * head.k_channels..(p + 1) * head.k_channels;
-                    let Group { scale: alpha, min: beta } = quantized.groups[p];
                     let product = product(&quantized.codes[channels.clone()], &codes[channels]) as f32;
                     let k_sum = f32::from(block.k_sums[token * partitions + p]);
                     dot += match head.layout {

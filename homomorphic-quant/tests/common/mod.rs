@@ -130,3 +130,8 @@ pub(crate) fn relative(found: &[f32], expected: &[f64]) -> f64 {
 pub(crate) fn to_f64(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&x| f64::from(x)).collect()
 }
+
+pub(crate) fn out_of_pages(error: &homomorphic_quant::Error) -> bool {
+    let homomorphic_quant::Error::Attention(error) = error else { return false };
+    matches!(**error, attention::Error::OutOfPages { .. })
+}
