@@ -156,8 +156,8 @@ fn quantize(
     (codes, groups)
 }
 
-/// Quantizes and dequantizes fewer than Π tokens, `k` `[tokens, qk_dim]` and `v` `[tokens, v_dim]`, in place: what an open
-/// block that is held in codes loses at every step. Results are rounded to the cache's 16-bit type.
+/// Quantizes and dequantizes fewer than Π tokens, `k` `[tokens, qk_dim]` and `v` `[tokens, v_dim]`, in place: what an
+/// open block that is held in codes loses at every step. Results are rounded to the cache's 16-bit type.
 pub(crate) fn requantize(
     head: &HeadGeometry,
     rounding: Rounding,

@@ -86,11 +86,12 @@ pub enum Rounding {
 /// Π is the [partition](Config::partition), Π_c the [channel partition](channel_partition).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Layout {
-    /// Keys per channel over Π tokens, values per token over Π_c channels (USENIX ATC '26). The scale on the outer axis is
-    /// folded into Q and P before these are quantized.
+    /// Keys per channel over Π tokens, values per token over Π_c channels (USENIX ATC '26). The scale on the outer
+    /// axis is folded into Q and P before these are quantized.
     PerChannelKey,
-    /// Keys per token over Π_c channels, values per channel over Π tokens (arXiv v1). CPU only: it is here to show what
-    /// channel outliers in keys do to it. Unlike arXiv v1 it too keeps the keys of the open block in 16 bits, which only helps it.
+    /// Keys per token over Π_c channels, values per channel over Π tokens (arXiv v1). CPU only: it is here to show
+    /// what channel outliers in keys do to it. Unlike arXiv v1 it too keeps the keys of the open block in 16 bits,
+    /// which only helps it.
     PerTokenKey,
 }
 
@@ -99,8 +100,8 @@ pub enum Layout {
 pub enum OpenBlock {
     /// They stay in 16 bits until the block closes (requantization elimination).
     Exact,
-    /// They are quantized at once, and dequantized and quantized again with every token that joins them. CPU only: it is here
-    /// to measure what [`Exact`](OpenBlock::Exact) saves.
+    /// They are quantized at once, and dequantized and quantized again with every token that joins them. CPU only: it
+    /// is here to measure what [`Exact`](OpenBlock::Exact) saves.
     Requantized,
 }
 
@@ -119,7 +120,8 @@ pub struct BitsOverride {
 
 /// How a model's keys and values are quantized.
 ///
-/// The default is that of the ATC '26 release: Π = 64, 4 sink tokens, bf16, round to nearest, [`Layout::PerChannelKey`].
+/// The default is that of the ATC '26 release: Π = 64, 4 sink tokens, bf16, round to nearest,
+/// [`Layout::PerChannelKey`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     bits: HeadBits,

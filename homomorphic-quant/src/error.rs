@@ -15,7 +15,8 @@ pub enum Error {
         found: String,
     },
 
-    /// A value to be quantized is infinite or not a number, or becomes so in the cache's storage type. Nothing was stored.
+    /// A value to be quantized is infinite or not a number, or becomes so in the cache's storage type. Nothing was
+    /// stored.
     #[error(
         "argument `{argument}`: element {index} is {value} in the cache's storage type, not a finite number"
     )]

@@ -6,9 +6,9 @@
 //! Ĉ_ij = Σ_p [ s_a s_b Σ a'b' + m_b s_a Σ a' + m_a s_b Σ b' + n_p m_a m_b ]
 //! ```
 //!
-//! `Ĉ` is the product of the dequantized operands, up to the rounding of f32: quantization is the only loss. The first sum is
-//! an integer product; the other two are sums of codes, which do not depend on the other operand and are kept beside them
-//! (summation elimination). Attention uses the same identity with its scales folded (see
+//! `Ĉ` is the product of the dequantized operands, up to the rounding of f32: quantization is the only loss. The
+//! first sum is an integer product; the other two are sums of codes, which do not depend on the other operand and are
+//! kept beside them (summation elimination). Attention uses the same identity with its scales folded (see
 //! [`reference`](mod@crate::reference)); this general form is a quantized GEMM.
 
 use attention::DType;
@@ -34,9 +34,9 @@ impl Quantized {
     /// Largest partition: sums of so many products of 8-bit codes are exact in f32.
     pub const MAX_PARTITION: usize = 256;
 
-    /// Quantizes `values` `[vectors, len]` in partitions of `partition` elements, the last of which may be shorter. Scales and
-    /// minima are stored as `metadata`; `sums` says whether sums of codes are kept. Stochastic rounding takes the noise of
-    /// key (vector, element) of layer 0, KV head 0: see [`quantizer::noise`].
+    /// Quantizes `values` `[vectors, len]` in partitions of `partition` elements, the last of which may be shorter.
+    /// Scales and minima are stored as `metadata`; `sums` says whether sums of codes are kept. Stochastic rounding
+    /// takes the noise of key (vector, element) of layer 0, KV head 0: see [`quantizer::noise`].
     ///
     /// # Errors
     /// [`Error::Argument`] when `values` is no whole number of vectors, or `partition` is not in

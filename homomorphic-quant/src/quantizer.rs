@@ -22,10 +22,10 @@
 //!
 //! # Queries and probabilities
 //!
-//! The same with `L = 255`, rounding to nearest, and f32 for `store`: [`Group::fit`] with [`DType::F32`], or [`eight_bit`]
-//! for both steps. What is quantized is `mul(q, s^K)` and `mul(P, s^V)` (paper, scale folding), `P = exp(S - max S)` with
-//! the maximum over the visible tokens of the block alone; `P` of a token that is not visible is 0 and takes part in the
-//! minimum.
+//! The same with `L = 255`, rounding to nearest, and f32 for `store`: [`Group::fit`] with [`DType::F32`], or
+//! [`eight_bit`] for both steps. What is quantized is `mul(q, s^K)` and `mul(P, s^V)` (paper, scale folding), `P =
+//! exp(S - max S)` with the maximum over the visible tokens of the block alone; `P` of a token that is not visible is
+//! 0 and takes part in the minimum.
 
 use attention::DType;
 use half::{bf16, f16};
@@ -55,7 +55,8 @@ pub fn store(value: f32, dtype: DType) -> f32 {
 const SMALLEST_SCALE: f32 = f32::MIN_POSITIVE;
 
 impl Group {
-    /// Scale and minimum of finite values, for codes up to `levels`, stored as `dtype`. No values give scale 1, minimum 0.
+    /// Scale and minimum of finite values, for codes up to `levels`, stored as `dtype`. No values give scale 1,
+    /// minimum 0.
     #[inline]
     pub fn fit(values: impl IntoIterator<Item = f32>, levels: u32, dtype: DType) -> Self {
         let mut range = (f32::INFINITY, f32::NEG_INFINITY);
@@ -85,8 +86,9 @@ impl Group {
     /// The code of a value, rounded to nearest, ties to even.
     #[inline]
     pub fn code(&self, x: f32, levels: u32) -> u8 {
-        // Clamped first, which changes nothing because 0 and L are whole. From 1.5 · 2^23 up neighbouring floats are 1 apart, so
-        // the addition rounds as rint does and leaves the code in the lowest bits: vector units without rint do it too.
+        // Clamped first, which changes nothing because 0 and L are whole. From 1.5 · 2^23 up neighbouring floats are
+        // 1 apart, so the addition rounds as rint does and leaves the code in the lowest bits: vector units without
+        // rint do it too.
         let position = self.position(x, 1.0 / self.scale).clamp(0.0, levels as f32);
         (position + 12_582_912.0).to_bits() as u8
     }
@@ -97,7 +99,8 @@ impl Group {
         (self.position(x, 1.0 / self.scale) + noise).floor().clamp(0.0, levels as f32) as u8
     }
 
-    /// The value of a code, `s · code + m`, in f64: exact for 16-bit groups whose exponents lie within 40 of each other.
+    /// The value of a code, `s · code + m`, in f64: exact for 16-bit groups whose exponents lie within 40 of each
+    /// other.
     #[inline]
     pub fn value(&self, code: u8) -> f64 {
         f64::from(self.scale) * f64::from(code) + f64::from(self.min)
@@ -130,9 +133,9 @@ pub enum Tensor {
 
 /// Noise of stochastic rounding for one element, uniform in `[0, 1)` in steps of 2⁻²⁴.
 ///
-/// Philox4x32-10 with key `[seed, seed >> 32]` and counter `[token, channel / 4, 2 · kv_head + tensor, layer]` (K is 0, V is
-/// 1); the element takes word `channel % 4` of the four, and its upper 24 bits. `token` counts from the start of the
-/// sequence, sinks included.
+/// Philox4x32-10 with key `[seed, seed >> 32]` and counter `[token, channel / 4, 2 · kv_head + tensor, layer]` (K is
+/// 0, V is 1); the element takes word `channel % 4` of the four, and its upper 24 bits. `token` counts from the start
+/// of the sequence, sinks included.
 #[inline]
 pub fn noise(seed: u64, layer: u32, tensor: Tensor, kv_head: u32, token: u32, channel: u32) -> f32 {
     let tensor = match tensor {
@@ -144,8 +147,8 @@ pub fn noise(seed: u64, layer: u32, tensor: Tensor, kv_head: u32, token: u32, ch
     (word >> 8) as f32 * (1.0 / 16_777_216.0)
 }
 
-/// Philox4x32-10: ten rounds of a counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-/// SC '11). The same bits as cuRAND's `curand_Philox4x32_10`.
+/// Philox4x32-10: ten rounds of a counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2,
+/// 3", SC '11). The same bits as cuRAND's `curand_Philox4x32_10`.
 pub const fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     let [mut c0, mut c1, mut c2, mut c3] = counter;
     let [mut k0, mut k1] = key;

@@ -75,8 +75,8 @@ fn every_element_is_within_its_step() {
                         let place = BlockPlace { layer: 3, kv_head: 2, token: 36 };
                         let block = HeadBlock::quantize(&head, rounding, place, &k, &v).unwrap();
                         let step = if rounding == Rounding::Nearest { 0.5 } else { 1.0 };
-                        // The scale is off by half a unit in its last place, over all levels; position and its reciprocal
-                        // round in f32.
+                        // The scale is off by half a unit in its last place, over all levels; position and its
+                        // reciprocal round in f32.
                         let levels = f64::from(bits.levels());
                         let slack = levels * dtype.epsilon() / 2.0 + levels * 1e-6;
                         let check =

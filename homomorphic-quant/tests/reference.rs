@@ -52,8 +52,8 @@ fn named_shapes() {
     }
 }
 
-/// Each score errs by at most half a step of the query's codes: `scale · Σ_p α_p / 2 · ksum`. With a window of one token the LSE
-/// of a row is the score of its own token.
+/// Each score errs by at most half a step of the query's codes: `scale · Σ_p α_p / 2 · ksum`. With a window of one
+/// token the LSE of a row is the score of its own token.
 #[test]
 fn every_score_is_within_half_a_step_of_the_query() {
     let (tokens, dim, heads) = (4 + 64 * 2, 128, 2);
@@ -98,7 +98,8 @@ fn every_score_is_within_half_a_step_of_the_query() {
     }
 }
 
-/// With a query of zeros P is exactly 1 everywhere, and each output errs by at most `Σ_b a_b / 2 · vsum` (divided by l).
+/// With a query of zeros P is exactly 1 everywhere, and each output errs by at most `Σ_b a_b / 2 · vsum` (divided by
+/// l).
 #[test]
 fn every_output_is_within_half_a_step_of_the_probabilities() {
     let (tokens, dim) = (64 * 3, 96);
@@ -277,7 +278,8 @@ fn scatter(cache: &mut Cache) {
     assert_eq!(cache.usage().bytes(), 0);
 }
 
-/// A prompt at once or in chunks, exact or on codes, then decoding: the cache is the same, and outputs are what they claim.
+/// A prompt at once or in chunks, exact or on codes, then decoding: the cache is the same, and outputs are what they
+/// claim.
 #[test]
 fn prefill_in_both_modes() {
     let shape = kv(4, 128, 128);

@@ -23,12 +23,12 @@ struct New<'a> {
 }
 
 impl Cache {
-    /// Appends tokens: `k` `[tokens, kv_heads, qk_dim]`, after RoPE, and `v` `[tokens, kv_heads, v_dim]`. They are rounded to
-    /// the cache's 16-bit type first, and codes are those of the rounded values.
+    /// Appends tokens: `k` `[tokens, kv_heads, qk_dim]`, after RoPE, and `v` `[tokens, kv_heads, v_dim]`. They are
+    /// rounded to the cache's 16-bit type first, and codes are those of the rounded values.
     ///
     /// # Errors
-    /// [`Error::Argument`] when a shape does not fit, [`Error::NotFinite`] for a value that is not finite as stored, and
-    /// [`Error::Attention`] when pages run out. Nothing changes then.
+    /// [`Error::Argument`] when a shape does not fit, [`Error::NotFinite`] for a value that is not finite as stored,
+    /// and [`Error::Attention`] when pages run out. Nothing changes then.
     pub fn append(
         &mut self,
         sequence: &mut Sequence,

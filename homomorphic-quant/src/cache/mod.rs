@@ -1,13 +1,14 @@
 //! The cache of one layer: sinks, closed blocks and an open block per sequence, in pages that sequences share.
 //!
-//! A sequence is `[S sink tokens, 16 bits] ++ [closed blocks of exactly Π tokens, codes] ++ [open block of < Π tokens,
-//! 16 bits]`: block `b` holds the tokens `S + bΠ .. S + (b + 1)Π`. Tokens fill the sinks first, then the open block; the token
-//! that fills it closes it, before the attention of that step, so that a block is read as codes as soon as it is whole.
-//! Whatever the chunks in which tokens arrive, the bytes are the same.
+//! A sequence is `[S sink tokens, 16 bits] ++ [closed blocks of exactly Π tokens, codes] ++ [open block of < Π
+//! tokens, 16 bits]`: block `b` holds the tokens `S + bΠ .. S + (b + 1)Π`. Tokens fill the sinks first, then the open
+//! block; the token that fills it closes it, before the attention of that step, so that a block is read as codes as
+//! soon as it is whole. Whatever the chunks in which tokens arrive, the bytes are the same.
 //!
-//! Sinks, closed blocks and open blocks come from three pools of [`PagePool`]. All pages are counted: a sequence that was
-//! [forked](Cache::fork) shares everything with its parent, one that was forked [at a block](Cache::fork_prefix) shares sinks
-//! and leading blocks; closed blocks never change, and sinks and open block are copied when one of their owners writes.
+//! Sinks, closed blocks and open blocks come from three pools of [`PagePool`]. All pages are counted: a sequence that
+//! was [forked](Cache::fork) shares everything with its parent, one that was forked [at a block](Cache::fork_prefix)
+//! shares sinks and leading blocks; closed blocks never change, and sinks and open block are copied when one of their
+//! owners writes.
 
 mod append;
 mod read;
@@ -59,7 +60,8 @@ pub struct CacheUsage {
 }
 
 impl CacheUsage {
-    /// Bytes of all pages that some sequence owns: codes, scales, minima, sums, sinks and open blocks, shared ones once.
+    /// Bytes of all pages that some sequence owns: codes, scales, minima, sums, sinks and open blocks, shared ones
+    /// once.
     pub fn bytes(&self) -> usize {
         self.blocks.used_bytes() + self.open.used_bytes() + self.sinks.map_or(0, |sinks| sinks.used_bytes())
     }
@@ -116,14 +118,14 @@ impl Cache {
     /// An empty cache for layer `layer`, with closed blocks in the [canonical](PageLayout::Canonical) layout.
     ///
     /// # Errors
-    /// [`Error::Argument`] when the shape makes no pages (see [`PageGeometry::new`]); [`Error::Attention`] when the pages do
-    /// not fit memory.
+    /// [`Error::Argument`] when the shape makes no pages (see [`PageGeometry::new`]); [`Error::Attention`] when the
+    /// pages do not fit memory.
     pub fn new(config: &Config, layer: u32, shape: KvShape, capacity: Capacity) -> Result<Self, Error> {
         Self::shard(config, layer, 0, shape, capacity, PageLayout::Canonical)
     }
 
-    /// A cache of some KV heads of a layer, those from the model's head `first_kv_head` on, with closed blocks in any layout.
-    /// Widths, noise and the wire count the model's heads.
+    /// A cache of some KV heads of a layer, those from the model's head `first_kv_head` on, with closed blocks in any
+    /// layout. Widths, noise and the wire count the model's heads.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -298,8 +300,8 @@ impl Cache {
         }
     }
 
-    /// A second sequence of the first `S + blocks · Π` tokens: it shares the sinks and that many closed blocks, and goes on
-    /// from there.
+    /// A second sequence of the first `S + blocks · Π` tokens: it shares the sinks and that many closed blocks, and
+    /// goes on from there.
     ///
     /// # Errors
     /// [`Error::Argument`] when the sequence has fewer closed blocks; [`Error::Attention`] when it is not the cache's.

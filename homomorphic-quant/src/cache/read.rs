@@ -70,7 +70,8 @@ impl Cache {
     /// The bytes of one KV head of a closed block, in the page layout of [`geometry`](Self::geometry).
     ///
     /// # Errors
-    /// [`Error::Argument`] when there is no such block or head; [`Error::Attention`] when the sequence is not the cache's.
+    /// [`Error::Argument`] when there is no such block or head; [`Error::Attention`] when the sequence is not the
+    /// cache's.
     pub fn block_bytes(&self, sequence: &Sequence, block: usize, kv_head: usize) -> Result<&[u8], Error> {
         self.check_head(kv_head)?;
         let Some(&page) = sequence.blocks().get(block) else {
@@ -140,8 +141,8 @@ impl Cache {
         Err(Error::argument("kv_head", format!("below {}", self.shape.kv_heads), kv_head))
     }
 
-    /// Everything that a sequence holds, as the f32 nearest to what its codes stand for: keys `[tokens, kv_heads, qk_dim]`
-    /// and values `[tokens, kv_heads, v_dim]`. For tests and tools; attention never does this.
+    /// Everything that a sequence holds, as the f32 nearest to what its codes stand for: keys `[tokens, kv_heads,
+    /// qk_dim]` and values `[tokens, kv_heads, v_dim]`. For tests and tools; attention never does this.
     ///
     /// # Errors
     /// [`Error::Attention`] when the sequence is not the cache's.

@@ -1,7 +1,8 @@
 //! The canonical layout of a segment: stable, documented, what goes over the wire.
 //!
-//! One KV head of a closed block of Π tokens, with `D` key channels, `E` value channels, `b` and `c` bits, and `P = D / Π_c`
-//! and `R = E / Π_c` channel partitions. Fields follow each other without gaps; every one is a multiple of 16 bytes:
+//! One KV head of a closed block of Π tokens, with `D` key channels, `E` value channels, `b` and `c` bits, and `P = D
+//! / Π_c` and `R = E / Π_c` channel partitions. Fields follow each other without gaps; every one is a multiple of 16
+//! bytes:
 //!
 //! | field | shape | type | bytes |
 //! |---|---|---|---|
@@ -14,8 +15,8 @@
 //! | `v_min` | as `v_scale` | f16 or bf16 | 2·Π·R |
 //! | `v_sums` | `[E]`: sums of a channel's codes over the tokens | u8 or u16 | E·(1 or 2) |
 //!
-//! Code `i` of a byte lies at bits `b·i` and up; codes follow the channels. Sums are u8 where the largest possible sum fits
-//! (`count · (2^b - 1) <= 255`), else u16, and are absent without cached sums. Everything is little-endian.
+//! Code `i` of a byte lies at bits `b·i` and up; codes follow the channels. Sums are u8 where the largest possible
+//! sum fits (`count · (2^b - 1) <= 255`), else u16, and are absent without cached sums. Everything is little-endian.
 //!
 //! With Π = 64, `D = E = 128` and bf16, a 2-bit segment has 5376 bytes and a 4-bit one 9728.
 

@@ -152,8 +152,8 @@ impl PageGeometry {
     /// Pages of one layer.
     ///
     /// # Errors
-    /// [`Error::Argument`] when `kv_heads` is 0, a dim is refused by [`HeadGeometry::new`], or the layout is not made for a
-    /// head.
+    /// [`Error::Argument`] when `kv_heads` is 0, a dim is refused by [`HeadGeometry::new`], or the layout is not made
+    /// for a head.
     pub fn new(
         config: &Config,
         layout: PageLayout,

@@ -1,9 +1,9 @@
 //! Pages: the bytes of a closed block, of the sinks and of the open block.
 //!
-//! A closed block of Π tokens is one page, a segment per KV head, so that one (page, head) is contiguous: one bulk copy for a
-//! kernel, one unit for a receiver that holds other heads. Inside a segment the bytes follow a [`PageLayout`]:
-//! [`canonical`] is the stable, documented one that travels; others are made for a reader and are converted by
-//! [`transcode`].
+//! A closed block of Π tokens is one page, a segment per KV head, so that one (page, head) is contiguous: one bulk
+//! copy for a kernel, one unit for a receiver that holds other heads. Inside a segment the bytes follow a
+//! [`PageLayout`]: [`canonical`] is the stable, documented one that travels; others are made for a reader and are
+//! converted by [`transcode`].
 //!
 //! Sinks and open block are [`SidePage`]s of 16-bit vectors.
 
@@ -77,8 +77,8 @@ impl PageLayout {
     /// Writes a segment, wholly.
     ///
     /// # Errors
-    /// [`Error::Argument`] when the segment has another length or the block another shape, or the layout is not made for the
-    /// head.
+    /// [`Error::Argument`] when the segment has another length or the block another shape, or the layout is not made
+    /// for the head.
     pub fn write(self, head: &HeadGeometry, block: &HeadBlock, segment: &mut [u8]) -> Result<(), Error> {
         match self {
             PageLayout::Canonical => canonical::write(head, block, segment),

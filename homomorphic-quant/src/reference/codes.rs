@@ -1,7 +1,7 @@
 //! One row of attention over one closed block, on its codes.
 //!
-//! Integers are exact (sums of at most 128 products of 8-bit numbers, below 2²⁴, so that f32 holds them too); what surrounds
-//! them is f32, in the order written here.
+//! Integers are exact (sums of at most 128 products of 8-bit numbers, below 2²⁴, so that f32 holds them too); what
+//! surrounds them is f32, in the order written here.
 
 use std::ops::Range;
 

@@ -1,11 +1,11 @@
 //! Attention over the cache on the CPU: the method itself, in plain Rust.
 //!
 //! Every query row is a sum over the parts of the sequence: closed blocks on their codes, sinks and open block in
-//! f32, one softmax state each, merged in order. The probabilities of a block are quantized against the block's own maximum, so a
-//! block's state does not depend on how the parts are split; only the rounding of the merge does.
+//! f32, one softmax state each, merged in order. The probabilities of a block are quantized against the block's own
+//! maximum, so a block's state does not depend on how the parts are split; only the rounding of the merge does.
 //!
-//! This is what the kernels are held against (rung 1), and what an engine without a GPU runs. [`oracle`] is attention in f64
-//! on what the codes stand for: the difference between the two is what 8-bit queries and probabilities cost.
+//! This is what the kernels are held against (rung 1), and what an engine without a GPU runs. [`oracle`] is attention
+//! in f64 on what the codes stand for: the difference between the two is what 8-bit queries and probabilities cost.
 
 mod codes;
 mod dense;
@@ -47,8 +47,8 @@ pub enum Prefill {
 /// Runs on the current rayon thread pool; the result depends on `splits`, never on the number of threads.
 ///
 /// # Errors
-/// [`Error::Argument`] when a shape does not fit, [`Error::NotFinite`] for a query that is not finite, [`Error::Attention`]
-/// when the sequence is not the cache's.
+/// [`Error::Argument`] when a shape does not fit, [`Error::NotFinite`] for a query that is not finite,
+/// [`Error::Attention`] when the sequence is not the cache's.
 pub fn attend(
     spec: &AttentionSpec,
     cache: &Cache,
@@ -62,8 +62,8 @@ pub fn attend(
     keys.attend(spec, q, splits, out, lse)
 }
 
-/// One decoding step of a batch: [`attend`] with one query `q` `[batch, q_heads, qk_dim]` for each sequence, whose token is
-/// cached already. `out` `[batch, q_heads, v_dim]`, `lse` `[batch, q_heads]`.
+/// One decoding step of a batch: [`attend`] with one query `q` `[batch, q_heads, qk_dim]` for each sequence, whose
+/// token is cached already. `out` `[batch, q_heads, v_dim]`, `lse` `[batch, q_heads]`.
 ///
 /// # Errors
 /// As [`attend`].
@@ -92,8 +92,8 @@ pub fn decode(
 
 /// Appends a prompt, or its continuation, and computes its attention: [`Cache::append`] and [`attend`].
 ///
-/// `q` `[tokens, q_heads, qk_dim]`, `k` `[tokens, kv_heads, qk_dim]` (both after RoPE), `v` `[tokens, kv_heads, v_dim]`; `out`
-/// and `lse` as for [`attend`].
+/// `q` `[tokens, q_heads, qk_dim]`, `k` `[tokens, kv_heads, qk_dim]` (both after RoPE), `v` `[tokens, kv_heads,
+/// v_dim]`; `out` and `lse` as for [`attend`].
 ///
 /// # Errors
 /// As [`Cache::append`] and [`attend`]. Nothing was cached then.
@@ -133,8 +133,9 @@ pub fn prefill(
     }
 }
 
-/// Attention in f64 over what the codes of a sequence stand for: exact queries and probabilities. What is left between this
-/// and attention over the original keys and values is the quantization of the cache. Arguments as [`attend`].
+/// Attention in f64 over what the codes of a sequence stand for: exact queries and probabilities. What is left
+/// between this and attention over the original keys and values is the quantization of the cache. Arguments as
+/// [`attend`].
 ///
 /// # Errors
 /// As [`attend`].

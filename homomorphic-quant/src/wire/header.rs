@@ -57,9 +57,10 @@ impl Header {
     /// Payload bytes of a segment of this head.
     ///
     /// # Errors
-    /// As [`head`](Self::head).
+    /// As [`head`](Self::head), and when the page layout is not made for the head.
     pub fn segment_bytes(&self, layer: u32, kv_head: u32) -> Result<u64, Error> {
         let head = self.head(layer, kv_head)?;
+        self.page_layout.check(&head)?;
         let tokens = self.tokens.saturating_sub(self.config.sinks() as u64);
         let sinks = self.tokens - tokens;
         let partition = self.config.partition() as u64;
@@ -117,8 +118,8 @@ impl Header {
         writer.close("header")
     }
 
-    /// Reads a header and compares it with what the receiver expects: everything but `tokens` and `page_layout`. Gives the
-    /// tokens and page layout of the stream. Allocates nothing.
+    /// Reads a header and compares it with what the receiver expects: everything but `tokens` and `page_layout`.
+    /// Gives the tokens and page layout of the stream. Allocates nothing.
     pub(super) fn read<R: Read>(&self, reader: &mut Summed<R>) -> Result<(u64, PageLayout), Error> {
         let mut bytes = [0; FIXED];
         reader.read("header", &mut bytes)?;

@@ -1,14 +1,15 @@
 //! The wire: what a prefill node sends to a decode node.
 //!
-//! A stream is a header, then segments in any order, then an end frame. A segment is everything that a sequence holds in one
-//! (layer, KV head): its closed blocks in one page layout, its sinks, its open block. Since segments are addressed by the model's own layer
-//! and head numbers, nodes with different shards can talk: a receiver takes what it holds and skips the rest. A layer can
-//! leave while the next one computes ([`Sender::layer`]).
+//! A stream is a header, then segments in any order, then an end frame. A segment is everything that a sequence holds
+//! in one (layer, KV head): its closed blocks in one page layout, its sinks, its open block. Since segments are
+//! addressed by the model's own layer and head numbers, nodes with different shards can talk: a receiver takes what
+//! it holds and skips the rest. A layer can leave while the next one computes ([`Sender::layer`]).
 //!
-//! A receiver knows what it expects before it reads: its own configuration. Another one is refused before any payload, every
-//! length follows from the header, nothing is allocated on the word of a stream beyond the pages of the receiver's own pools, and every byte is under a
-//! checksum. What arrives is the sender's state bit for bit. A connection that is cut loses the segment it was in; the
-//! receiver [asks](Request) for what it still misses, and goes on.
+//! A receiver knows what it expects before it reads: its own configuration. Another one is refused before any
+//! payload, every length follows from the header, nothing is allocated on the word of a stream beyond the pages of
+//! the receiver's own pools, and every byte is under a checksum. What arrives is the sender's state bit for bit. A
+//! connection that is cut loses the segment it was in; the receiver [asks](Request) for what it still misses, and
+//! goes on.
 //!
 //! # Bytes
 //!
@@ -45,8 +46,8 @@
 //! | CRC | u32 | |
 //!
 //! A segment's frame is followed by its payload and the payload's CRC (u32). The payload is `closed[blocks]` (see
-//! [`page`](crate::page)), `sink_k[s, D] · sink_v[s, E]`, `open_k[o, D] · open_v[o, E]`, for the `s` sinks and `o` open tokens
-//! that the sequence has.
+//! [`page`](crate::page)), `sink_k[s, D] · sink_v[s, E]`, `open_k[o, D] · open_v[o, E]`, for the `s` sinks and `o`
+//! open tokens that the sequence has.
 
 mod frame;
 mod header;

@@ -10,8 +10,8 @@ use crate::{Cache, Error, Sequence};
 
 /// Takes a sequence out of one or several streams.
 ///
-/// What has arrived stays when a stream breaks: [`missing`](Self::missing) says what to ask for again. The pages are taken when the first header is
-/// accepted, and handed over when everything is there.
+/// What has arrived stays when a stream breaks: [`missing`](Self::missing) says what to ask for again. The pages are
+/// taken when the first header is accepted, and handed over when everything is there.
 pub struct Receiver {
     header: Header,
     max_tokens: usize,
@@ -27,8 +27,8 @@ struct Layer {
 }
 
 impl Receiver {
-    /// A receiver of the sequence `tag` with at most `max_tokens` tokens, into `caches`: one per layer, in order, all of one configuration
-    /// and shape.
+    /// A receiver of the sequence `tag` with at most `max_tokens` tokens, into `caches`: one per layer, in order, all
+    /// of one configuration and shape.
     ///
     /// # Errors
     /// [`Error::Argument`] when the caches are not the layers of `model`.
@@ -71,12 +71,14 @@ impl Receiver {
     /// `caches` are those of [`new`](Self::new). Segments that this node does not hold, or has already, are skipped.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] when the sender has another configuration, before any payload; [`Error::Argument`] for more
-    /// tokens than allowed, [`Error::Attention`] when the pools are too small for them; [`Error::Malformed`], [`Error::Checksum`] or [`Error::Stream`] when the stream is damaged
-    /// or cut. Segments that arrived whole are kept, and another stream may follow.
+    /// [`Error::Mismatch`] when the sender has another configuration, before any payload; [`Error::Argument`] for
+    /// more tokens than allowed, [`Error::Attention`] when the pools are too small for them; [`Error::Malformed`],
+    /// [`Error::Checksum`] or [`Error::Stream`] when the stream is damaged or cut. Segments that arrived whole are
+    /// kept, and another stream may follow.
     pub fn receive<R: Read>(&mut self, reader: R, caches: &mut [&mut Cache]) -> Result<bool, Error> {
         let mut reader = Summed::new(reader);
         let (tokens, page_layout) = self.header.read(&mut reader)?;
+        Header { page_layout, ..self.header.clone() }.segment_bytes(0, 0)?;
         self.accept(tokens, caches)?;
         let header = Header { page_layout, ..self.header.clone() };
         let mut segments = 0u64;
@@ -169,8 +171,8 @@ impl Receiver {
         !self.layers.is_empty() && self.layers.iter().all(|layer| layer.done.iter().all(|&done| done))
     }
 
-    /// The segments `(layer, KV head)` that are not there yet, of the model's numbers: what to ask a sender for. `caches` are those of
-    /// [`new`](Self::new).
+    /// The segments `(layer, KV head)` that are not there yet, of the model's numbers: what to ask a sender for.
+    /// `caches` are those of [`new`](Self::new).
     pub fn missing(&self, caches: &[&mut Cache]) -> Request {
         let mut segments = Vec::new();
         for (i, cache) in caches.iter().enumerate() {

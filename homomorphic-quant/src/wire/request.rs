@@ -8,8 +8,8 @@ use crate::Error;
 const MAGIC: [u8; 8] = *b"longkvRQ";
 const FIXED: usize = 24;
 
-/// A request: 8 bytes `longkvRQ`, version (u16), reserved (u16, 0), count (u32), tag (u64), CRC; then `(layer, KV head)` as
-/// `[count, 2]` u32, and a CRC.
+/// A request: 8 bytes `longkvRQ`, version (u16), reserved (u16, 0), count (u32), tag (u64), CRC; then `(layer, KV
+/// head)` as `[count, 2]` u32, and a CRC.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
     /// Names the sequence.

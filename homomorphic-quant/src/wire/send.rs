@@ -6,7 +6,8 @@ use super::frame::{END, Frame, SEGMENT, Summed};
 use super::header::Header;
 use crate::{Cache, Error, Sequence};
 
-/// Writes a stream, segment by segment. Wrap the writer in a [`BufWriter`](std::io::BufWriter) or not: payload is written in whole blocks.
+/// Writes a stream, segment by segment. Wrap the writer in a [`BufWriter`](std::io::BufWriter) or not: payload is
+/// written in whole blocks.
 pub struct Sender<W> {
     writer: Summed<W>,
     header: Header,
@@ -19,7 +20,7 @@ impl<W: Write> Sender<W> {
     /// # Errors
     /// [`Error::Argument`] when the model's dims make no pages; [`Error::Stream`] when the writer fails.
     pub fn new(writer: W, header: Header) -> Result<Self, Error> {
-        header.head(0, 0)?;
+        header.segment_bytes(0, 0)?;
         let mut writer = Summed::new(writer);
         header.write(&mut writer)?;
         Ok(Sender { writer, header, segments: 0 })
@@ -40,8 +41,8 @@ impl<W: Write> Sender<W> {
     /// Writes one KV head of one layer; `kv_head` counts the model's heads.
     ///
     /// # Errors
-    /// [`Error::Argument`] when cache or sequence are not what the header says; [`Error::Attention`] when the sequence is not
-    /// the cache's; [`Error::Stream`] when the writer fails. The stream is then of no further use.
+    /// [`Error::Argument`] when cache or sequence are not what the header says; [`Error::Attention`] when the
+    /// sequence is not the cache's; [`Error::Stream`] when the writer fails. The stream is then of no further use.
     pub fn segment(&mut self, cache: &Cache, sequence: &Sequence, kv_head: u32) -> Result<(), Error> {
         self.check(cache, sequence, kv_head)?;
         let local = (kv_head - cache.first_kv_head()) as usize;

@@ -11,8 +11,8 @@ use crate::Error;
 /// Pages hold vectors of whole 16 channels; others are filled up with zeros, which count as bytes held.
 const CHANNELS: usize = 16;
 
-/// The quantized cache of one sequence in one layer, for vectors of any size: keys and values may differ in size, and neither
-/// has to be the model's head size.
+/// The quantized cache of one sequence in one layer, for vectors of any size: keys and values may differ in size, and
+/// neither has to be the model's head size.
 pub struct QuantizedLayer {
     /// As the caller sees it.
     spec: AttentionSpec,
@@ -71,8 +71,8 @@ impl QuantizedLayer {
         Ok(self.cache.append(&mut self.sequence, k, v)?)
     }
 
-    /// Appends tokens and attends from them: `q` `[tokens, q_heads, qk_dim]`, `k` and `v` as for [`append`](Self::append). Gives
-    /// `[tokens, q_heads, v_dim]`.
+    /// Appends tokens and attends from them: `q` `[tokens, q_heads, qk_dim]`, `k` and `v` as for
+    /// [`append`](Self::append). Gives `[tokens, q_heads, v_dim]`.
     ///
     /// # Errors
     /// As [`append`](Self::append).

@@ -47,8 +47,8 @@ impl Hack {
     /// Takes what [`send`](Self::send) wrote, instead of what is held now.
     ///
     /// # Errors
-    /// A stream of another model, configuration or tag, one that is damaged or cut, or one that is longer than the cache has
-    /// room for. The cache is empty then.
+    /// A stream of another model, configuration or tag, one that is damaged or cut, or one that is longer than the
+    /// cache has room for. The cache is empty then.
     pub fn receive(&mut self, reader: impl Read, tag: u64, max_tokens: usize) -> Result<(), Error> {
         let model = self.model()?;
         self.layers.iter_mut().for_each(QuantizedLayer::clear);
