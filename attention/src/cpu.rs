@@ -33,7 +33,7 @@ const SPLIT_QUERIES: usize = 8;
 /// A query that sees no key gets output 0 and LSE -inf. Runs on the current rayon thread pool.
 ///
 /// # Errors
-/// [`Error::Argument`] when a shape does not fit `spec`.
+/// [`Error::Argument`] when a shape does not fit `spec`, or the mask is a window of 0 keys.
 pub fn attend<T: Element>(
     spec: &AttentionSpec,
     q: HeadsView<'_, f32>,
@@ -43,6 +43,7 @@ pub fn attend<T: Element>(
     lse: &mut [f32],
 ) -> Result<(), Error> {
     let shape = spec.shape;
+    spec.mask.check()?;
     q.check("q", shape.q_heads(), shape.qk_dim())?;
     k.check("k", shape.kv_heads(), shape.qk_dim())?;
     v.check("v", shape.kv_heads(), shape.v_dim())?;

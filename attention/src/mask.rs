@@ -45,6 +45,17 @@ impl Mask {
         Ok(Mask::SlidingWindow { window, sinks })
     }
 
+    /// Refuses what [`sliding_window`](Self::sliding_window) would: the variant's fields are public.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a sliding window of 0 keys.
+    pub fn check(&self) -> Result<(), Error> {
+        match *self {
+            Mask::SlidingWindow { window, sinks } => Mask::sliding_window(window, sinks).map(|_| ()),
+            Mask::Full | Mask::Causal | Mask::Prefix { .. } => Ok(()),
+        }
+    }
+
     /// Keys seen by query `query` of `queries`, the last of which is aligned with the last of `kv_len` keys.
     pub fn keys(&self, query: usize, queries: usize, kv_len: usize) -> KeyRanges {
         self.keys_at(query_position(query, queries, kv_len), kv_len)
@@ -215,6 +226,8 @@ mod tests {
         assert!(Mask::Causal.keys_at(i64::MIN, 5).is_empty());
         assert!(Mask::SlidingWindow { window: 7, sinks: 7 }.keys_at(i64::MIN, 5).is_empty());
         assert!(Mask::sliding_window(0, 3).is_err());
+        assert!(Mask::SlidingWindow { window: 0, sinks: 3 }.check().is_err());
+        assert_eq!(Mask::Prefix { prefix: 0 }.check(), Ok(()));
         assert_eq!(Mask::sliding_window(3, 0), Ok(Mask::SlidingWindow { window: 3, sinks: 0 }));
     }
 }

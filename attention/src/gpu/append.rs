@@ -154,14 +154,16 @@ pub struct AppendArgs<'a, E> {
     /// [`Rope::cos`](crate::rope::Rope::cos), [`Rope::sin`](crate::rope::Rope::sin) and each token's position, where the plan
     /// rotates.
     pub tables: Option<AppendTables<'a>>,
-    /// Slot of each token `[tokens]`: page · page size + place in the page; negative ones are skipped.
+    /// Slot of each token `[tokens]`: page · page size + place in the page. A token with a negative slot is skipped: nothing is
+    /// written for it, and its query is not rotated. No two tokens of a run have the same slot: nobody checks it, and what the
+    /// slot then holds is a mixture of both.
     pub slot: &'a View<'a, i64>,
     /// Keys of the cache.
     pub k: ViewMut<'a, E>,
     /// Values of the cache.
     pub v: ViewMut<'a, E>,
     /// Status word: [`FaultCode::BadIndex`](crate::FaultCode::BadIndex) with the token whose slot or position is out of
-    /// range; it is skipped.
+    /// range; it is skipped like one with a negative slot.
     pub status: ViewMut<'a, u64>,
 }
 

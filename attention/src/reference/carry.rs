@@ -44,6 +44,7 @@ impl<R: Real> Carry<R> {
         v: HeadsView<'_, T>,
         key_positions: &[u64],
     ) -> Result<(), Error> {
+        spec.mask.check()?;
         if spec.shape != self.shape {
             return Err(Error::argument("spec", self.shape, spec.shape));
         }

@@ -55,7 +55,7 @@ impl Output {
 /// sense gets output 0, LSE -inf and a fault; with a block table per KV head only the query heads of the bad row do.
 ///
 /// # Errors
-/// [`Error::Argument`] when shapes or batch sizes do not fit.
+/// [`Error::Argument`] when shapes or batch sizes do not fit, or the mask is a window of 0 keys.
 pub fn prefill<Q: Element, T: Element>(
     spec: &AttentionSpec,
     q: &RaggedView<'_, Q>,
@@ -117,6 +117,7 @@ fn check<Q: Element, T>(
     q: &RaggedView<'_, Q>,
     kv: &impl KeyValues<T>,
 ) -> Result<(), Error> {
+    spec.mask.check()?;
     q.view().check("q", spec.shape.q_heads(), spec.shape.qk_dim())?;
     kv.check(&spec.shape)?;
     if q.sequences() != kv.sequences() {

@@ -21,8 +21,9 @@
 //          A tile is 64 tokens, 16 for each of the four warps, which stream their own rows through rings of their own with
 //          cp.async and keep their own (m, l, O): the main loop has no block barrier. The warps meet in shared memory at the
 //          end of a part, the parts of an item through its last arriver (tile/split_plan.cuh, tile/last_arriver.cuh).
-// Budget:  168 registers where 3 blocks fit an SM, else 255; 64 KB of rings plus 16 rows of q.
-// Limit:   bytes of K and V, each read once.
+// Budget:  168 registers where 3 blocks fit an SM (sm_90), else 255; 64 KB of rings plus 16 rows of q.
+// Limit:   bytes of K and V, each read once. On sm_90a with 128 channels and 8 columns a warp spends 527 instructions on its 16
+//          rows of a tile: 527 of the 1990 clocks in which an SM's share of HBM (16.4 B per clock) brings a tile's 32 KB.
 #include "core.cuh"
 #include "decode_params.h"
 #include "ptx/cp_async.cuh"
@@ -119,21 +120,39 @@ struct RowLoader {
     DEVICE void load(uint32_t slot_address, uint32_t token0, const uint32_t (&pages)[2], const Item& item,
                      const DecodeParams& params) const {
         constexpr uint32_t CHUNKS = RowBytes / 16;
+        // Eight rows lie in one page: a place for each half, and steps from row to row.
 #pragma unroll
-        for (uint32_t i = 0; i < ROWS * CHUNKS / WARP_SIZE; i++) {
-            const uint32_t index = i * WARP_SIZE + lane_index();
-            const uint32_t row = index / CHUNKS;
-            const uint32_t chunk = index % CHUNKS;
-            const uint32_t token = token0 + row;
-            const bool exists = token - item.first_key < item.kv_len - item.first_key;
+        for (uint32_t half = 0; half < 2; half++) {
+            const uint32_t token = token0 + half * 8;
 #if PAGED
-            const uint32_t in_page = token & ((1u << params.page_shift) - 1);
-            const int64_t offset = pages[row / 8] * page_stride + in_page * token_stride;
+            const int64_t offset = pages[half] * page_stride + (token & ((1u << params.page_shift) - 1)) * token_stride;
 #else
-            const int64_t offset = exists ? token * token_stride : 0;
+            const int64_t offset = token * token_stride;
 #endif
-            cp_async_16_zfill(slot_address + Swizzle<RowBytes>::offset(row, chunk), base + offset + chunk * 8,
-                              exists ? 16 : 0);
+            const auto copy = [&](uint32_t row, uint32_t chunk, const Element* from) {
+                const bool exists = token0 + row - item.first_key < item.kv_len - item.first_key;
+                cp_async_16_zfill(slot_address + Swizzle<RowBytes>::offset(row, chunk), PAGED || exists ? from : base,
+                                  exists ? 16 : 0);
+            };
+            if (WARP_SIZE % CHUNKS == 0) {
+                // A lane keeps its chunk, so that each copy is an addition from the one before.
+                constexpr uint32_t STEP = CHUNKS <= WARP_SIZE ? WARP_SIZE / CHUNKS : 1;
+                const uint32_t first_row = lane_index() / CHUNKS;
+                const uint32_t chunk = lane_index() % CHUNKS;
+                const Element* from = base + offset + first_row * token_stride + chunk * 8;
+#pragma unroll
+                for (uint32_t row = 0; row < 8; row += STEP, from += STEP * token_stride) {
+                    copy(half * 8 + row + first_row, chunk, from);
+                }
+            } else {
+#pragma unroll
+                for (uint32_t i = 0; i < 8 * CHUNKS / WARP_SIZE; i++) {
+                    const uint32_t index = i * WARP_SIZE + lane_index();
+                    const uint32_t row = index / CHUNKS;
+                    const uint32_t chunk = index % CHUNKS;
+                    copy(half * 8 + row, chunk, base + offset + row * token_stride + chunk * 8);
+                }
+            }
         }
     }
 };
@@ -355,52 +374,64 @@ DEVICE void attend(Warp& warp, const Item& item, uint32_t first, uint32_t end, u
     const Visible of_first = visible_to(0, item.kv_len, params);
     const Visible of_last = visible_to(params.q_len - 1, item.kv_len, params);
 
-    // Copies of K and V alternate through the ring, SLOTS − 1 of them ahead of use.
+    // Copies of K and V alternate through the ring, SLOTS − 1 of them ahead of use: the copy that the use of a K or V issues is
+    // always of the same kind.
+    constexpr bool ISSUE_V_BESIDE_K = SLOTS % 2 == 0;
     uint32_t next_tile = first;
-    bool next_is_v = false;
     uint32_t pages[2] = {0, 0};
     RingPosition<SLOTS> next, used;
-    auto issue = [&] {
+    auto issue = [&](bool is_v) {
         if (next_tile < end) {
             const uint32_t token0 = (item.first_tile + next_tile) * TILE + warp_row;
             const uint32_t address = ring + next.slot * SLOT;
-            if (next_is_v) {
+            if (is_v) {
                 values.load<V_ROW>(address, token0, pages, item, params);
                 next_tile += 1;
             } else {
                 pages_of(pages, table, token0, item.kv_len, params);
                 keys.load<K_ROW>(address, token0, pages, item, params);
             }
-            next_is_v = !next_is_v;
         }
         cp_async_commit();  // also when empty, so that the waits below always count SLOTS − 1 groups
         next.advance();
     };
     // Waits for the oldest copy and refills the slot that was used before it.
-    auto step = [&] {
+    auto step = [&](bool issues_v) {
         cp_async_wait<SLOTS - 2>();
         __syncwarp();
-        issue();
+        issue(issues_v);
         const uint32_t address = ring + used.slot * SLOT;
         used.advance();
         return address;
     };
 
-#pragma unroll 1
-    for (int ahead = 0; ahead < SLOTS - 1; ahead++) issue();
+#pragma unroll
+    for (int ahead = 0; ahead < SLOTS - 1; ahead++) issue(ahead % 2 == 1);
     for (uint32_t tile = first; tile < end; tile++) {
         const uint32_t token0 = (item.first_tile + tile) * TILE + warp_row;
         const bool masked = token0 < of_last.begin || token0 + ROWS > of_first.end;
         float s[COLUMN_TILES][4];
-        warp.scores(s, step(), q_tile);
+        warp.scores(s, step(ISSUE_V_BESIDE_K), q_tile);
         warp.softmax(s, token0, masked, params);
-        warp.accumulate(s, step());
+        warp.accumulate(s, step(!ISSUE_V_BESIDE_K));
     }
     cp_async_wait<0>();
     __syncwarp();
 }
 
-KERNEL(128, QK_DIM <= 128 && V_DIM <= 128 && !(COLUMN_TILES == 2 && SOFT_CAP) ? 3 : 2)
+// Blocks of an SM that its shared memory has room for (1 KB of each is the system's): a bound on registers beyond that would
+// only starve the block.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr uint32_t SM_SHARED = 100 * 1024;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr uint32_t SM_SHARED = 164 * 1024;
+#else
+constexpr uint32_t SM_SHARED = 228 * 1024;
+#endif
+constexpr uint32_t FITTING_BLOCKS = SM_SHARED / (Q_BYTES + WARPS * WARP_RING + sizeof(Tail) + 1024);
+constexpr uint32_t WANTED_BLOCKS = QK_DIM <= 128 && V_DIM <= 128 && !(COLUMN_TILES == 2 && SOFT_CAP) ? 3 : 2;
+
+KERNEL(128, FITTING_BLOCKS < WANTED_BLOCKS ? FITTING_BLOCKS : WANTED_BLOCKS)
 decode(const Element* q, const Element* k, const Element* v, const uint32_t* block_table, const uint32_t* kv_start,
        const uint32_t* valid_len, const uint32_t* first_unit, Element* out, float* lse, float* part_acc, float* part_ml,
        uint32_t* arrivals, const __grid_constant__ DecodeParams params) {
