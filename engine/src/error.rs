@@ -159,6 +159,10 @@ pub enum Error {
     /// Weights in host memory were refused.
     #[error(transparent)]
     HybridGemm(#[from] hybrid_gemm::Error),
+
+    /// A compression plan does not fit, or cannot be made.
+    #[error(transparent)]
+    Compress(#[from] kv_compress::Error),
 }
 
 impl Error {

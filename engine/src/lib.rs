@@ -12,6 +12,7 @@
 //! | [`config`], [`checkpoint`], [`Model`] | a checkpoint: its shape, its weights, its forward pass |
 //! | [`Session`] | one sequence in progress |
 //! | [`tokenizer`], [`generate`] | text in, text out |
+//! | [`compress`] | compression plans for the KV mode `fdc` |
 //! | [`eval`], [`retrieval`] | what a mode costs in quality: perplexity, and finding planted values again |
 //!
 //! # Example
@@ -40,6 +41,7 @@
 //! ```
 
 pub mod checkpoint;
+pub mod compress;
 pub mod config;
 mod error;
 pub mod eval;

@@ -55,7 +55,8 @@ impl FromStr for Mode {
             Some((name, file)) => (name, Some(PathBuf::from(file))),
             None => (head, None),
         };
-        if !is_name(name) {
+        // A preset's name may hold a number: `fdc-0.5`.
+        if !is_name(&name.replace('.', "0")) {
             return Err(refuse(format!("{name:?} is no name (expected NAME[:FILE][,key=value…][+NAME])")));
         }
         let mut options: Vec<(String, String)> = Vec::new();

@@ -115,6 +115,14 @@ impl CompressionPlan {
         self.layers.iter().map(|layer| 2 * elements(layer.shape())).sum()
     }
 
+    /// Folds a Hadamard rotation into the value maps of every layer: see [`fold_hadamard`](crate::merge::fold_hadamard).
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when `group` is no multiple of 16.
+    pub fn fold_hadamard(&mut self, group: usize) -> Result<(), Error> {
+        self.layers.iter_mut().try_for_each(|layer| crate::merge::fold_hadamard(layer, group))
+    }
+
     /// Checks that the plan was made for layers of these shapes.
     ///
     /// # Errors

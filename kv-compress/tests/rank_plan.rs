@@ -4,7 +4,9 @@ mod common;
 
 use attention::HeadShape;
 use attention::testing::Rng;
-use kv_compress::rank_plan::{HeadProfile, HeadWeight, Planner, Profile, RankPlan, Side, Weights};
+use kv_compress::rank_plan::{
+    HeadProfile, HeadWeight, Planner, Profile, RankPlan, Side, Weights, layer_proportional, layer_threshold,
+};
 use kv_compress::{Error, HeadRanks};
 use proptest::prelude::*;
 
@@ -208,4 +210,38 @@ fn what_cannot_be_planned_is_an_error() {
     let one = HeadWeight { keys: 1.0, values: 1.0 };
     assert!(Weights::new(&profile, vec![vec![one; 2]]).is_err());
     assert!(Weights::new(&profile, vec![vec![one; 2], vec![HeadWeight { keys: -1.0, ..one }; 4]]).is_err());
+}
+
+/// The allocations of others: per layer, within budget, and no better by the profile than ours at equal bytes.
+#[test]
+fn allocations_per_layer() {
+    for seed in 0..20 {
+        let profile = profile(seed);
+        let mut last = 0;
+        for budget in (LEAST..=FULL).step_by(64) {
+            let threshold = layer_threshold(&profile, budget).unwrap();
+            let weights = [(1.0, 3.0), (2.0, 0.5)];
+            let proportional = layer_proportional(&shapes(), &weights, budget).unwrap();
+            for plan in [&threshold, &proportional] {
+                assert!(plan.bytes_per_token() <= budget, "seed {seed}: {plan}");
+                for layer in plan.layers() {
+                    assert!(
+                        layer.heads().iter().all(|head| *head == layer.heads()[0]),
+                        "seed {seed}: {plan}"
+                    );
+                }
+                let ours = planner(&profile).within(plan.bytes_per_token()).unwrap();
+                assert!(lost(&profile, &ours) <= lost(&profile, plan) + 1e-12, "seed {seed}, {budget} bytes");
+            }
+            assert!(threshold.bytes_per_token() >= last, "seed {seed}: a larger budget is used");
+            last = threshold.bytes_per_token();
+        }
+        assert_eq!(last, FULL);
+    }
+    let heavy = layer_proportional(&shapes(), &[(0.0, 0.0), (1.0, 0.0)], LEAST + 4 * 32 * 5).unwrap();
+    assert_eq!(heavy.layers()[1].heads()[0], HeadRanks { k: 96, v: 16 }, "all the weight is on these keys");
+    assert!(layer_threshold(&profile(1), LEAST - 1).is_err());
+    assert!(layer_proportional(&shapes(), &[(1.0, 1.0)], FULL).is_err());
+    assert!(layer_proportional(&shapes(), &[(1.0, f64::NAN), (1.0, 1.0)], FULL).is_err());
+    assert!(layer_proportional(&shapes(), &[(1.0, 1.0), (1.0, 1.0)], LEAST - 1).is_err());
 }

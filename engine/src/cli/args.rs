@@ -19,11 +19,13 @@ pub(super) enum Command {
     Generate,
     Retrieval,
     Logits,
+    Compress,
+    Inspect,
     Help,
     Version,
 }
 
-use Command::{Demo, Eval, Generate, Logits, Retrieval};
+use Command::{Compress, Demo, Eval, Generate, Inspect, Logits, Retrieval};
 
 const COMMANDS: &[(&str, Command, &str)] = &[
     ("demo", Demo, "generate text, then evaluate held-out text in every mode (the default)"),
@@ -31,6 +33,8 @@ const COMMANDS: &[(&str, Command, &str)] = &[
     ("generate", Generate, "continue a prompt"),
     ("retrieval", Retrieval, "share of planted key-value pairs that the model finds again"),
     ("logits", Logits, "logits after each of some tokens"),
+    ("compress", Compress, "make a plan for --kv fdc:FILE, calibrated on a text"),
+    ("inspect", Inspect, "show a plan FILE: ranks of every layer and head, and why"),
 ];
 
 struct Flag {
@@ -45,7 +49,7 @@ const FLAGS: &[Flag] = &[
         name: "model",
         value: "DIR",
         help: "checkpoint: config.json, *.safetensors, tokenizer.json (default: the bundled model)",
-        commands: &[Demo, Eval, Generate, Retrieval, Logits],
+        commands: &[Demo, Eval, Generate, Retrieval, Logits, Compress],
     },
     Flag {
         name: "kv",
@@ -68,15 +72,15 @@ const FLAGS: &[Flag] = &[
     Flag {
         name: "text",
         value: "FILE",
-        help: "text to evaluate (demo's default: the bundled held-out text)",
-        commands: &[Demo, Eval],
+        help: "text to evaluate (demo's default: the bundled held-out text) or to calibrate on",
+        commands: &[Demo, Eval, Compress],
     },
     Flag { name: "prompt", value: "TEXT", help: "text to continue", commands: &[Demo, Generate] },
     Flag {
         name: "context",
         value: "N",
         help: "tokens of a window (default: 1024) or of a retrieval document (default: 512), at most the model's",
-        commands: &[Demo, Eval, Retrieval],
+        commands: &[Demo, Eval, Retrieval, Compress],
     },
     Flag {
         name: "prefill",
@@ -101,12 +105,35 @@ const FLAGS: &[Flag] = &[
         commands: &[Generate, Retrieval],
     },
     Flag {
+        name: "ratio",
+        value: "R",
+        help: "part of the dense bytes that the plan may take, above 0 and at most 1",
+        commands: &[Compress],
+    },
+    Flag {
+        name: "keep-accuracy",
+        value: "P",
+        help: "part of the accuracy that the plan keeps with the fewest bytes (instead of --ratio)",
+        commands: &[Compress],
+    },
+    Flag {
+        name: "projection",
+        value: "NAME",
+        help: "optimal, joint or key-only (default: optimal)",
+        commands: &[Compress],
+    },
+    Flag { name: "out", value: "FILE", help: "write the plan there", commands: &[Compress] },
+    Flag { name: "svg", value: "FILE", help: "draw the rank map there", commands: &[Inspect] },
+    Flag {
         name: "json",
         value: "FILE",
         help: "write the result there",
-        commands: &[Eval, Retrieval, Logits],
+        commands: &[Eval, Retrieval, Logits, Inspect],
     },
 ];
+
+/// Key of the one argument that stands without a flag: the file of `inspect`.
+pub(super) const FILE: &str = "FILE";
 
 /// A parsed command line: the command and its flags, whose values are parsed when they are asked for.
 #[derive(Debug)]
@@ -144,6 +171,9 @@ impl Args {
                     if values.insert(flag.name, value).is_some() {
                         return Err(Failure::Usage(format!("--{} is given twice", flag.name)));
                     }
+                }
+                Arg::Value(file) if command == Some(Inspect) && !values.contains_key(FILE) => {
+                    values.insert(FILE, file);
                 }
                 other => return Err(usage(other.unexpected())),
             }

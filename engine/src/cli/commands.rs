@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::Failure;
 use super::args::Args;
-use super::output::{self, JsonFile};
+use super::output::{self, OutFile};
 use super::progress::Progress;
 use super::traffic;
 
@@ -69,7 +69,7 @@ pub(super) fn read_text(path: &Path) -> Result<Vec<u8>, Failure> {
 pub(super) fn eval(args: &Args) -> Result<(), Failure> {
     let modes = Modes::new(args, args.mode("kv", "dense")?)?;
     let (context, prefill, count) = (args.count("context")?, args.count("prefill")?, args.count("windows")?);
-    let json = JsonFile::open(args.path("json"))?;
+    let json = OutFile::open(args.path("json"))?;
     let text = read_text(&args.path("text").ok_or_else(|| args.missing("text"))?)?;
     let model = modes.load(args)?;
     let text = Tokenizer::read(model.path(), model.config())?.encode(&text)?;
@@ -142,7 +142,7 @@ pub(super) fn retrieval(args: &Args) -> Result<(), Failure> {
     let modes = Modes::new(args, args.mode("kv", "dense")?)?;
     let (context, documents) = (args.count("context")?, args.count("documents")?.unwrap_or(DOCUMENTS));
     let seed = args.number("seed", "a whole number")?.unwrap_or(0);
-    let json = JsonFile::open(args.path("json"))?;
+    let json = OutFile::open(args.path("json"))?;
     let model = modes.load(args)?;
     let tokenizer = Tokenizer::read(model.path(), model.config())?;
     let context = context.unwrap_or(RETRIEVAL_CONTEXT.min(model.config().max_positions));
@@ -182,7 +182,7 @@ pub(super) fn logits(args: &Args) -> Result<(), Failure> {
         list.split(',').map(|token| token.trim().parse()).collect::<Result<Vec<u32>, _>>().map_err(|_| {
             Failure::Usage(format!("--tokens: expected whole numbers and commas, found {list:?}"))
         })?;
-    let json = JsonFile::open(args.path("json"))?;
+    let json = OutFile::open(args.path("json"))?;
     let model = modes.load(args)?;
     model.config().check_tokens(&tokens)?;
     model.config().check_context(tokens.len())?;

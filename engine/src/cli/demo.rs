@@ -54,10 +54,17 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     })?;
     output::print("\n\n")?;
 
+    let (modes, left_out): (Vec<_>, Vec<_>) = modes
+        .iter()
+        .map(|mode| (mode, kv::unavailable(&mode.kv, model.path())))
+        .partition(|(_, reason)| reason.is_none());
+    for (mode, reason) in left_out {
+        output::print(&format!("{} is left out: {}\n\n", mode.kv, reason.unwrap_or_default()))?;
+    }
     let retrieval_context = RETRIEVAL_CONTEXT.min(model.config().max_positions);
     let questions = Questions::plant(&tokenizer, retrieval_context, DOCUMENTS, 0)?;
     let mut rows: Vec<Row> = Vec::new();
-    for mode in &modes {
+    for (mode, _) in modes {
         let name = mode.kv.to_string();
         let report = {
             let mut session = mode.session(&model, context)?;

@@ -2,6 +2,7 @@
 
 mod args;
 mod commands;
+mod compress;
 mod demo;
 mod output;
 mod progress;
@@ -56,6 +57,8 @@ fn run(args: Args) -> Result<(), Failure> {
         Command::Generate => commands::generate(&args),
         Command::Retrieval => commands::retrieval(&args),
         Command::Logits => commands::logits(&args),
+        Command::Compress => compress::compress(&args),
+        Command::Inspect => compress::inspect(&args),
         Command::Help => output::print(&args::help()),
         Command::Version => output::print(concat!("engine ", env!("CARGO_PKG_VERSION"), "\n")),
     }

@@ -21,8 +21,8 @@ pub(super) fn print_bytes(bytes: &[u8]) -> Result<(), Failure> {
     Ok(stdout.flush()?)
 }
 
-/// A JSON file to be. Opening it, before any work, proves that it can be written; dropping it unwritten leaves nothing.
-pub(super) struct JsonFile {
+/// A file to be, JSON or other. Opening it, before any work, proves that it can be written; dropping it unwritten leaves nothing.
+pub(super) struct OutFile {
     path: PathBuf,
     target: Target,
 }
@@ -34,23 +34,28 @@ enum Target {
     InPlace(File),
 }
 
-impl JsonFile {
+impl OutFile {
     /// Checks that the path can be written; `None` stays `None`.
     pub(super) fn open(path: Option<PathBuf>) -> Result<Option<Self>, Failure> {
         let Some(path) = path else { return Ok(None) };
         let target = open(&path).map_err(|source| failure(&path, source))?;
-        Ok(Some(JsonFile { path, target }))
+        Ok(Some(OutFile { path, target }))
     }
 
-    /// Writes the value.
+    /// Writes the value as JSON.
     pub(super) fn write(self, value: &impl Serialize) -> Result<(), Failure> {
-        let JsonFile { path, target } = self;
-        let mut text = serde_json::to_string(value).map_err(|error| failure(&path, error.into()))?;
+        let mut text = serde_json::to_string(value).map_err(|error| failure(&self.path, error.into()))?;
         text.push('\n');
+        self.write_bytes(text.as_bytes())
+    }
+
+    /// Writes bytes.
+    pub(super) fn write_bytes(self, bytes: &[u8]) -> Result<(), Failure> {
+        let OutFile { path, target } = self;
         let written = match target {
-            Target::InPlace(mut file) => truncate(&file).and_then(|()| file.write_all(text.as_bytes())),
+            Target::InPlace(mut file) => truncate(&file).and_then(|()| file.write_all(bytes)),
             Target::Rename(mut file) => file
-                .write_all(text.as_bytes())
+                .write_all(bytes)
                 .and_then(|()| file.persist(&path).map(drop).map_err(|error| error.error)),
         };
         written.map_err(|source| failure(&path, source))

@@ -6,6 +6,7 @@
 //! into W_O.
 
 mod dense;
+mod fdc;
 mod hack;
 
 use attention::{AttentionSpec, DType, rope::RopeConfig};
@@ -15,6 +16,7 @@ use crate::linear::Linear;
 use crate::mode::{Method, Mode};
 use crate::{Config, Error, Model};
 pub use dense::Dense;
+pub use fdc::{Fdc, PLANS, Storage as FdcStorage, Recorder, plan_path, read_plan};
 pub use hack::{Hack, Options as HackOptions, QuantizedLayer};
 
 /// The methods of this seam.
@@ -26,6 +28,9 @@ pub const METHODS: &[Method] = &[
         options: &["dtype"],
         with: &[],
     },
+    fdc_method("fdc", "low-rank keys and values by a plan, fdc:FILE, in f16 (dtype=f16 or bf16)", true),
+    fdc_method("fdc-0.5", "fdc by the model's own plan for half the bytes", false),
+    fdc_method("fdc-auto", "fdc by the model's own plan that keeps 99 % of its accuracy", false),
     hack_method("hack2", "2-bit codes, attended without dequantization"),
     hack_method("hack4", "4-bit codes, attended without dequantization"),
     hack_method("hack8", "8-bit codes, attended without dequantization"),
@@ -33,6 +38,10 @@ pub const METHODS: &[Method] = &[
 
 const fn hack_method(name: &'static str, summary: &'static str) -> Method {
     Method { name, summary, file: false, options: hack::OPTIONS, with: &[] }
+}
+
+const fn fdc_method(name: &'static str, summary: &'static str, file: bool) -> Method {
+    Method { name, summary, file, options: &["dtype"], with: &["hack2", "hack4", "hack8"] }
 }
 
 /// Bits of the codes of a quantized mode.
@@ -45,7 +54,8 @@ fn hack_bits(name: &str) -> usize {
 }
 
 /// The modes that the demo compares. The first is what the others are measured against.
-pub const DEMO: &[&str] = &["dense", "dense,dtype=bf16", "hack8", "hack4", "hack2"];
+pub const DEMO: &[&str] =
+    &["dense", "dense,dtype=bf16", "hack8", "hack4", "hack2", "fdc-0.5", "fdc-auto", "fdc-0.5+hack4"];
 
 /// New tokens in one layer, on their way into the cache and through attention.
 pub struct Step<'a> {
@@ -146,6 +156,7 @@ pub fn open(mode: &Mode, model: &Model, capacity: usize) -> Result<Box<dyn KvCac
             let options = HackOptions::new(mode, hack_bits(name))?;
             Ok(Box::new(Hack::new(&geometry, &options)?))
         }
+        "fdc" | "fdc-0.5" | "fdc-auto" => Ok(Box::new(Fdc::open(mode, model, geometry)?)),
         name => unreachable!("method {name} is listed but not built"),
     }
 }
@@ -158,8 +169,15 @@ pub fn check(mode: &Mode) -> Result<(), Error> {
     match mode.accept("KV", METHODS)?.name {
         "dense" => dense_dtype(mode).map(drop),
         name @ ("hack2" | "hack4" | "hack8") => HackOptions::new(mode, hack_bits(name)).map(drop),
+        "fdc" | "fdc-0.5" | "fdc-auto" => fdc::check(mode),
         _ => Ok(()),
     }
+}
+
+/// Why a mode of [`DEMO`] cannot be compared on a model: what it loads is not there. `None` where it can.
+pub fn unavailable(mode: &Mode, model: &std::path::Path) -> Option<String> {
+    let plan = fdc::plan_path(mode, model).ok().filter(|_| mode.name().starts_with("fdc"))?;
+    (!plan.exists()).then(|| format!("no {} (engine compress makes one)", plan.display()))
 }
 
 /// Bytes per token of the dense cache in 16 bits: what every other mode is compared with.

@@ -28,11 +28,14 @@ pub(crate) fn session<'m>(model: &'m Model, kv: &str, capacity: usize) -> Sessio
     Session::new(model, &mode(kv), Box::new(ranks::Single), capacity).unwrap()
 }
 
-/// A copy of a checkpoint that a test may change.
+/// A copy of a checkpoint's files that a test may change.
 pub(crate) fn copy(checkpoint: &Path) -> tempfile::TempDir {
     let copy = tempfile::tempdir().unwrap();
     for entry in std::fs::read_dir(checkpoint).unwrap() {
         let path = entry.unwrap().path();
+        if path.is_dir() {
+            continue;
+        }
         std::fs::copy(&path, copy.path().join(path.file_name().unwrap())).unwrap();
     }
     copy

@@ -8,7 +8,6 @@ pub mod layout;
 
 use attention::page_pool::{PagePool, PagedSequence};
 use attention::{BlockTable, DType, Element};
-use bytemuck::Pod;
 
 pub use layout::PageLayout;
 
@@ -46,7 +45,7 @@ pub struct LayerCache<T> {
     storage: std::marker::PhantomData<T>,
 }
 
-impl<T: Element + Pod> LayerCache<T> {
+impl<T: Element> LayerCache<T> {
     /// An empty cache of `pages` pages. Memory of pages never used is not touched.
     ///
     /// # Errors

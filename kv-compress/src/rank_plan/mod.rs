@@ -6,8 +6,14 @@
 //! [`Projection::Optimal`](crate::projection::Projection::Optimal)). Every plan is a prefix of that one order, so plans are
 //! deterministic and nested: more bytes, or a tighter accuracy target, never take a dimension away.
 
+mod per_layer;
+
+use std::fmt::Write;
+
 use attention::HeadShape;
 use serde::{Deserialize, Serialize};
+
+pub use per_layer::{layer_proportional, layer_threshold};
 
 use crate::calibrate::Calibration;
 use crate::projection::HeadBasis;
@@ -353,6 +359,28 @@ impl RankPlan {
         bytes(&self.layers)
     }
 
+    /// Reasons as a table, a line per side of a head.
+    pub fn table(reasons: &[Reason]) -> String {
+        let mut text = String::from(
+            "layer  head  side    rank  energy kept  weight     last step saved  next would save\n",
+        );
+        let gain = |gain: Option<f64>| gain.map_or("–".to_string(), |gain| format!("{gain:.3e}"));
+        for r in reasons {
+            let side = match r.side {
+                Side::Keys => "keys",
+                Side::Values => "values",
+            };
+            let (rank, kept) = (format!("{}/{}", r.rank, r.dim), 100.0 * r.kept);
+            let (last, next) = (gain(r.last_gain), gain(r.next_gain));
+            let _ = writeln!(
+                text,
+                "{:>5}  {:>4}  {side:<6}  {rank:>7}  {kept:>8.3} %  {:<9.3e}  {last:>15}  {next:>15}",
+                r.layer, r.head, r.weight
+            );
+        }
+        text
+    }
+
     /// The plan and its reasons as JSON.
     pub fn to_json(&self) -> String {
         // Strings, numbers and lists of them: nothing that can fail.
@@ -376,22 +404,7 @@ impl std::fmt::Display for RankPlan {
             }
             return Ok(());
         }
-        writeln!(f, "layer  head  side    rank  energy kept  weight     last step saved  next would save")?;
-        let gain = |gain: Option<f64>| gain.map_or("–".to_string(), |gain| format!("{gain:.3e}"));
-        for r in &self.reasons {
-            let side = match r.side {
-                Side::Keys => "keys",
-                Side::Values => "values",
-            };
-            let (rank, kept) = (format!("{}/{}", r.rank, r.dim), 100.0 * r.kept);
-            let (last, next) = (gain(r.last_gain), gain(r.next_gain));
-            writeln!(
-                f,
-                "{:>5}  {:>4}  {side:<6}  {rank:>7}  {kept:>8.3} %  {:<9.3e}  {last:>15}  {next:>15}",
-                r.layer, r.head, r.weight
-            )?;
-        }
-        Ok(())
+        f.write_str(&RankPlan::table(&self.reasons))
     }
 }
 
