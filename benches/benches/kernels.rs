@@ -5,6 +5,7 @@
 mod append;
 mod decode;
 mod kv_compress;
+mod kv_compress_calibration;
 mod merge_states;
 mod prefill;
 
@@ -12,6 +13,7 @@ criterion::criterion_main!(
     append::benches,
     decode::benches,
     kv_compress::benches,
+    kv_compress_calibration::benches,
     merge_states::benches,
     prefill::benches
 );

@@ -14,6 +14,8 @@ use crate::{Error, Model};
 const CALIBRATION_WINDOWS: usize = 24;
 /// Windows to measure on, none of them calibrated on.
 const MEASURED_WINDOWS: usize = 4;
+/// Of these, windows on which heads are weighed.
+const WEIGHED_WINDOWS: usize = 2;
 /// Sides of heads up to which each is weighed by measuring the model: every one takes a pass over the measured windows.
 const WEIGHED_SIDES: usize = 64;
 
@@ -45,7 +47,7 @@ pub struct Compressor<'m> {
     model: &'m Model,
     geometry: Geometry,
     calibration: Calibration,
-    /// Windows to measure on, each of them followed by one more token where the text has one.
+    /// Windows to measure on.
     measured: Vec<Vec<u32>>,
     dense_nll: f64,
 }
@@ -88,7 +90,8 @@ impl<'m> Compressor<'m> {
             dense_nll: 0.0,
             geometry,
         };
-        compressor.dense_nll = compressor.nll(&mut Dense::<half::f16>::new(compressor.geometry.clone())?)?;
+        let mut dense = Dense::<half::f16>::new(compressor.geometry.clone())?;
+        compressor.dense_nll = nll(model, &compressor.measured, &mut dense)?;
         progress(all, all);
         Ok(compressor)
     }
@@ -103,23 +106,11 @@ impl<'m> Compressor<'m> {
     /// # Errors
     /// A plan of another model.
     pub fn plan_nll(&self, plan: &CompressionPlan) -> Result<f64, Error> {
-        self.nll(&mut Fdc::new(&self.geometry, plan.clone(), &FdcStorage::Half)?)
+        self.nll_on(&self.measured, plan)
     }
 
-    /// Every query of a window reads the keys and values that the cache holds, its own included, so one pass over a window
-    /// measures what decoding it token by token would.
-    fn nll(&self, cache: &mut dyn KvCache) -> Result<f64, Error> {
-        let (mut sum, mut scored) = (0.0, 0);
-        for window in &self.measured {
-            cache.clear();
-            let hidden = self.model.forward(window, 0, cache)?;
-            let logits = self.model.logits(hidden.view())?;
-            for (logits, &next) in logits.axis_iter(Axis(0)).zip(&window[1..]) {
-                sum += negative_log_likelihood(logits, next)?;
-                scored += 1;
-            }
-        }
-        Ok(sum / f64::from(scored))
+    fn nll_on(&self, windows: &[Vec<u32>], plan: &CompressionPlan) -> Result<f64, Error> {
+        nll(self.model, windows, &mut Fdc::new(&self.geometry, plan.clone(), &FdcStorage::Half)?)
     }
 
     /// The plan for a target.
@@ -149,9 +140,12 @@ impl<'m> Compressor<'m> {
             .collect::<Result<Vec<_>, kv_compress::Error>>()?;
         let scales: Vec<f32> = self.geometry.layers.iter().map(|spec| spec.score.scale()).collect();
         let profile = Profile::new(&self.calibration, &bases, &scales)?;
-        let measure = |ranks: &RankPlan| -> Result<f64, Box<dyn std::error::Error + Send + Sync>> {
-            Ok(self.plan_nll(&self.cut(projection, &bases, ranks)?)?)
+        let measure = |windows: &[Vec<u32>],
+                       ranks: &RankPlan|
+         -> Result<f64, Box<dyn std::error::Error + Send + Sync>> {
+            Ok(self.nll_on(windows, &self.cut(projection, &bases, ranks)?)?)
         };
+        let some = &self.measured[..WEIGHED_WINDOWS.min(self.measured.len())];
         let elements = |shape: &HeadShape| shape.kv_heads() * (shape.qk_dim() + shape.v_dim());
         let dense: usize = shapes.iter().map(|shape| 2 * elements(shape)).sum();
         let ranks = match (allocation, target) {
@@ -174,13 +168,15 @@ impl<'m> Compressor<'m> {
                 let probe = (smallest / 32 * 16).max(16);
                 let weigh = allocation == Allocation::Adaptive && sides <= WEIGHED_SIDES && probe < smallest;
                 let weights = match weigh {
-                    true => Weights::measured(&profile, probe, measure)?,
+                    true => Weights::measured(&profile, probe, |ranks| measure(some, ranks))?,
                     false => Weights::equal(&profile),
                 };
                 let planner = Planner::new(&profile, &weights)?;
                 match target {
                     Target::Ratio(ratio) => planner.within(bytes(dense, ratio))?,
-                    Target::KeepAccuracy(part) => planner.accurate(self.dense_nll / part, measure)?,
+                    Target::KeepAccuracy(part) => {
+                        planner.accurate(self.dense_nll / part, |ranks| measure(&self.measured, ranks))?
+                    }
                 }
             }
         };
@@ -195,6 +191,22 @@ impl<'m> Compressor<'m> {
     ) -> Result<CompressionPlan, kv_compress::Error> {
         CompressionPlan::new(&self.calibration, projection, bases, ranks)
     }
+}
+
+/// Nats per token of windows through a cache. Every query of a window reads the keys and values that the cache holds, its own
+/// included, so one pass over a window measures what decoding it token by token would.
+fn nll(model: &Model, windows: &[Vec<u32>], cache: &mut dyn KvCache) -> Result<f64, Error> {
+    let (mut sum, mut scored) = (0.0, 0);
+    for window in windows {
+        cache.clear();
+        let hidden = model.forward(window, 0, cache)?;
+        let logits = model.logits(hidden.view())?;
+        for (logits, &next) in logits.axis_iter(Axis(0)).zip(&window[1..]) {
+            sum += negative_log_likelihood(logits, next)?;
+            scored += 1;
+        }
+    }
+    Ok(sum / f64::from(scored))
 }
 
 fn bytes(dense: usize, ratio: f64) -> usize {

@@ -25,7 +25,7 @@ fn nll(model: &Model, kv: &str, text: &[u32], windows: Windows) -> (f64, f64) {
 fn the_models_own_plans_keep_their_promises() {
     let model = load(&bundled()).unwrap();
     let heldout = text("heldout.txt");
-    let windows = Windows::new(512, 128, 3).unwrap();
+    let windows = Windows::new(512, 128, 2).unwrap();
     let (dense, dense_bytes) = nll(&model, "dense", &heldout, windows);
     let (half, half_bytes) = nll(&model, "fdc-0.5", &heldout, windows);
     let (auto, auto_bytes) = nll(&model, "fdc-auto", &heldout, windows);
@@ -165,4 +165,88 @@ fn what_cannot_be_compressed() {
         .and_then(|compressor| compressor.plan(Projection::Optimal, Allocation::Adaptive, Target::Ratio(0.5)))
         .unwrap_err();
     assert!(matches!(error, Error::Compress(_)), "{error}");
+}
+
+fn engine(arguments: &[&str]) -> (Option<i32>, String, String) {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_engine")).args(arguments).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn compress_then_inspect_then_eval() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let (plan, small, json, svg) = (path("plan"), path("text"), path("json"), path("svg"));
+    let bytes = std::fs::read(bundled().join("calibration.txt")).unwrap();
+    std::fs::write(&small, &bytes[..1024]).unwrap();
+    let compress = ["compress", "--text", &small, "--context", "64", "--ratio", "0.6", "--out", &plan];
+    let (code, stdout, stderr) = engine(&compress);
+    assert_eq!(code, Some(0), "{stderr}");
+    let made = read_plan(folder.path().join("plan").as_path()).unwrap();
+    assert!(made.bytes_per_token() <= 1228 && made.bytes_per_token() > 1228 - 32);
+    assert!(stdout.contains(&format!("{} bytes per token of 2048", made.bytes_per_token())), "{stdout}");
+
+    let (code, shown, stderr) = engine(&["inspect", &plan, "--json", &json, "--svg", &svg]);
+    assert_eq!(code, Some(0), "{stderr}");
+    for (layer, projection) in made.layers().iter().enumerate() {
+        let line = shown.lines().find(|line| line.starts_with(&format!("layer {layer:>3}"))).unwrap();
+        let numbers: Vec<usize> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        let expected: Vec<usize> =
+            projection.ranks().heads().iter().flat_map(|head| [head.k, head.v]).collect();
+        assert_eq!(numbers[1..], expected, "{line}");
+    }
+    let reasons: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    assert_eq!(reasons.as_array().unwrap().len(), 16);
+    let drawing = std::fs::read_to_string(&svg).unwrap();
+    assert!(drawing.starts_with("<svg") && drawing.matches("<rect").count() == 16, "{drawing}");
+
+    let kv = format!("fdc:{plan}");
+    let (code, stdout, stderr) =
+        engine(&["eval", "--text", &small, "--kv", &kv, "--context", "64", "--windows", "1"]);
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stdout.contains(&format!("{:.1} on the device", made.bytes_per_token() as f64)), "{stdout}");
+
+    for (case, arguments, named) in [
+        ("no target", vec!["compress", "--text", &small, "--out", &plan], "--ratio"),
+        ("two targets", [&compress[..], &["--keep-accuracy", "0.99"]].concat(), "--keep-accuracy"),
+        ("no text", vec!["compress", "--ratio", "0.5", "--out", &plan], "--text"),
+        ("no out", vec!["compress", "--ratio", "0.5", "--text", &small], "--out"),
+        ("a projection", [&compress[..], &["--projection", "best"]].concat(), "optimal, joint or key-only"),
+        (
+            "a ratio",
+            vec!["compress", "--text", &small, "--context", "64", "--ratio", "2", "--out", &plan],
+            "ratio",
+        ),
+        ("nothing to inspect", vec!["inspect"], "FILE"),
+        ("no plan", vec!["inspect", &small], "truncated or damaged"),
+    ] {
+        let (code, stdout, stderr) = engine(&arguments);
+        assert_eq!(
+            (code, stdout.as_str(), stderr.lines().count() >= 1),
+            (Some(2), "", true),
+            "{case}: {stderr}"
+        );
+        assert!(stderr.lines().last().unwrap().contains(named), "{case}: {stderr}");
+    }
+}
+
+/// Low-rank, then quantized: fewer bytes than either, and the score follows what the cache holds.
+#[test]
+fn codes_of_projected_tokens() {
+    let model = load(&bundled()).unwrap();
+    let heldout = text("heldout.txt");
+    let windows = Windows::new(512, 384, 1).unwrap();
+    let dense_bytes = kv::dense_bytes_per_token(model.config()) as f64;
+    let (half, half_bytes) = nll(&model, "fdc-0.5", &heldout, windows);
+    let (exact, _) = nll(&model, "fdc-0.5+hack8", &heldout, windows);
+    let (four, four_bytes) = nll(&model, "fdc-0.5+hack4", &heldout, windows);
+    let (_, codes_bytes) = nll(&model, "hack4", &heldout, windows);
+    assert!((exact - half).abs() < 0.02, "8-bit codes change little: {exact} and {half}");
+    assert!(four < half + 0.2, "4-bit codes: {four}, without {half}");
+    assert!(
+        four_bytes < 0.6 * half_bytes && four_bytes < 0.8 * codes_bytes,
+        "{four_bytes} of {half_bytes} and {codes_bytes}"
+    );
+    assert!(dense_bytes / four_bytes > 3.5, "{dense_bytes} and {four_bytes}");
 }

@@ -4,6 +4,8 @@ mod common;
 
 use attention::HeadShape;
 use attention::testing::Rng;
+use kv_compress::calibrate::Calibration;
+use kv_compress::projection::{Projection, project};
 use kv_compress::rank_plan::{
     HeadProfile, HeadWeight, Planner, Profile, RankPlan, Side, Weights, layer_proportional, layer_threshold,
 };
@@ -202,6 +204,14 @@ fn what_cannot_be_planned_is_an_error() {
     assert!(matches!(nan, Error::Measure(_)), "{nan}");
     let odd = HeadShape::new(1, 1, 72, 72).unwrap();
     assert!(RankPlan::full(&[odd]).is_err(), "72 is no multiple of 16");
+    for dim in [8, 24, 72] {
+        let layer = common::Layer::new(HeadShape::new(2, 1, dim, 16).unwrap(), 30, 16, 0.9, 1);
+        let mut calibration = Calibration::new([layer.shape]);
+        *calibration.layer_mut(0).unwrap() = layer.calibration();
+        let bases = vec![project(0, &calibration.layers()[0], Projection::Optimal).unwrap()];
+        let refused = Profile::new(&calibration, &bases, &[1.0]).unwrap_err().to_string();
+        assert!(refused.contains("multiple of 16"), "{dim} dimensions: {refused}");
+    }
     for (case, losses) in [("short", vec![1.0; 4]), ("NaN", vec![f64::NAN; 5]), ("negative", vec![-1.0; 5])] {
         let head = HeadProfile { keys: losses, values: vec![1.0; 5] };
         let shape = HeadShape::new(1, 1, 64, 64).unwrap();

@@ -58,7 +58,8 @@ impl Profile {
     ///   scaled scores' error, per pair of query and key, times the energy of a value after W_O.
     ///
     /// # Errors
-    /// [`Error::Argument`] when layers or heads differ in number, [`Error::EmptyCalibration`].
+    /// [`Error::Argument`] when layers or heads differ in number or a dimension is no multiple of [`RANK_STEP`],
+    /// [`Error::EmptyCalibration`].
     pub fn new(calibration: &Calibration, bases: &[Vec<HeadBasis>], scales: &[f32]) -> Result<Self, Error> {
         let layers = calibration.layers();
         if bases.len() != layers.len() || scales.len() != layers.len() {
@@ -75,6 +76,8 @@ impl Profile {
                     bases.len(),
                 ));
             }
+            // Ranks of such heads would end between steps.
+            LayerRanks::full(&shape)?;
             let tokens = layer.tokens() as f64;
             let output: f64 = bases.iter().map(|basis| basis.values.lost_energy()[0] / tokens).sum();
             let share = |energy: f64| if output > 0.0 { energy / output } else { 0.0 };

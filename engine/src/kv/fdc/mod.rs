@@ -119,9 +119,7 @@ impl Fdc {
             Ok(match storage {
                 Storage::Half => Box::new(Paged::<half::f16>::new(spec, ranks, capacity)?),
                 Storage::Brain => Box::new(Paged::<half::bf16>::new(spec, ranks, capacity)?),
-                Storage::Codes(options) => {
-                    Box::new(Quantized::new(options, layer, spec, ranks, capacity)?)
-                }
+                Storage::Codes(options) => Box::new(Quantized::new(options, layer, spec, ranks, capacity)?),
             })
         };
         let layers = (0..shapes.len())
