@@ -14,8 +14,6 @@ use crate::{Error, Model};
 const CALIBRATION_WINDOWS: usize = 24;
 /// Windows to measure on, none of them calibrated on.
 const MEASURED_WINDOWS: usize = 4;
-/// Of these, windows on which heads are weighed.
-const WEIGHED_WINDOWS: usize = 2;
 /// Sides of heads up to which each is weighed by measuring the model: every one takes a pass over the measured windows.
 const WEIGHED_SIDES: usize = 64;
 
@@ -106,11 +104,8 @@ impl<'m> Compressor<'m> {
     /// # Errors
     /// A plan of another model.
     pub fn plan_nll(&self, plan: &CompressionPlan) -> Result<f64, Error> {
-        self.nll_on(&self.measured, plan)
-    }
-
-    fn nll_on(&self, windows: &[Vec<u32>], plan: &CompressionPlan) -> Result<f64, Error> {
-        nll(self.model, windows, &mut Fdc::new(&self.geometry, plan.clone(), &FdcStorage::Half)?)
+        let mut cache = Fdc::new(&self.geometry, plan.clone(), &FdcStorage::Half)?;
+        nll(self.model, &self.measured, &mut cache)
     }
 
     /// The plan for a target.
@@ -140,12 +135,9 @@ impl<'m> Compressor<'m> {
             .collect::<Result<Vec<_>, kv_compress::Error>>()?;
         let scales: Vec<f32> = self.geometry.layers.iter().map(|spec| spec.score.scale()).collect();
         let profile = Profile::new(&self.calibration, &bases, &scales)?;
-        let measure = |windows: &[Vec<u32>],
-                       ranks: &RankPlan|
-         -> Result<f64, Box<dyn std::error::Error + Send + Sync>> {
-            Ok(self.nll_on(windows, &self.cut(projection, &bases, ranks)?)?)
+        let measure = |ranks: &RankPlan| -> Result<f64, Box<dyn std::error::Error + Send + Sync>> {
+            Ok(self.plan_nll(&self.cut(projection, &bases, ranks)?)?)
         };
-        let some = &self.measured[..WEIGHED_WINDOWS.min(self.measured.len())];
         let elements = |shape: &HeadShape| shape.kv_heads() * (shape.qk_dim() + shape.v_dim());
         let dense: usize = shapes.iter().map(|shape| 2 * elements(shape)).sum();
         let ranks = match (allocation, target) {
@@ -168,15 +160,13 @@ impl<'m> Compressor<'m> {
                 let probe = (smallest / 32 * 16).max(16);
                 let weigh = allocation == Allocation::Adaptive && sides <= WEIGHED_SIDES && probe < smallest;
                 let weights = match weigh {
-                    true => Weights::measured(&profile, probe, |ranks| measure(some, ranks))?,
+                    true => Weights::measured(&profile, probe, measure)?,
                     false => Weights::equal(&profile),
                 };
                 let planner = Planner::new(&profile, &weights)?;
                 match target {
                     Target::Ratio(ratio) => planner.within(bytes(dense, ratio))?,
-                    Target::KeepAccuracy(part) => {
-                        planner.accurate(self.dense_nll / part, |ranks| measure(&self.measured, ranks))?
-                    }
+                    Target::KeepAccuracy(part) => planner.accurate(self.dense_nll / part, measure)?,
                 }
             }
         };

@@ -546,7 +546,7 @@ impl Planner {
             Ok((finite(measure(&plan))?, plan))
         };
         let (loss, mut best) = enough(high)?;
-        if !(loss <= most) {
+        if loss > most || most.is_nan() {
             return Err(Error::argument("most", format!("at least {loss}, which full ranks lose"), most));
         }
         while low < high {

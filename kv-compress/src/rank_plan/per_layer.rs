@@ -18,12 +18,12 @@ pub fn layer_threshold(profile: &Profile, bytes_per_token: usize) -> Result<Rank
         .iter()
         .flatten()
         .flat_map(|head| [&head.keys, &head.values])
-        .flat_map(kept)
+        .flat_map(|losses| kept(losses))
         .collect();
     parts.push(0.0);
     parts.sort_by(|a, b| b.total_cmp(a));
     for part in parts {
-        let rank = |losses: &Vec<f64>| {
+        let rank = |losses: &[f64]| {
             let kept = kept(losses).iter().position(|kept| *kept >= part);
             kept.unwrap_or(losses.len() - 2) * RANK_STEP + RANK_STEP
         };
@@ -45,7 +45,7 @@ pub fn layer_threshold(profile: &Profile, bytes_per_token: usize) -> Result<Rank
 }
 
 /// Parts of the energy that ranks [`RANK_STEP`], 2 · [`RANK_STEP`], … keep.
-fn kept(losses: &Vec<f64>) -> Vec<f64> {
+fn kept(losses: &[f64]) -> Vec<f64> {
     losses[1..].iter().map(|loss| if losses[0] > 0.0 { 1.0 - loss / losses[0] } else { 1.0 }).collect()
 }
 
