@@ -1,8 +1,8 @@
 //! Compiles the runtime and, for every emulated row of the kernel table and every planted kernel of the tests, one
 //! translation unit; writes the registry that maps a row's label to its entry.
 //!
-//! Environment: `EMULATOR_SANITIZE=1` builds for AddressSanitizer and UndefinedBehaviorSanitizer instead of the checkers;
-//! `EMULATOR_ONLY=GROUP[,GROUP…]` compiles only the kernels of these folders, for whoever works on one crate.
+//! Features: `sanitize` builds for AddressSanitizer and UndefinedBehaviorSanitizer instead of the checkers, `off` leaves the
+//! emulator out. Environment: `EMULATOR_ONLY=GROUP[,GROUP…]` compiles only the kernels of these folders, for whoever works on one crate.
 
 use std::collections::hash_map::DefaultHasher;
 use std::env;
@@ -21,7 +21,6 @@ mod planted {
 fn main() {
     println!("cargo:rustc-check-cfg=cfg(no_emulator)");
     println!("cargo:rustc-check-cfg=cfg(emulator_sanitize)");
-    println!("cargo:rerun-if-env-changed=EMULATOR_SANITIZE");
     println!("cargo:rerun-if-env-changed=EMULATOR_ONLY");
     for folder in ["build.rs", "runtime", "tests/planted", "../kernels", "../include"] {
         println!("cargo:rerun-if-changed={folder}");
@@ -53,7 +52,7 @@ fn build() -> Result<(), String> {
         return Err("it needs g++, whose instrumentation it builds on".to_string());
     }
 
-    let sanitize = env::var("EMULATOR_SANITIZE").is_ok_and(|value| value == "1");
+    let sanitize = env::var_os("CARGO_FEATURE_SANITIZE").is_some();
     if sanitize {
         println!("cargo:rustc-cfg=emulator_sanitize");
         link_sanitizers(&compiler);
@@ -122,14 +121,7 @@ fn registry(units: &[Unit]) -> String {
 /// What both the kernels and the runtime are compiled with.
 fn base(sanitize: bool) -> cc::Build {
     let mut build = cc::Build::new();
-    build
-        .cpp(true)
-        .std("c++17")
-        .opt_level(2)
-        .debug(true)
-        .include("runtime")
-        .warnings(false)
-        .cargo_metadata(false);
+    build.cpp(true).std("c++17").debug(true).include("runtime").warnings(false).cargo_metadata(false);
     // Without contraction `a * b + c` rounds twice, as the `_rn` intrinsics of bit-exact kernels do.
     build
         .flag("-ffp-contract=off")
@@ -139,6 +131,10 @@ fn base(sanitize: bool) -> cc::Build {
     if sanitize {
         build.define("EMULATOR_SANITIZE", None);
         build.flag("-fsanitize=address,undefined").flag("-fno-sanitize-recover=all");
+        // Half the time to compile: nobody asks for inlined calls here, as reports of the checkers do.
+        build.opt_level(1).flag("-g1");
+    } else {
+        build.opt_level(2);
     }
     build
 }

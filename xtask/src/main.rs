@@ -7,6 +7,8 @@ mod gpu;
 #[cfg(feature = "kernels")]
 mod kernels;
 #[cfg(feature = "gpu")]
+mod lint;
+#[cfg(feature = "gpu")]
 mod report;
 mod toolkit;
 
@@ -42,6 +44,9 @@ report [--check]
     Generates benches/REPORT.md with its plots, and the GPU states in README.md, from benches/results, or checks that they are
     fresh.
 
+lint
+    Checks licences and sources of dependencies, shell scripts and Python programs.
+
 bindings [--check]
     Generates cuda/src/params.rs from cuda/include/*_params.h, or checks that it is fresh.
 ";
@@ -66,8 +71,12 @@ fn main() -> ExitCode {
             "gpu-status" => gpu::status::command(rest),
             #[cfg(feature = "gpu")]
             "report" => report::command(rest),
+            #[cfg(feature = "gpu")]
+            "lint" => lint::command(rest),
             #[cfg(not(feature = "gpu"))]
-            "gpu-bundle" | "gpu-record" | "gpu-status" | "report" => with_feature("gpu", command, rest, None),
+            "gpu-bundle" | "gpu-record" | "gpu-status" | "report" | "lint" => {
+                with_feature("gpu", command, rest, None)
+            }
             #[cfg(not(feature = "kernels"))]
             "kernels" => with_feature("kernels", command, rest, None),
             #[cfg(not(feature = "bindings"))]

