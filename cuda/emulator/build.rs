@@ -86,6 +86,8 @@ fn units() -> Vec<Unit> {
         kernel.rows.iter().map(move |row| Instance { kernel, values: row.values.to_vec() })
     });
     let only = env::var("EMULATOR_ONLY").unwrap_or_default();
+    // Tests must know what was left out.
+    println!("cargo:rustc-env=EMULATOR_GROUPS={only}");
     let wanted = |group: &str| only.is_empty() || only.split(',').any(|name| name == group);
     shipped
         .chain(planted)
@@ -121,7 +123,7 @@ fn registry(units: &[Unit]) -> String {
 /// What both the kernels and the runtime are compiled with.
 fn base(sanitize: bool) -> cc::Build {
     let mut build = cc::Build::new();
-    build.cpp(true).std("c++17").debug(true).include("runtime").warnings(false).cargo_metadata(false);
+    build.cpp(true).std("c++17").include("runtime").warnings(false).cargo_metadata(false);
     // Without contraction `a * b + c` rounds twice, as the `_rn` intrinsics of bit-exact kernels do.
     build
         .flag("-ffp-contract=off")
@@ -131,10 +133,6 @@ fn base(sanitize: bool) -> cc::Build {
     if sanitize {
         build.define("EMULATOR_SANITIZE", None);
         build.flag("-fsanitize=address,undefined").flag("-fno-sanitize-recover=all");
-        // Half the time to compile: nobody asks for inlined calls here, as reports of the checkers do.
-        build.opt_level(1).flag("-g1");
-    } else {
-        build.opt_level(2);
     }
     build
 }
@@ -142,7 +140,13 @@ fn base(sanitize: bool) -> cc::Build {
 fn compile_runtime(sanitize: bool) -> Vec<PathBuf> {
     let mut sources: Vec<PathBuf> = files_below(Path::new("runtime"));
     sources.retain(|path| path.extension().is_some_and(|e| e == "cpp"));
-    base(sanitize).flag("-Wall").flag("-Wextra").files(sources).compile_intermediates()
+    base(sanitize)
+        .opt_level(2)
+        .debug(true)
+        .flag("-Wall")
+        .flag("-Wextra")
+        .files(sources)
+        .compile_intermediates()
 }
 
 /// Compiles each unit whose text, headers or flags have changed since the last build.
@@ -155,7 +159,11 @@ fn compile_kernels(out: &Path, units: &[Unit], sanitize: bool, version: &[u8]) -
         .flag("-Wno-unknown-pragmas")
         .flag("-Wno-unused-function")
         .flag("-Wno-psabi");
-    if !sanitize {
+    if sanitize {
+        // Half the time to compile: nobody asks for inlined calls here, as the checkers' reports do.
+        build.opt_level(1).debug(false).flag("-g1");
+    } else {
+        build.opt_level(2).debug(true);
         build.flag("-fsanitize=thread").flag("--param=tsan-instrument-func-entry-exit=0");
     }
     let mut common = DefaultHasher::new();
