@@ -16,14 +16,20 @@ fn shapes() -> Vec<HeadShape> {
     vec![HeadShape::new(4, 2, 64, 64).unwrap(), HeadShape::new(8, 4, 96, 48).unwrap()]
 }
 
-/// Losses that fall like `decay^i` from `start`.
+/// Losses that fall like `decay^i` from `start` to 0, each step saving less than the one before.
+fn easing(dim: usize, start: f64, decay: f64) -> Vec<f64> {
+    let last = decay.powi(dim as i32 / 16);
+    (0..=dim / 16).map(|i| start * (decay.powi(i as i32) - last) / (1.0 - last)).collect()
+}
+
+/// Losses that fall like `decay^i` from `start`, and to 0 at once where nothing is left to lose: the last step may save most.
 fn falling(dim: usize, start: f64, decay: f64) -> Vec<f64> {
     (0..=dim / 16).map(|i| if i == dim / 16 { 0.0 } else { start * decay.powi(i as i32) }).collect()
 }
 
 fn profile(seed: u64) -> Profile {
     let mut rng = Rng::new(seed);
-    let mut losses = |dim| falling(dim, rng.uniform() + 0.01, 0.1 + 0.8 * rng.uniform());
+    let mut losses = |dim| easing(dim, rng.uniform() + 0.01, 0.1 + 0.8 * rng.uniform());
     let layers = shapes()
         .iter()
         .map(|shape| {
