@@ -28,6 +28,7 @@ pub const HEADERS: &[(&str, &str)] = headers! {
     "ptx/bulk_copy.cuh"
     "ptx/convert.cuh"
     "ptx/cp_async.cuh"
+    "ptx/half2.cuh"
     "ptx/ldmatrix.cuh"
     "ptx/math.cuh"
     "ptx/mbarrier.cuh"

@@ -58,9 +58,18 @@ struct HackAttention {
     static constexpr uint32_t OTHER_BYTES = ROWS_BYTES > STATE_BYTES ? ROWS_BYTES : STATE_BYTES;
     static constexpr uint32_t RING = ceil_div<uint32_t>(Stream::BYTES > OTHER_BYTES ? Stream::BYTES : OTHER_BYTES, 128) * 128;
     static constexpr uint32_t Q_BYTES = COLUMNS * K_ROW;
+    // What the rings allow: SMs with 100 KB of shared memory hold one block, others three, if that many registers do.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+    static constexpr int BLOCKS_PER_SM = KEY_DIM <= 128 && VALUE_DIM <= 128 ? 1 : 2;
+#else
+    static constexpr int BLOCKS_PER_SM =
+        KEY_DIM <= 128 && VALUE_DIM <= 128 && Shape::BLOCK <= 64 && TEAM == 1 && !Shape::CAPPED ? 3 : 2;
+#endif
 
     struct Tail {
+        uint64_t unit;  // at which the block's part begins
         float ml[TEAMS][COLUMNS][2];
+        HackItem item;
         uint32_t is_last;
     };
 
@@ -187,86 +196,113 @@ struct HackAttention {
         }
     }
 
+    // The part that begins at `unit`, and its item.
+    struct Work {
+        SplitPlan plan;
+        uint64_t end;  // of this block's units
+        Part part;
+        HackItem item;
+
+        DEVICE Work(uint64_t unit, const HackBuffers<Element>& buffers, const HackDecodeParams& params)
+            : plan(plan_of(buffers, params)),
+              end(plan.begin(blockIdx.x + 1)),
+              part(plan.part_at(unit, end, blockIdx.x)),
+              item(item_of(part, buffers, params)) {}
+    };
+
+    static DEVICE SplitPlan plan_of(const HackBuffers<Element>& buffers, const HackDecodeParams& params) {
+        return SplitPlan(buffers.first_unit, params.batch, params.kv_heads * params.column_blocks, gridDim.x,
+                         params.min_units, params.fixed_parts != 0);
+    }
+
+    // Leaves the state of each team's columns over the part that begins at `unit` in shared memory, and there too what the loop
+    // over pages need not keep in registers.
+    template <class Reader>
+    static DEVICE void attend_part(unsigned char* shared_bytes, Tail& tail, uint64_t unit,
+                                   const HackBuffers<Element>& buffers, const HackDecodeParams& params) {
+        const Work work(unit, buffers, params);
+        const HackItem& item = work.item;
+        if (threadIdx.x == 0) {
+            tail.unit = unit;
+            tail.item = item;
+        }
+        const uint32_t team = warp_index() / TEAM;
+        load_queries(shared_address(shared_bytes), buffers.q, item, params);
+        Stream stream{shared_bytes + Q_BYTES + team * RING, team, TEAMS,
+                      buffers.pages + item.kv_head * static_cast<uint64_t>(Page::SEGMENT_BYTES),
+                      buffers.block_table + item.sequence * params.table_batch_stride, params};
+        Columns<Shape> columns;
+        columns.start(shared_bytes, warp_index() % TEAM);
+        if (work.part.first_unit == 0) attend_16_bit(columns, stream, item, buffers, params);
+
+        // Units 1, 2 … are pages from the sequence's first visible block on.
+        const uint32_t first_block = HackTokens(item.kv_len, params).first_block;
+        const auto block_of = [&](uint32_t unit) {
+            const uint32_t block = first_block + (unit > 0 ? unit - 1 : 0) * params.unit_pages;
+            return max(min(block, item.end_block), item.begin_block);
+        };
+        const uint32_t begin_block = block_of(work.part.first_unit);
+        const uint32_t end_block = block_of(work.part.end_unit);
+        Reader reader;
+        reader.start(columns, params);
+        stream.start(begin_block + team, end_block);
+        for (uint32_t block = begin_block + team; block < end_block; block += TEAMS) {
+            reader.attend(columns, stream, tail.item, block, params);
+        }
+        stream.finish();
+        columns.leave(reinterpret_cast<float*>(stream.ring) + warp_index() % TEAM * 8 * VALUE_DIM,
+                      &tail.ml[team][warp_index() % TEAM * 8]);
+        __syncthreads();
+    }
+
+    // The teams become the part that attend_part has seen; the parts, in their last arriver, the item. Returns the next unit.
+    static DEVICE uint64_t finish_part(const unsigned char* rings, Tail& tail, const HackBuffers<Element>& buffers,
+                                       const HackDecodeParams& params) {
+        const uint64_t unit = tail.unit;
+        const Work work(unit, buffers, params);
+        const HackItem& item = work.item;
+        const Part& part = work.part;
+        const uint32_t count = min(COLUMNS, params.q_len * params.group - item.first_column);
+        const uint32_t item_index = part.sequence * work.plan.heads + part.head;
+        auto store = [&](const SoftmaxState& state, uint32_t column, uint32_t channel) {
+            const uint32_t query = (item.first_column + column) / params.group;
+            const uint32_t head = item.kv_head * params.group + (item.first_column + column) % params.group;
+            const uint64_t row =
+                (static_cast<uint64_t>(item.sequence) * params.q_len + query) * params.kv_heads * params.group + head;
+            store_4(buffers.out + row * VALUE_DIM + channel, state.out());
+            if (channel == 0) buffers.lse[row] = state.lse();
+        };
+        auto keep = [&](const SoftmaxState& state, uint32_t column, uint32_t channel) {
+            const uint64_t row = part.slot * COLUMNS + column;
+            *reinterpret_cast<float4*>(buffers.part_acc + row * VALUE_DIM + channel) = state.acc;
+            if (channel == 0) {
+                buffers.part_ml[2 * row] = state.m;
+                buffers.part_ml[2 * row + 1] = state.l;
+            }
+        };
+        const TeamStates of_teams{rings, &tail};
+        if (part.count == 1) {
+            fold_columns(of_teams, TEAMS, count, store);
+        } else {
+            fold_columns(of_teams, TEAMS, count, keep);
+            if (arrive_last(buffers.arrivals + item_index, part.count, &tail.is_last)) {
+                fold_columns(PartStates{buffers.part_acc, buffers.part_ml, part}, part.count, count, store);
+            }
+        }
+        __syncthreads();  // the next part reuses the rings
+        return unit + part.end_unit - part.first_unit;
+    }
+
     template <class Reader>
     static DEVICE void run(unsigned char* shared_bytes, const HackBuffers<Element>& buffers, const HackDecodeParams& params) {
-        const uint32_t q_tile = shared_address(shared_bytes);
         unsigned char* const rings = shared_bytes + Q_BYTES;
         Tail& tail = *reinterpret_cast<Tail*>(rings + TEAMS * RING);
-        const uint32_t team = warp_index() / TEAM;
-
         grid_dependency_wait();
-        const SplitPlan plan(buffers.first_unit, params.batch, params.kv_heads * params.column_blocks, gridDim.x,
-                             params.min_units, params.fixed_parts != 0);
-        if (blockIdx.x >= plan.blocks) return;
-        const uint64_t end = plan.begin(blockIdx.x + 1);
-        for (uint64_t unit = plan.begin(blockIdx.x); unit < end;) {
-            const Part part = plan.part_at(unit, end, blockIdx.x);
-            const HackItem item = item_of(part, buffers, params);
-            unit += part.end_unit - part.first_unit;
-
-            load_queries(q_tile, buffers.q, item, params);
-            Stream stream{rings + team * RING, team, TEAMS,
-                          buffers.pages + item.kv_head * static_cast<uint64_t>(Page::SEGMENT_BYTES),
-                          buffers.block_table + item.sequence * params.table_batch_stride, params};
-            Columns<Shape> columns;
-            columns.start(shared_bytes, warp_index() % TEAM);
-            if (part.first_unit == 0) attend_16_bit(columns, stream, item, buffers, params);
-
-            // Units 1, 2 … are pages from the sequence's first visible block on.
-            const uint32_t first_block = HackTokens(item.kv_len, params).first_block;
-            const auto block_of = [&](uint32_t unit) {
-                const uint32_t block = first_block + (unit > 0 ? unit - 1 : 0) * params.unit_pages;
-                return max(min(block, item.end_block), item.begin_block);
-            };
-            const uint32_t begin_block = block_of(part.first_unit);
-            const uint32_t end_block = block_of(part.end_unit);
-            Reader reader;
-            reader.start(columns, params);
-            stream.start(begin_block + team, end_block);
-            for (uint32_t block = begin_block + team; block < end_block; block += TEAMS) {
-                reader.attend(columns, stream, item, block, params);
-            }
-            stream.finish();
-            columns.leave(reinterpret_cast<float*>(stream.ring) + warp_index() % TEAM * 8 * VALUE_DIM,
-                          &tail.ml[team][warp_index() % TEAM * 8]);
-            __syncthreads();
-
-            // The teams become the part; the parts, in their last arriver, the item.
-            const uint32_t count = min(COLUMNS, params.q_len * params.group - item.first_column);
-            const uint32_t item_index = part.sequence * plan.heads + part.head;
-            auto store = [&](const SoftmaxState& state, uint32_t column, uint32_t channel) {
-                const uint32_t query = (item.first_column + column) / params.group;
-                const uint32_t head = item.kv_head * params.group + (item.first_column + column) % params.group;
-                const uint64_t row =
-                    (static_cast<uint64_t>(item.sequence) * params.q_len + query) * params.kv_heads * params.group + head;
-                store_4(buffers.out + row * VALUE_DIM + channel, state.out());
-                if (channel == 0) buffers.lse[row] = state.lse();
-            };
-            auto keep = [&](const SoftmaxState& state, uint32_t column, uint32_t channel) {
-                const uint64_t row = part.slot * COLUMNS + column;
-                *reinterpret_cast<float4*>(buffers.part_acc + row * VALUE_DIM + channel) = state.acc;
-                if (channel == 0) {
-                    buffers.part_ml[2 * row] = state.m;
-                    buffers.part_ml[2 * row + 1] = state.l;
-                }
-            };
-            const TeamStates of_teams{rings, &tail};
-            if (part.count == 1) {
-                fold_columns(of_teams, TEAMS, count, store);
-            } else {
-                fold_columns(of_teams, TEAMS, count, keep);
-                if (arrive_last(buffers.arrivals + item_index, part.count, &tail.is_last)) {
-                    fold_columns(PartStates{buffers.part_acc, buffers.part_ml, part}, part.count, count, store);
-                }
-            }
-            __syncthreads();  // the next part reuses the rings
-        }
+        if (blockIdx.x >= plan_of(buffers, params).blocks) return;
+        uint64_t unit = plan_of(buffers, params).begin(blockIdx.x);
+        do {
+            attend_part<Reader>(shared_bytes, tail, unit, buffers, params);
+            unit = finish_part(rings, tail, buffers, params);
+        } while (unit < plan_of(buffers, params).begin(blockIdx.x + 1));
     }
 };
-
-// Whether some query of an item does not see all tokens of a block.
-template <uint32_t Partition>
-DEVICE bool needs_mask(const HackItem& item, uint32_t block, const HackDecodeParams& params) {
-    const uint32_t first = params.sinks + block * Partition;
-    return first + Partition > item.of_first.end || first < item.last_begin;
-}

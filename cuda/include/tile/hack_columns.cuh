@@ -93,16 +93,31 @@ struct Columns {
         b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
     }
 
-    // Masks the scores of 16 tokens, of which `row` names the token in each of this lane's rows, or one past every token.
-    template <class TokenOfRow>
-    DEVICE void mask(float (&s)[4], const HackItem& item, const HackDecodeParams& params, const TokenOfRow& token_of_row) const {
+    // What this lane's columns see.
+    DEVICE void visible_to_lane(VisibleTokens (&visible)[2], const HackItem& item, const HackDecodeParams& params) const {
 #pragma unroll
         for (uint32_t e = 0; e < 2; e++) {
             const uint32_t column = item.first_column + tile * 8 + lane_index() % 4 * 2 + e;
-            const VisibleTokens visible = visible_tokens(column / params.group, item.kv_len, params);
+            visible[e] = visible_tokens(column / params.group, item.kv_len, params);
+        }
+    }
+
+    // Masks the scores of a closed block, if some query of the item does not see all of it.
+    template <uint32_t Tiles>
+    DEVICE void mask_block(float (&s)[Tiles][4], const HackItem& item, uint32_t block, const HackDecodeParams& params) const {
+        const uint32_t first = params.sinks + block * Shape::BLOCK;
+        if (first + Shape::BLOCK <= item.of_first.end && first >= item.last_begin) return;
+        VisibleTokens visible[2];
+        visible_to_lane(visible, item, params);
 #pragma unroll
-            for (uint32_t half = 0; half < 2; half++) {
-                if (!visible.sees(token_of_row(lane_index() / 4 + half * 8))) s[half * 2 + e] = NEGATIVE_INFINITY;
+        for (uint32_t e = 0; e < 2; e++) {
+            // No token of a closed block is one of a window's sinks: the visible ones are a run.
+            const uint32_t begin = visible[e].begin;
+            const uint32_t count = visible[e].end > begin ? visible[e].end - begin : 0;
+#pragma unroll
+            for (uint32_t i = 0; i < 2 * Tiles; i++) {
+                const uint32_t token = first + lane_index() / 4 + i * 8;
+                if (token - begin >= count) s[i / 2][i % 2 * 2 + e] = NEGATIVE_INFINITY;
             }
         }
     }
@@ -157,7 +172,8 @@ struct Columns {
         }
     }
 
-    // Attends to 16 tokens whose 16-bit vectors are swizzled rows at shared addresses `k` and `v`.
+    // Attends to 16 tokens whose 16-bit vectors are swizzled rows at shared addresses `k` and `v`. `token_of_row` names the
+    // token in a row, or one past every token.
     template <class TokenOfRow>
     DEVICE void attend_rows(uint32_t k, uint32_t v, const HackItem& item, const HackDecodeParams& params,
                             const TokenOfRow& token_of_row) {
@@ -176,7 +192,12 @@ struct Columns {
         const float factor = score_factor<Shape>(params);
 #pragma unroll
         for (uint32_t i = 0; i < 4; i++) s[0][i] *= factor;
-        mask(s[0], item, params, token_of_row);
+        VisibleTokens visible[2];
+        visible_to_lane(visible, item, params);
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++) {
+            if (!visible[i % 2].sees(token_of_row(accumulator_row(lane_index(), i)))) s[0][i] = NEGATIVE_INFINITY;
+        }
         softmax(s, params);
 
         // P as the sum of two values of the storage type: what rounding leaves is far below f32's own error in the sums.

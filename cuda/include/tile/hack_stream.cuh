@@ -54,8 +54,7 @@ struct PageStream {
     uint32_t fetch;                         // the block after it
     uint32_t end;
     uint32_t next_page = 0;  // of block `fetch`: read a page ahead, so that no copy waits for its address
-    uint32_t filled = 0;     // offset of the slot that the next copy fills
-    uint32_t used = 0;       // offset of the slot that the next step hands out
+    uint32_t slot = 0;       // offset of the slot that the next copy fills; the one after it is used next
 
     // The plan has checked the ids, but the table is the caller's to change: an id that has gone bad since reads a wrong page,
     // never memory outside the pool.
@@ -67,7 +66,7 @@ struct PageStream {
     DEVICE void copy(uint32_t offset, uint32_t bytes) {
         constexpr uint32_t THREADS = TeamWarps * WARP_SIZE;
         const uint32_t first = threadIdx.x % THREADS * 16;
-        const uint32_t to = shared_address(ring) + filled + first;
+        const uint32_t to = shared_address(ring) + slot + first;
         const unsigned char* const from = source + offset + first;
 #pragma unroll
         for (uint32_t at = 0; at < bytes; at += THREADS * 16) {
@@ -91,7 +90,7 @@ struct PageStream {
             }
         }
         cp_async_commit();  // also when empty, so that the waits always count SLOTS − 1 groups
-        filled = filled + SLOT == BYTES ? 0 : filled + SLOT;
+        slot = slot + SLOT == BYTES ? 0 : slot + SLOT;
     }
 
     // Starts on blocks first, first + step_blocks, … < end.
@@ -103,14 +102,13 @@ struct PageStream {
         for (uint32_t ahead = 0; ahead < SLOTS - 1; ahead++) issue(ahead % PIECES);
     }
 
-    // Waits for piece `piece` of the current page, refills the slot that was used before it, and returns its place.
+    // Waits for piece `piece` of the current page, refills the slot that was used before it, and returns its place. Copies are
+    // SLOTS − 1 ahead, so that the slot after the one just refilled is the oldest.
     DEVICE const unsigned char* step(uint32_t piece) {
         cp_async_wait<SLOTS - 2>();
         sync();
         issue((piece + SLOTS - 1) % PIECES);
-        const unsigned char* const place = ring + used;
-        used = used + SLOT == BYTES ? 0 : used + SLOT;
-        return place;
+        return ring + slot;
     }
     DEVICE const unsigned char* step_keys(uint32_t piece) { return step(piece); }
     DEVICE const unsigned char* step_values(uint32_t piece) { return step(KeyPieces::COUNT + piece); }

@@ -36,7 +36,7 @@
 //            integer products 32, u: scale 64, range 80, codes 88, α and β 24, q·m 8 products + 4 loads, β·ksum 4 products + 8
 //            conversions, scores 64, softmax 96, P: scales 32, w and its minimum term 64, range 112, codes 88, products' factors
 //            32, transposes 8, outputs 64, vsum 48, loop 40: about 1130.
-//          168 registers where 3 blocks fit an SM, else 255.
+//          168 registers where 3 blocks share an SM, else 255.
 // Limit:   bytes of pages, each read once, at 4 and 8 bits; instruction issue at 2 bits.
 #include "core.cuh"
 #include "hack_decode_params.h"
@@ -124,49 +124,60 @@ struct Words {
     DEVICE float value(uint32_t i) const { return to_f32(Element{static_cast<uint16_t>(word[i / 2] >> (16 * (i % 2)))}); }
 };
 
+// Long queries stay in shared memory: registers hold the outputs of as many channels.
+constexpr bool KEEPS_Q = QK_DIM <= 128;
+
 struct Reader {
-    float q[QK_DIM / 4];  // of column g: channels 4t … 4t + 3 of each half of a k-step, in the unit of scores
-    float to_score;
+    float q[KEEPS_Q ? QK_DIM / 4 : 1];  // of column g: channels 4t … 4t + 3 of each half of a k-step, in the unit of scores
 
     DEVICE void start(const Columns<Shape>& columns, const HackDecodeParams& params) {
-        to_score = score_factor<Shape>(params);
-        const uint32_t lane = lane_index();
+        if constexpr (KEEPS_Q) {
+            const float to_score = score_factor<Shape>(params);
 #pragma unroll
-        for (uint32_t half = 0; half < QK_DIM / 16; half++) {
-            const uint32_t chunk = half * 2 + lane % 4 / 2;
-            const uint32_t offset = Swizzle<QK_DIM * 2>::offset(columns.tile * 8 + lane / 4, chunk) + lane % 2 * 8;
-            const uint2 four = *reinterpret_cast<const uint2*>(columns.q_rows + offset);
-            const float2 low = unpack2<Element>(four.x);
-            const float2 high = unpack2<Element>(four.y);
-            q[half * 4] = low.x * to_score, q[half * 4 + 1] = low.y * to_score;
-            q[half * 4 + 2] = high.x * to_score, q[half * 4 + 3] = high.y * to_score;
+            for (uint32_t half = 0; half < QK_DIM / 16; half++) load_q(&q[half * 4], columns, half, to_score);
         }
     }
 
+    // Four channels of q for the codes of a half of a k-step.
+    static DEVICE void load_q(float* four, const Columns<Shape>& columns, uint32_t half, float to_score) {
+        const uint32_t lane = lane_index();
+        const uint32_t chunk = half * 2 + lane % 4 / 2;
+        const uint32_t offset = Swizzle<QK_DIM * 2>::offset(columns.tile * 8 + lane / 4, chunk) + lane % 2 * 8;
+        const uint2 words = *reinterpret_cast<const uint2*>(columns.q_rows + offset);
+        const float2 low = unpack2<Element>(words.x);
+        const float2 high = unpack2<Element>(words.y);
+        four[0] = low.x * to_score, four[1] = low.y * to_score;
+        four[2] = high.x * to_score, four[3] = high.y * to_score;
+    }
+
     // Scores of a page's tokens. Reads the key half of the stream.
-    DEVICE void scores(float (&s)[TOKEN_TILES][4], Columns<Shape>& columns, Attention::Stream& stream) const {
+    DEVICE void scores(float (&s)[TOKEN_TILES][4], const Columns<Shape>& columns, Attention::Stream& stream,
+                       float to_score) const {
         const uint32_t lane = lane_index();
         const unsigned char* piece = stream.step_keys(0);
 
-        // u = q·s, its 8-bit codes, and α and β of this lane's column.
-        float u[QK_DIM / 4];
-#pragma unroll
-        for (uint32_t step = 0; step < K_STEPS; step++) {
-            const Words<16> scales(piece + Packed::K_SCALE, step * 4 + lane % 4);
-#pragma unroll
-            for (uint32_t i = 0; i < 8; i++) u[step * 8 + i] = __fmul_rn(q[step * 8 + i], scales.value(i));
-        }
+        // u = q·s, its 8-bit codes, and α and β, one channel partition after another.
         uint32_t codes[K_STEPS][2];
         float alpha[K_PARTITIONS][2];  // of columns 2t and 2t + 1
         float beta[K_PARTITIONS];      // of column g
 #pragma unroll
         for (uint32_t p = 0; p < K_PARTITIONS; p++) {
-            float low = u[p * K_HALVES * 4];
-            float high = low;
+            float u[K_HALVES][4];
+            float low = POSITIVE_INFINITY;
+            float high = NEGATIVE_INFINITY;
 #pragma unroll
-            for (uint32_t i = 1; i < K_HALVES * 4; i++) {
-                low = fminf(low, u[p * K_HALVES * 4 + i]);
-                high = fmaxf(high, u[p * K_HALVES * 4 + i]);
+            for (uint32_t i = 0; i < K_HALVES; i++) {
+                const uint32_t half = p * K_HALVES + i;
+                // A lane's scales of the two halves of a k-step are neighbours.
+                const Words<8> scales(piece + Packed::K_SCALE, (half / 2 * 4 + lane % 4) * 2 + half % 2);
+                float four[4];
+                if constexpr (!KEEPS_Q) load_q(four, columns, half, to_score);
+#pragma unroll
+                for (uint32_t c = 0; c < 4; c++) {
+                    u[i][c] = __fmul_rn(KEEPS_Q ? q[half * 4 + c] : four[c], scales.value(c));
+                    low = fminf(low, u[i][c]);
+                    high = fmaxf(high, u[i][c]);
+                }
             }
             low = -warp_max<4>(-low);
             high = warp_max<4>(high);
@@ -175,9 +186,10 @@ struct Reader {
             alpha[p][0] = __shfl_sync(FULL_WARP, group.scale, lane % 4 * 8);
             alpha[p][1] = __shfl_sync(FULL_WARP, group.scale, lane % 4 * 8 + 4);
 #pragma unroll
-            for (uint32_t half = p * K_HALVES; half < (p + 1) * K_HALVES; half++) {
-                codes[half / 2][half % 2] = pack_codes(group.code(u[half * 4], low), group.code(u[half * 4 + 1], low),
-                                                       group.code(u[half * 4 + 2], low), group.code(u[half * 4 + 3], low));
+            for (uint32_t i = 0; i < K_HALVES; i++) {
+                const uint32_t half = p * K_HALVES + i;
+                codes[half / 2][half % 2] = pack_codes(group.code(u[i][0], low), group.code(u[i][1], low),
+                                                       group.code(u[i][2], low), group.code(u[i][3], low));
             }
         }
 
@@ -361,20 +373,14 @@ struct Reader {
     DEVICE void attend(Columns<Shape>& columns, Attention::Stream& stream, const HackItem& item, uint32_t block,
                        const HackDecodeParams& params) const {
         float s[TOKEN_TILES][4];
-        scores(s, columns, stream);
-        if (needs_mask<PARTITION>(item, block, params)) {
-            const uint32_t first = params.sinks + block * PARTITION;
-#pragma unroll
-            for (uint32_t tile = 0; tile < TOKEN_TILES; tile++) {
-                columns.mask(s[tile], item, params, [&](uint32_t row) { return first + tile * 16 + row; });
-            }
-        }
+        scores(s, columns, stream, score_factor<Shape>(params));
+        columns.mask_block(s, item, block, params);
         columns.softmax(s, params);
         accumulate(s, columns, stream);
     }
 };
 
-KERNEL(128, QK_DIM <= 128 && V_DIM <= 128 && PARTITION <= 64 ? 3 : 2)
+KERNEL(128, Attention::BLOCKS_PER_SM)
 hack_decode(const Element* q, const unsigned char* pages, const uint32_t* block_table, const Element* sink_pool,
             const Element* open_pool, const uint32_t* sink_page, const uint32_t* open_page, const uint32_t* valid_len,
             const uint32_t* first_unit, Element* out, float* lse, float* part_acc, float* part_ml, uint32_t* arrivals,

@@ -40,8 +40,11 @@ const fn append_row(values: &'static [i64]) -> Row {
     Row { values, registers: 80, shared: shared as u32, emulated: true }
 }
 
-const fn decode_row(values: &'static [i64], registers: u32) -> Row {
+/// Launch bounds hold the registers to 168 where three blocks share an SM.
+const fn decode_row(values: &'static [i64]) -> Row {
     let shared = crate::kernels::homomorphic_quant::DecodeVariant {
+        // Both methods stream alike.
+        method: crate::kernels::homomorphic_quant::Method::Codes,
         k_bits: values[0] as usize,
         v_bits: values[1] as usize,
         partition: values[2] as usize,
@@ -51,7 +54,7 @@ const fn decode_row(values: &'static [i64], registers: u32) -> Row {
         soft_cap: values[7] != 0,
     }
     .shared_bytes();
-    Row { values, registers, shared: shared as u32, emulated: true }
+    Row { values, registers: 255, shared: shared as u32, emulated: true }
 }
 
 pub(super) const KERNELS: &[Kernel] = &[
@@ -88,15 +91,30 @@ pub(super) const KERNELS: &[Kernel] = &[
         arch: ArchClass::Portable,
         threads: 128,
         rows: &[
-            decode_row(&[2, 2, 64, 128, 128, 1, dtype::BF16, 0], 168),
-            decode_row(&[4, 4, 64, 128, 128, 1, dtype::BF16, 0], 168),
-            decode_row(&[8, 8, 64, 128, 128, 1, dtype::BF16, 0], 168),
-            decode_row(&[2, 2, 64, 128, 128, 2, dtype::F16, 0], 168),
-            decode_row(&[2, 4, 32, 64, 64, 1, dtype::F16, 0], 168),
-            decode_row(&[4, 2, 64, 96, 96, 1, dtype::F16, 1], 168),
-            decode_row(&[8, 2, 128, 256, 256, 1, dtype::BF16, 0], 255),
-            decode_row(&[2, 2, 32, 256, 256, 1, dtype::F16, 0], 255),
-            decode_row(&[4, 4, 64, 128, 128, 4, dtype::BF16, 0], 168),
+            decode_row(&[2, 2, 64, 128, 128, 1, dtype::BF16, 0]),
+            decode_row(&[4, 4, 64, 128, 128, 1, dtype::BF16, 0]),
+            decode_row(&[8, 8, 64, 128, 128, 1, dtype::BF16, 0]),
+            decode_row(&[2, 2, 64, 128, 128, 2, dtype::F16, 0]),
+            decode_row(&[2, 4, 32, 64, 64, 1, dtype::F16, 0]),
+            decode_row(&[4, 2, 64, 96, 96, 1, dtype::F16, 1]),
+            decode_row(&[2, 2, 128, 128, 128, 1, dtype::F16, 0]),
+            decode_row(&[8, 2, 64, 256, 256, 1, dtype::BF16, 0]),
+            decode_row(&[2, 2, 32, 256, 256, 1, dtype::F16, 0]),
+            decode_row(&[4, 4, 64, 128, 128, 4, dtype::BF16, 0]),
+        ],
+    },
+    Kernel {
+        name: "hack_dequant_decode",
+        group: "homomorphic-quant",
+        source: include_str!("../../kernels/homomorphic-quant/hack_dequant_decode.cu"),
+        constants: DECODE_CONSTANTS,
+        arch: ArchClass::Portable,
+        threads: 128,
+        rows: &[
+            decode_row(&[2, 2, 64, 128, 128, 1, dtype::BF16, 0]),
+            decode_row(&[4, 4, 64, 128, 128, 1, dtype::BF16, 0]),
+            decode_row(&[8, 8, 64, 128, 128, 1, dtype::BF16, 0]),
+            decode_row(&[2, 4, 32, 64, 64, 1, dtype::F16, 0]),
         ],
     },
 ];

@@ -3,6 +3,7 @@
 use attention::gpu::Splits;
 use attention::{HeadShape, Mask, Score};
 use cuda::kernels::homomorphic_quant as kernels;
+use cuda::kernels::homomorphic_quant::Method;
 use cuda::launch::{Device, Function};
 use cuda::memory::{View, ViewMut};
 use cuda::params::HackDecodeParams;
@@ -20,6 +21,8 @@ const MIN_UNITS_PER_BLOCK: u32 = 8;
 /// What a step is for.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct DecodeConfig {
+    /// What to do with codes: [`Method::Codes`], unless to compare.
+    pub method: Method,
     /// The cache.
     pub pools: Pools,
     /// Heads and sizes.
@@ -145,6 +148,7 @@ impl DecodePlan {
             _pad: 0,
         };
         let variant = kernels::DecodeVariant {
+            method: config.method,
             k_bits: geometry.bits.k.count(),
             v_bits: geometry.bits.v.count(),
             partition: geometry.partition,
@@ -342,7 +346,7 @@ impl<F: Function, E: Storage> Decode<F, E> {
             return Err(Error::argument("step", "a step of the same plan", "a step of another"));
         }
         let (buffers, layer) = (&self.plan.step, &self.plan.layer);
-        let carver = Carver::new("hack_decode", workspace, &layer.layout)?;
+        let carver = Carver::new(self.plan.variant.method.kernel(), workspace, &layer.layout)?;
         let valid_len = buffers.layout.view(buffers.valid_len, &step.workspace)?;
         let first_unit = buffers.layout.view(buffers.first_unit, &step.workspace)?;
         let args = kernels::DecodeArgs {

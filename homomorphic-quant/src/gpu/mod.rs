@@ -21,6 +21,7 @@ mod pools;
 
 pub use append::{Append, AppendArgs, AppendConfig, AppendPlan};
 pub use attention::gpu::Splits;
+pub use cuda::kernels::homomorphic_quant::Method;
 pub use decode::{Decode, DecodeArgs, DecodeConfig, DecodePlan, DecodeStep, DecodeStepArgs, PlannedStep};
 pub use pools::{Counts, Places, Pools};
 

@@ -7,13 +7,16 @@ use cuda::status::Fault;
 use cuda::storage::Storage;
 use emulator::rig::Rig;
 use half::{bf16, f16};
-use homomorphic_quant::gpu::{Decode, DecodeArgs, DecodeConfig, DecodePlan, DecodeStep, DecodeStepArgs};
+use homomorphic_quant::gpu::{
+    Decode, DecodeArgs, DecodeConfig, DecodePlan, DecodeStep, DecodeStepArgs, Method,
+};
 use homomorphic_quant::{Error, reference};
 
 use crate::sequences::{Cached, DeviceTable, Shape, Table, Tokens};
 
 emulator::device_test!(
     equals_the_reference,
+    dequantizing_equals_the_oracle,
     saturated_codes_do_not_overflow,
     fixed_splits_are_batch_invariant,
     bad_sequences_are_reported_and_the_others_stay_right,
@@ -24,6 +27,7 @@ emulator::device_test!(
 
 #[derive(Debug, Clone)]
 struct Case {
+    method: Method,
     shape: Shape,
     q_len: usize,
     kv_lens: Vec<usize>,
@@ -36,6 +40,7 @@ struct Case {
 impl Case {
     fn new(shape: Shape, q_len: usize, kv_lens: &[usize]) -> Self {
         Case {
+            method: Method::Codes,
             shape,
             q_len,
             kv_lens: kv_lens.to_vec(),
@@ -100,6 +105,7 @@ struct Decoded<E> {
 fn plan<R: Rig>(rig: &R, case: &Case, cached: &Cached) -> DecodePlan {
     let spec = case.spec();
     DecodePlan::new(DecodeConfig {
+        method: case.method,
         pools: cached.pools(&case.shape),
         shape: spec.shape,
         score: spec.score,
@@ -240,7 +246,8 @@ fn equals_the_reference<R: Rig>(rig: &R) {
     check::<R, f16>(rig, &Case::new(shape((4, 2), 64, (2, 4), 32), 1, &[35, 36, 37, 150]), 10);
     let capped = Case { soft_cap: Some(20.0), ..Case::new(shape((4, 1), 96, (4, 2), 64), 1, &[69, 200]) };
     check::<R, f16>(rig, &capped, 11);
-    check::<R, bf16>(rig, &Case::new(shape((2, 1), 256, (8, 2), 128), 1, &[300, 131]), 12);
+    check::<R, bf16>(rig, &Case::new(shape((2, 1), 256, (8, 2), 64), 1, &[300, 67]), 12);
+    check::<R, f16>(rig, &Case::new(shape((8, 2), 128, (2, 2), 128), 1, &[131, 132, 133, 400]), 16);
     check::<R, f16>(rig, &Case::new(shape((2, 1), 256, (2, 2), 32), 1, &[100]), 13);
     let no_sinks = Shape { sinks: 0, ..shape((2, 1), 64, (2, 4), 32) };
     check::<R, f16>(rig, &Case::new(no_sinks, 2, &[32, 33, 1]), 14);
@@ -253,9 +260,45 @@ fn equals_the_reference<R: Rig>(rig: &R) {
     }
 }
 
+/// The kernel that dequantizes, against attention in f64 over what the codes stand for: keys, values and P are rounded to the
+/// storage type on the way.
+fn dequantizing_equals_the_oracle<R: Rig>(rig: &R) {
+    fn check<R: Rig, E: Storage + Element>(rig: &R, case: Case, seed: u64) {
+        let epsilon = <E as Element>::DTYPE.epsilon();
+        let case = Case { method: Method::Dequantize, kinds: (Inputs::Normal, Inputs::Normal), ..case };
+        let inputs = inputs::<E>(&case, seed);
+        let decoded = decode(rig, &case, &inputs, &lens(&case));
+        let name = format!("{case:?} as {} with seed {seed} on {}", E::NAME, rig.name());
+        assert_eq!(decoded.fault, None, "{name}");
+        let (rows, (qk_dim, v_dim)) = (case.rows(), case.shape.dims);
+        let q: Vec<f32> = inputs.q.iter().map(|x| x.to_f64() as f32).collect();
+        for (s, sequence) in inputs.cached.sequences.iter().enumerate() {
+            let q = HeadsView::nhd(
+                &q[s * rows * qk_dim..][..rows * qk_dim],
+                case.q_len,
+                case.shape.q_heads,
+                qk_dim,
+            );
+            let cache = &inputs.cached.cache;
+            let oracle =
+                reference::oracle(&case.spec(), cache, sequence, q.expect("queries")).expect("a valid case");
+            let tolerance = Tolerance::new(4.0 * epsilon, 4.0 * epsilon);
+            Comparison::new(&decoded.out[s * rows * v_dim..][..rows * v_dim], &oracle.out, tolerance)
+                .assert(format_args!("out of {name}"));
+            let tolerance = Tolerance::new(2.0 * epsilon, 1e-5);
+            Comparison::new(&decoded.lse[s * rows..][..rows], &oracle.lse, tolerance)
+                .assert(format_args!("lse of {name}"));
+        }
+    }
+    for bits in [2, 4, 8] {
+        check::<R, bf16>(rig, Case::new(Shape::new((8, 1), 128, (bits, bits), 64), 1, &[200, 0, 68]), 51);
+    }
+    check::<R, f16>(rig, Case::new(Shape::new((4, 2), 64, (2, 4), 32), 1, &[35, 37, 150]), 52);
+}
+
 /// Keys, values and queries whose codes are all at one end, so that integer sums are as large as they get.
 fn saturated_codes_do_not_overflow<R: Rig>(rig: &R) {
-    for (bits, dim, partition) in [((2, 2), 128, 64), ((8, 8), 128, 64), ((8, 2), 256, 128)] {
+    for (bits, dim, partition) in [((2, 2), 128, 64), ((8, 8), 128, 64), ((8, 2), 256, 64), ((4, 4), 128, 64)] {
         let case = Case::new(Shape { sinks: 0, ..Shape::new((2, 1), dim, bits, partition) }, 1, &[partition]);
         let mut saturated = inputs::<bf16>(&case, 17);
         // One small value per group, the others at its largest code: keys by channel, values by token and partition.
@@ -374,6 +417,7 @@ fn plans_refuse_what_no_kernel_can_do() {
     let cached = inputs::<f16>(&case, 1).cached;
     let spec = case.spec();
     let good = DecodeConfig {
+        method: Method::Codes,
         pools: cached.pools(&case.shape),
         shape: spec.shape,
         score: spec.score,

@@ -99,8 +99,8 @@ impl Cached {
         let config = shape.config::<E>();
         let longest = tokens.iter().map(|tokens| tokens.len).max().unwrap_or(0);
         let capacity = Capacity::of_tokens(&config, tokens.len(), longest + shape.partition);
-        let mut cache = Cache::with_page_layout(&config, 0, shape.kv(), capacity, PageLayout::Packed)
-            .expect("a valid cache");
+        let mut cache =
+            Cache::shard(&config, 0, 0, shape.kv(), capacity, PageLayout::Packed).expect("a valid cache");
         let mut sequences: Vec<Sequence> = tokens.iter().map(|_| cache.sequence()).collect();
         let step = shape.partition * 2 + 5;
         for from in (0..longest).step_by(step) {

@@ -1,4 +1,4 @@
-//! Attention on quantized pages: `hack_decode_plan` and `hack_decode`.
+//! Attention on quantized pages: `hack_decode_plan`, `hack_decode` and `hack_dequant_decode`.
 
 use std::marker::PhantomData;
 
@@ -146,9 +146,30 @@ impl<F: Function> DecodePlan<F> {
     }
 }
 
+/// What a kernel does with the codes of a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Method {
+    /// `hack_decode`: integer products with 8-bit queries and probabilities.
+    Codes,
+    /// `hack_dequant_decode`: 16-bit products of what the codes stand for.
+    Dequantize,
+}
+
+impl Method {
+    /// Name of the kernel.
+    pub const fn kernel(self) -> &'static str {
+        match self {
+            Method::Codes => "hack_decode",
+            Method::Dequantize => "hack_dequant_decode",
+        }
+    }
+}
+
 /// What a [`Decode`] kernel is compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct DecodeVariant {
+    /// Which of the two kernels.
+    pub method: Method,
     /// Bits of key codes.
     pub k_bits: usize,
     /// Bits of value codes.
@@ -181,11 +202,12 @@ impl DecodeVariant {
         // A ring also holds 16 vectors in 16 bits, and at the end the team's state.
         let other = larger(16 * (self.qk_dim + self.v_dim) * 2, columns * self.v_dim * 4);
         let ring = larger(slots * slot, other).next_multiple_of(128);
-        columns * self.qk_dim * 2 + teams * ring + teams * columns * 8 + 4
+        // The tail: a unit, maxima and sums, an item and a flag.
+        columns * self.qk_dim * 2 + teams * ring + 8 + teams * columns * 8 + 52 + 4
     }
 }
 
-/// `hack_decode`: attention over a quantized cache. `E` is the storage type of q, of 16-bit tokens and of the output.
+/// `hack_decode` or `hack_dequant_decode`: attention over a quantized cache. `E` is the storage type of q, of 16-bit tokens and of the output.
 #[derive(Debug, Clone)]
 pub struct Decode<F, E> {
     function: F,
@@ -228,7 +250,7 @@ pub struct DecodeArgs<'a, E> {
     pub programmatic: bool,
 }
 
-/// Slots of partial states that `hack_decode` can write: two per block, or one per unit where parts are fixed.
+/// Slots of partial states that the kernels can write: two per block, or one per unit where parts are fixed.
 pub fn part_slots(params: &HackDecodeParams, blocks: u32) -> usize {
     if params.fixed_parts == 0 {
         return 2 * blocks as usize;
@@ -242,7 +264,7 @@ impl<F: Function, E: Storage> Decode<F, E> {
     /// Compiles and loads the kernel for `variant`.
     pub fn prepare<D: Device<Function = F>>(device: &D, variant: DecodeVariant) -> Result<Self, Error> {
         let instance = Instance::new(
-            "hack_decode",
+            variant.method.kernel(),
             &[
                 ("K_BITS", variant.k_bits as i64),
                 ("V_BITS", variant.v_bits as i64),
@@ -266,10 +288,10 @@ impl<F: Function, E: Storage> Decode<F, E> {
     /// When the kernel runs, `valid_len` and `first_unit` are as a [`DecodePlan`] launch with the same `params` left them.
     /// Block table and places may have changed since: the kernel stays within the pools whatever they hold.
     pub unsafe fn launch(&self, queue: &F::Queue, mut args: DecodeArgs<'_, E>) -> Result<(), Error> {
-        const KERNEL: &str = "hack_decode";
         let params = args.params;
-        let DecodeVariant { partition, qk_dim, v_dim, column_tiles, soft_cap, .. } = self.variant;
-        check_params(KERNEL, params)?;
+        let DecodeVariant { method, partition, qk_dim, v_dim, column_tiles, soft_cap, .. } = self.variant;
+        let kernel = method.kernel();
+        check_params(kernel, params)?;
         let columns = columns(column_tiles);
         let queries = params.q_len as usize * params.group as usize;
         for (argument, expected, found) in [
@@ -277,39 +299,39 @@ impl<F: Function, E: Storage> Decode<F, E> {
             ("partition", partition, params.partition),
         ] {
             if found as usize != expected {
-                return Err(Error::argument(KERNEL, argument, expected, found));
+                return Err(Error::argument(kernel, argument, expected, found));
             }
         }
         if soft_cap && (params.soft_cap.is_nan() || params.soft_cap <= 0.0) {
-            return Err(Error::argument(KERNEL, "soft_cap", "a positive number", params.soft_cap));
+            return Err(Error::argument(kernel, "soft_cap", "a positive number", params.soft_cap));
         }
         if args.blocks == 0 {
-            return Err(Error::argument(KERNEL, "blocks", "at least 1", args.blocks));
+            return Err(Error::argument(kernel, "blocks", "at least 1", args.blocks));
         }
 
         let (batch, heads) = (params.batch as usize, params.kv_heads as usize);
         let rows = elements(&[batch, queries, heads]);
         let slots = part_slots(params, args.blocks);
         let items = elements(&[batch, heads, params.column_blocks as usize]);
-        args.q.check(KERNEL, "q", elements(&[rows, qk_dim]), 16)?;
+        args.q.check(kernel, "q", elements(&[rows, qk_dim]), 16)?;
         let page = elements(&[heads, self.variant.segment().bytes()]);
         if params.page_stride % 16 != 0 || params.page_stride < page as i64 {
             let expected = format!("a multiple of 16, at least {page}");
-            return Err(Error::argument(KERNEL, "page_stride", expected, params.page_stride));
+            return Err(Error::argument(kernel, "page_stride", expected, params.page_stride));
         }
-        args.pages.check(KERNEL, "pages", pool_bytes(params.num_pages, params.page_stride, page), 16)?;
+        args.pages.check(kernel, "pages", pool_bytes(params.num_pages, params.page_stride, page), 16)?;
         let side = |pages: u32, tokens: usize| elements(&[pages as usize, heads, tokens, qk_dim + v_dim]);
         let sinks = side(params.num_sink_pages, params.sinks as usize);
-        args.sink_pool.check(KERNEL, "sink_pool", sinks, 16)?;
-        args.open_pool.check(KERNEL, "open_pool", side(params.num_open_pages, partition), 16)?;
-        args.places.check(KERNEL, params)?;
-        args.valid_len.check(KERNEL, "valid_len", batch, 4)?;
-        args.first_unit.check(KERNEL, "first_unit", batch + 1, 4)?;
-        args.out.check(KERNEL, "out", elements(&[rows, v_dim]), 4 * size_of::<E>() as u64)?;
-        args.lse.check(KERNEL, "lse", rows, 4)?;
-        args.part_acc.check(KERNEL, "part_acc", elements(&[slots, columns, v_dim]), 16)?;
-        args.part_ml.check(KERNEL, "part_ml", elements(&[slots, columns, 2]), 4)?;
-        args.arrivals.check(KERNEL, "arrivals", items, 4)?;
+        args.sink_pool.check(kernel, "sink_pool", sinks, 16)?;
+        args.open_pool.check(kernel, "open_pool", side(params.num_open_pages, partition), 16)?;
+        args.places.check(kernel, params)?;
+        args.valid_len.check(kernel, "valid_len", batch, 4)?;
+        args.first_unit.check(kernel, "first_unit", batch + 1, 4)?;
+        args.out.check(kernel, "out", elements(&[rows, v_dim]), 4 * size_of::<E>() as u64)?;
+        args.lse.check(kernel, "lse", rows, 4)?;
+        args.part_acc.check(kernel, "part_acc", elements(&[slots, columns, v_dim]), 16)?;
+        args.part_ml.check(kernel, "part_ml", elements(&[slots, columns, 2]), 4)?;
+        args.arrivals.check(kernel, "arrivals", items, 4)?;
 
         let mut config = LaunchConfig::new(args.blocks, THREADS).shared(self.variant.shared_bytes() as u32);
         config.programmatic = args.programmatic;

@@ -6,7 +6,7 @@ mod page;
 
 pub use append::{Append, AppendArgs, AppendVariant};
 pub use decode::{
-    Decode, DecodeArgs, DecodePlan, DecodePlanArgs, DecodeVariant, SideArgs, columns, part_slots,
+    Decode, DecodeArgs, DecodePlan, DecodePlanArgs, DecodeVariant, Method, SideArgs, columns, part_slots,
 };
 pub use page::{PackedSegment, Pieces};
 
