@@ -83,7 +83,7 @@ fn parts<R: Rig>(rig: &R, case: &Case, split: u32) -> Vec<Part> {
         FDC_SPLIT_NONE => case.kv_lens.len() * case.items() as usize,
         _ => case.blocks,
     };
-    let room = 4096;
+    let room = 512;
     let first_unit = rig.upload(&first_unit);
     let mut listed = rig.poisoned::<u32>(blocks * room * 8);
     let mut counts = rig.poisoned::<u32>(blocks);

@@ -1,5 +1,7 @@
 //! Balanced decode over heads of different ranks.
 
+mod replay;
+
 use attention::testing::{Comparison, Inputs, Tolerance};
 use attention::{AttentionSpec, Element, FaultCode, HeadShape, HeadsView, Mask, RaggedView, Score};
 use cuda::status::Fault;
