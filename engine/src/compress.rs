@@ -204,7 +204,7 @@ fn bytes(dense: usize, ratio: f64) -> usize {
 }
 
 /// At most `count` of the windows, evenly spread.
-fn spread<'a>(windows: Vec<(usize, &'a [u32])>, count: usize) -> Vec<&'a [u32]> {
+fn spread(windows: Vec<(usize, &[u32])>, count: usize) -> Vec<&[u32]> {
     let kept = count.min(windows.len());
     (0..kept).map(|i| windows[i * windows.len() / kept].1).collect()
 }

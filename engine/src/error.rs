@@ -150,20 +150,38 @@ pub enum Error {
 
     /// An attention kernel refused its arguments.
     #[error(transparent)]
-    Attention(#[from] attention::Error),
+    Attention(Box<attention::Error>),
 
     /// The quantized cache refused its arguments.
     #[error(transparent)]
-    HomomorphicQuant(#[from] homomorphic_quant::Error),
+    HomomorphicQuant(Box<homomorphic_quant::Error>),
 
     /// Weights in host memory were refused.
     #[error(transparent)]
-    HybridGemm(#[from] hybrid_gemm::Error),
+    HybridGemm(Box<hybrid_gemm::Error>),
 
     /// A compression plan does not fit, or cannot be made.
     #[error(transparent)]
-    Compress(#[from] kv_compress::Error),
+    Compress(Box<kv_compress::Error>),
 }
+
+/// Errors of the crates are boxed, so that a `Result` of this crate stays small.
+macro_rules! from_boxed {
+    ($($variant:ident: $error:ty),+) => {
+        $(impl From<$error> for Error {
+            fn from(error: $error) -> Self {
+                Error::$variant(Box::new(error))
+            }
+        })+
+    };
+}
+
+from_boxed!(
+    Attention: attention::Error,
+    HomomorphicQuant: homomorphic_quant::Error,
+    HybridGemm: hybrid_gemm::Error,
+    Compress: kv_compress::Error
+);
 
 impl Error {
     /// Shorthand for [`Error::Argument`].

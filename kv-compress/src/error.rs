@@ -61,12 +61,25 @@ pub enum Error {
 
     /// The shared vocabulary refused an argument, or a page pool ran out.
     #[error(transparent)]
-    Attention(#[from] attention::Error),
+    Attention(Box<attention::Error>),
 
     /// A kernel could not be compiled, loaded or launched, or an argument does not fit it.
     #[cfg(feature = "cuda")]
     #[error(transparent)]
-    Cuda(#[from] cuda::Error),
+    Cuda(Box<cuda::Error>),
+}
+
+impl From<attention::Error> for Error {
+    fn from(error: attention::Error) -> Self {
+        Error::Attention(Box::new(error))
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl From<cuda::Error> for Error {
+    fn from(error: cuda::Error) -> Self {
+        Error::Cuda(Box::new(error))
+    }
 }
 
 impl Error {

@@ -119,7 +119,8 @@ fn an_append_that_does_not_fit_changes_nothing() {
     cache.append(id, &keys[..20 * 16], &values[..20 * 32]).unwrap();
     let held = gathered(&cache, id);
     let error = cache.append(id, &keys[..20 * 16], &values[..20 * 32]).unwrap_err();
-    assert!(matches!(error, Error::Attention(attention::Error::OutOfPages { .. })), "{error}");
+    let out_of_pages = |inner: &attention::Error| matches!(inner, attention::Error::OutOfPages { .. });
+    assert!(matches!(&error, Error::Attention(inner) if out_of_pages(inner)), "{error}");
     assert_eq!((cache.tokens(id).unwrap(), cache.usage().pages), (20, 2));
     assert!(gathered(&cache, id) == held);
     for (case, keys, values, named) in [

@@ -230,7 +230,8 @@ fn low_rank_data_and_singular_gram_matrices() {
     let shape = HeadShape::new(2, 1, 64, 64).unwrap();
     let low = |rank: usize| move |i: usize| if i < rank { 1.0 } else { 0.0 };
     let full = |_: usize| 1.0;
-    let cases: [(&str, &dyn Fn(usize) -> f64, &dyn Fn(usize) -> f64, usize); 5] = [
+    type Spread<'a> = &'a dyn Fn(usize) -> f64;
+    let cases: [(&str, Spread<'_>, Spread<'_>, usize); 5] = [
         ("keys of rank 16", &full, &low(16), 16),
         ("queries of rank 16", &low(16), &full, 16),
         ("both of rank 32, different", &low(32), &low(32), 32),

@@ -118,7 +118,7 @@ impl DecodePlan {
         to_u32("q_len", queries)?;
         let column_tiles = match queries {
             ..=8 => 1,
-            ..=16 => 2,
+            9..=16 => 2,
             _ => 4,
         };
         let columns = kernels::columns(column_tiles);

@@ -59,7 +59,8 @@ impl<R: Rig, E: Storage + Element> Grown<R, E> {
 
     /// Appends tokens up to `to` to each sequence; reports the fault.
     fn append(&mut self, rig: &R, tokens: &[Tokens<E>], to: &[usize]) -> Option<Fault> {
-        let rows = |values: &dyn Fn(&Tokens<E>) -> (Vec<E>, usize)| -> Vec<E> {
+        type Rows<'a, E> = &'a dyn Fn(&Tokens<E>) -> (Vec<E>, usize);
+        let rows = |values: Rows<'_, E>| -> Vec<E> {
             let new = tokens.iter().zip(self.lens.iter().zip(to));
             new.flat_map(|(tokens, (&from, &to))| {
                 let (values, row) = values(tokens);

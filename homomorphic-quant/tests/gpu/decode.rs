@@ -298,7 +298,8 @@ fn dequantizing_equals_the_oracle<R: Rig>(rig: &R) {
 
 /// Keys, values and queries whose codes are all at one end, so that integer sums are as large as they get.
 fn saturated_codes_do_not_overflow<R: Rig>(rig: &R) {
-    for (bits, dim, partition) in [((2, 2), 128, 64), ((8, 8), 128, 64), ((8, 2), 256, 64), ((4, 4), 128, 64)] {
+    for (bits, dim, partition) in [((2, 2), 128, 64), ((8, 8), 128, 64), ((8, 2), 256, 64), ((4, 4), 128, 64)]
+    {
         let case = Case::new(Shape { sinks: 0, ..Shape::new((2, 1), dim, bits, partition) }, 1, &[partition]);
         let mut saturated = inputs::<bf16>(&case, 17);
         // One small value per group, the others at its largest code: keys by channel, values by token and partition.

@@ -10,7 +10,7 @@ pub(crate) type Matrix = DMatrix<f64>;
 
 /// `[rows, columns]` of standard normal numbers.
 pub(crate) fn normal(rows: usize, columns: usize, rng: &mut Rng) -> Matrix {
-    Matrix::from_fn(rows, columns, |_, _| f64::from(rng.normal()))
+    Matrix::from_fn(rows, columns, |_, _| rng.normal())
 }
 
 /// Rows `[rows, dim]` whose directions, random but shared by all rows, have standard deviations `spread(i)`.
