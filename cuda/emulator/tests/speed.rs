@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crate::common::{launch, load, numbers, read, write};
 use cuda::launch::Arg;
-use emulator::{Order, Queue, emulator_or_skip};
+use emulator::{Emulator, Order, Queue, emulator_or_skip};
 
 /// Name, operation of `speed.cu`, and nanoseconds per thread that must not be exceeded.
 const OPERATIONS: [(&str, u32, f64); 8] = [
@@ -63,6 +63,10 @@ fn decode(runs: u32) -> f64 {
 #[test]
 fn operations_are_fast_enough() {
     emulator_or_skip!();
+    // The sanitizers slow everything down by what they please.
+    if Emulator::SANITIZED {
+        return;
+    }
     for (name, operation, limit) in OPERATIONS {
         let found = time(operation, 1000, Order::Forward);
         assert!(found < limit, "{name}: {found:.0} ns per thread, the limit is {limit}");

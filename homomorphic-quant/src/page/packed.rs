@@ -1,6 +1,6 @@
 //! The packed layout of a segment: codes in the order in which the decode kernel's matrix instructions read them.
 //!
-//! The fields are those of the [canonical](super::canonical) layout and as long, keys first, in the order in which a reader
+//! The fields are those of the [canonical] layout and as long, keys first, in the order in which a reader
 //! needs them:
 //!
 //! | field | order | type |
