@@ -21,7 +21,7 @@
 //          and head, and ends at once where there is none; block 0 also copies sinks and open tokens, after it has read the
 //          open block. K, then V go through one tile in shared memory: threads find the groups' ranges, then each warp packs
 //          units of tile/codes.cuh, 16 bytes per lane.
-// Budget:  64 registers; a tile of PARTITION vectors and tables of the groups.
+// Budget:  168 registers; a tile of PARTITION vectors and tables of the groups.
 // Limit:   bytes: every new vector read once, 4768 bytes per token and head pair at 2 bits, 128 channels.
 #include "core.cuh"
 #include "hack_append_params.h"

@@ -37,7 +37,7 @@ const fn append_row(values: &'static [i64]) -> Row {
         v_dim: values[4] as usize,
     }
     .shared_bytes();
-    Row { values, registers: 128, shared: shared as u32, emulated: true }
+    Row { values, registers: 168, shared: shared as u32, emulated: true }
 }
 
 /// Launch bounds hold the registers to 168 where three blocks share an SM.
