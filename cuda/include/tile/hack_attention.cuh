@@ -167,9 +167,11 @@ struct HackAttention {
         const uint32_t k = shared_address(stream.ring);
         const uint32_t v = k + ROWS * K_ROW;
         const uint32_t thread = threadIdx.x % (TEAM * WARP_SIZE);
+#pragma unroll 1
         for (uint32_t first = stream.team * ROWS; first < item.sinks + item.open; first += TEAMS * ROWS) {
             constexpr uint32_t K_CHUNKS = K_ROW / 16;
             constexpr uint32_t CHUNKS = TOKEN / 8;
+#pragma unroll 1
             for (uint32_t index = thread; index < ROWS * CHUNKS; index += TEAM * WARP_SIZE) {
                 const uint32_t row = index / CHUNKS;
                 const bool of_values = index % CHUNKS >= K_CHUNKS;

@@ -85,11 +85,18 @@ struct Columns {
         }
     }
 
+    // Offset of chunk `first` + `chunk` of a column's query. The swizzle repeats after PERIOD chunks: with `first` known at compile
+    // time, the offsets of a row differ by constants.
+    DEVICE uint32_t q_offset(uint32_t column, uint32_t first, uint32_t chunk) const {
+        constexpr uint32_t PERIOD = Swizzle<K_ROW>::PERIOD;
+        return Swizzle<K_ROW>::offset(tile * 8 + column, first % PERIOD + chunk) + first / PERIOD * (PERIOD * 16);
+    }
+
     // Two B operands of q: channels 32·step … + 15 and + 16 … + 31 of the eight columns.
     DEVICE void load_q(uint32_t (&b)[2][2], uint32_t step) const {
         uint32_t r[4];
         const uint32_t lane = lane_index();
-        ldmatrix_x4(r, shared_address(q_rows) + Swizzle<K_ROW>::offset(tile * 8 + lane % 8, step * 4 + lane / 8));
+        ldmatrix_x4(r, shared_address(q_rows) + q_offset(lane % 8, step * 4, lane / 8));
         b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
     }
 
@@ -185,7 +192,9 @@ struct Columns {
 #pragma unroll
             for (uint32_t half = 0; half < 2; half++) {
                 uint32_t a[4];
-                load_fragment_a<K_ROW>(a, k, 0, step * 4 + half * 2);
+                constexpr uint32_t PERIOD = Swizzle<K_ROW>::PERIOD;
+                const uint32_t chunk = step * 4 + half * 2;
+                load_fragment_a<K_ROW>(a, k + chunk / PERIOD * (PERIOD * 16), 0, chunk % PERIOD);
                 mma_m16n8k16(Element{}, s[0], a, q[half]);
             }
         }
@@ -213,7 +222,8 @@ struct Columns {
 #pragma unroll
         for (uint32_t tile = 0; tile < V_TILES; tile++) {
             uint32_t a[4];
-            load_fragment_a_trans<V_ROW>(a, v, 0, tile * 2);
+            constexpr uint32_t PERIOD = Swizzle<V_ROW>::PERIOD;
+            load_fragment_a_trans<V_ROW>(a, v + tile * 2 / PERIOD * (PERIOD * 16), 0, tile * 2 % PERIOD);
             mma_m16n8k16(Element{}, o[tile], a, b[0]);
             mma_m16n8k16(Element{}, o[tile], a, b[1]);
         }

@@ -43,6 +43,7 @@ struct PageStream {
     static constexpr uint32_t FIT = TeamWarps * 16 * 1024 / SLOT;
     static constexpr int SLOTS = FIT > 8 ? 8 : FIT < 3 ? 3 : FIT;
     static constexpr uint32_t BYTES = SLOTS * SLOT;
+    static constexpr uint32_t NONE = ~0u;
 
     unsigned char* ring;
     uint32_t team;
@@ -50,9 +51,9 @@ struct PageStream {
     const unsigned char* segments;  // of the KV head, page 0
     const uint32_t* table;
     const HackDecodeParams& params;
-    const unsigned char* source = nullptr;  // the segment that is being fetched
-    uint32_t fetch;                         // the block after it
+    uint32_t fetch;  // the block after the one that is being fetched
     uint32_t end;
+    uint32_t page = NONE;    // that is being fetched
     uint32_t next_page = 0;  // of block `fetch`: read a page ahead, so that no copy waits for its address
     uint32_t slot = 0;       // offset of the slot that the next copy fills; the one after it is used next
 
@@ -67,7 +68,7 @@ struct PageStream {
         constexpr uint32_t THREADS = TeamWarps * WARP_SIZE;
         const uint32_t first = threadIdx.x % THREADS * 16;
         const uint32_t to = shared_address(ring) + slot + first;
-        const unsigned char* const from = source + offset + first;
+        const unsigned char* const from = segments + page * params.page_stride + offset + first;
 #pragma unroll
         for (uint32_t at = 0; at < bytes; at += THREADS * 16) {
             if (at + THREADS * 16 <= bytes || first < bytes - at) cp_async_16(to + at, from + at);
@@ -77,11 +78,11 @@ struct PageStream {
     // Fetches piece `piece` of the sequence of pages; with piece 0 a new page begins.
     DEVICE void issue(uint32_t piece) {
         if (piece == 0) {
-            source = fetch < end ? segments + next_page * params.page_stride : nullptr;
+            page = fetch < end ? next_page : NONE;
             fetch += step_blocks;
             look_up();
         }
-        if (source != nullptr) {
+        if (page != NONE) {
             if (piece < KeyPieces::COUNT) {
                 copy(KeyPieces::offset(piece), KeyPieces::bytes(piece));
             } else {

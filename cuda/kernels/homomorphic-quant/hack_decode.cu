@@ -141,8 +141,7 @@ struct Reader {
     // Four channels of q for the codes of a half of a k-step.
     static DEVICE void load_q(float* four, const Columns<Shape>& columns, uint32_t half, float to_score) {
         const uint32_t lane = lane_index();
-        const uint32_t chunk = half * 2 + lane % 4 / 2;
-        const uint32_t offset = Swizzle<QK_DIM * 2>::offset(columns.tile * 8 + lane / 4, chunk) + lane % 2 * 8;
+        const uint32_t offset = columns.q_offset(lane / 4, half * 2, lane % 4 / 2) + lane % 2 * 8;
         const uint2 words = *reinterpret_cast<const uint2*>(columns.q_rows + offset);
         const float2 low = unpack2<Element>(words.x);
         const float2 high = unpack2<Element>(words.y);

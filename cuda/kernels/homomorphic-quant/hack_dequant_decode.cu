@@ -84,8 +84,7 @@ struct Reader {
         const uint32_t lane = lane_index();
 #pragma unroll
         for (uint32_t half = 0; half < QK_DIM / 16; half++) {
-            const uint32_t chunk = half * 2 + lane % 4 / 2;
-            const uint32_t offset = Swizzle<QK_DIM * 2>::offset(columns.tile * 8 + lane / 4, chunk) + lane % 2 * 8;
+            const uint32_t offset = columns.q_offset(lane / 4, half * 2, lane % 4 / 2) + lane % 2 * 8;
             const uint2 four = *reinterpret_cast<const uint2*>(columns.q_rows + offset);
             q[half][0] = low_halves(four.x, four.y);
             q[half][1] = high_halves(four.x, four.y);
