@@ -4,6 +4,7 @@
 
 mod append;
 mod decode;
+mod homomorphic_quant;
 mod kv_compress;
 mod kv_compress_calibration;
 mod merge_states;
@@ -12,6 +13,7 @@ mod prefill;
 criterion::criterion_main!(
     append::benches,
     decode::benches,
+    homomorphic_quant::benches,
     kv_compress::benches,
     kv_compress_calibration::benches,
     merge_states::benches,

@@ -58,15 +58,18 @@ struct HackAttention {
     static constexpr uint32_t OTHER_BYTES = ROWS_BYTES > STATE_BYTES ? ROWS_BYTES : STATE_BYTES;
     static constexpr uint32_t RING = ceil_div<uint32_t>(Stream::BYTES > OTHER_BYTES ? Stream::BYTES : OTHER_BYTES, 128) * 128;
     static constexpr uint32_t Q_BYTES = COLUMNS * K_ROW;
-    // What the rings allow: SMs with 100 KB of shared memory hold one block, others three, if that many registers do.
+    static constexpr bool EIGHT_BITS = Page::KeyCodes::BITS == 8 || Page::ValueCodes::BITS == 8;
+    // What the rings allow: SMs with 100 KB of shared memory hold one block, others three, if registers do; of pages of
+    // 8-bit codes two blocks have enough on their way.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
     static constexpr int BLOCKS_PER_SM = KEY_DIM <= 128 && VALUE_DIM <= 128 ? 1 : 2;
 #else
     static constexpr int BLOCKS_PER_SM =
-        KEY_DIM <= 128 && VALUE_DIM <= 128 && Shape::BLOCK <= 64 && TEAM == 1 && !Shape::CAPPED ? 3 : 2;
+        KEY_DIM <= 128 && VALUE_DIM <= 128 && Shape::BLOCK <= 64 && TEAM == 1 && !Shape::CAPPED && !EIGHT_BITS ? 3 : 2;
 #endif
 
     struct Tail {
+        SplitPlan plan;
         uint64_t unit;  // at which the block's part begins
         float ml[TEAMS][COLUMNS][2];
         HackItem item;
@@ -200,29 +203,19 @@ struct HackAttention {
 
     // The part that begins at `unit`, and its item.
     struct Work {
-        SplitPlan plan;
-        uint64_t end;  // of this block's units
         Part part;
         HackItem item;
 
-        DEVICE Work(uint64_t unit, const HackBuffers<Element>& buffers, const HackDecodeParams& params)
-            : plan(plan_of(buffers, params)),
-              end(plan.begin(blockIdx.x + 1)),
-              part(plan.part_at(unit, end, blockIdx.x)),
-              item(item_of(part, buffers, params)) {}
+        DEVICE Work(const SplitPlan& plan, uint64_t unit, const HackBuffers<Element>& buffers, const HackDecodeParams& params)
+            : part(plan.part_at(unit, plan.begin(blockIdx.x + 1), blockIdx.x)), item(item_of(part, buffers, params)) {}
     };
-
-    static DEVICE SplitPlan plan_of(const HackBuffers<Element>& buffers, const HackDecodeParams& params) {
-        return SplitPlan(buffers.first_unit, params.batch, params.kv_heads * params.column_blocks, gridDim.x,
-                         params.min_units, params.fixed_parts != 0);
-    }
 
     // Leaves the state of each team's columns over the part that begins at `unit` in shared memory, and there too what the loop
     // over pages need not keep in registers.
     template <class Reader>
     static DEVICE void attend_part(unsigned char* shared_bytes, Tail& tail, uint64_t unit,
                                    const HackBuffers<Element>& buffers, const HackDecodeParams& params) {
-        const Work work(unit, buffers, params);
+        const Work work(tail.plan, unit, buffers, params);
         const HackItem& item = work.item;
         if (threadIdx.x == 0) {
             tail.unit = unit;
@@ -230,9 +223,13 @@ struct HackAttention {
         }
         const uint32_t team = warp_index() / TEAM;
         load_queries(shared_address(shared_bytes), buffers.q, item, params);
-        Stream stream{shared_bytes + Q_BYTES + team * RING, team, TEAMS,
-                      buffers.pages + item.kv_head * static_cast<uint64_t>(Page::SEGMENT_BYTES),
-                      buffers.block_table + item.sequence * params.table_batch_stride, params};
+        Stream stream{shared_bytes + Q_BYTES + team * RING,
+                      team,
+                      TEAMS,
+                      buffers.pages,
+                      Stream::place_of(item.kv_head),
+                      buffers.block_table + item.sequence * params.table_batch_stride,
+                      params};
         Columns<Shape> columns;
         columns.start(shared_bytes, warp_index() % TEAM);
         if (work.part.first_unit == 0) attend_16_bit(columns, stream, item, buffers, params);
@@ -261,11 +258,11 @@ struct HackAttention {
     static DEVICE uint64_t finish_part(const unsigned char* rings, Tail& tail, const HackBuffers<Element>& buffers,
                                        const HackDecodeParams& params) {
         const uint64_t unit = tail.unit;
-        const Work work(unit, buffers, params);
+        const Work work(tail.plan, unit, buffers, params);
         const HackItem& item = work.item;
         const Part& part = work.part;
         const uint32_t count = min(COLUMNS, params.q_len * params.group - item.first_column);
-        const uint32_t item_index = part.sequence * work.plan.heads + part.head;
+        const uint32_t item_index = part.sequence * tail.plan.heads + part.head;
         auto store = [&](const SoftmaxState& state, uint32_t column, uint32_t channel) {
             const uint32_t query = (item.first_column + column) / params.group;
             const uint32_t head = item.kv_head * params.group + (item.first_column + column) % params.group;
@@ -300,11 +297,15 @@ struct HackAttention {
         unsigned char* const rings = shared_bytes + Q_BYTES;
         Tail& tail = *reinterpret_cast<Tail*>(rings + TEAMS * RING);
         grid_dependency_wait();
-        if (blockIdx.x >= plan_of(buffers, params).blocks) return;
-        uint64_t unit = plan_of(buffers, params).begin(blockIdx.x);
+        const SplitPlan plan(buffers.first_unit, params.batch, params.kv_heads * params.column_blocks, gridDim.x,
+                             params.min_units, params.fixed_parts != 0);
+        if (blockIdx.x >= plan.blocks) return;
+        if (threadIdx.x == 0) tail.plan = plan;
+        __syncthreads();
+        uint64_t unit = plan.begin(blockIdx.x);
         do {
             attend_part<Reader>(shared_bytes, tail, unit, buffers, params);
             unit = finish_part(rings, tail, buffers, params);
-        } while (unit < plan_of(buffers, params).begin(blockIdx.x + 1));
+        } while (unit < tail.plan.begin(blockIdx.x + 1));
     }
 };

@@ -47,12 +47,13 @@ struct PageStream {
 
     unsigned char* ring;
     uint32_t team;
-    uint32_t step_blocks;  // from one page of this team to its next
-    const unsigned char* segments;  // of the KV head, page 0
+    uint32_t step_blocks;        // from one page of this team to its next
+    const unsigned char* pages;  // the pool
+    uint32_t place;              // in a page: of the KV head's segment, and of this thread's first 16 bytes there
     const uint32_t* table;
     const HackDecodeParams& params;
-    uint32_t fetch;  // the block after the one that is being fetched
-    uint32_t end;
+    uint32_t fetch = 0;  // the block after the one that is being fetched
+    uint32_t end = 0;
     uint32_t page = NONE;    // that is being fetched
     uint32_t next_page = 0;  // of block `fetch`: read a page ahead, so that no copy waits for its address
     uint32_t slot = 0;       // offset of the slot that the next copy fills; the one after it is used next
@@ -68,7 +69,7 @@ struct PageStream {
         constexpr uint32_t THREADS = TeamWarps * WARP_SIZE;
         const uint32_t first = threadIdx.x % THREADS * 16;
         const uint32_t to = shared_address(ring) + slot + first;
-        const unsigned char* const from = segments + page * params.page_stride + offset + first;
+        const unsigned char* const from = pages + page * params.page_stride + place + offset;
 #pragma unroll
         for (uint32_t at = 0; at < bytes; at += THREADS * 16) {
             if (at + THREADS * 16 <= bytes || first < bytes - at) cp_async_16(to + at, from + at);
@@ -92,6 +93,11 @@ struct PageStream {
         }
         cp_async_commit();  // also when empty, so that the waits always count SLOTS − 1 groups
         slot = slot + SLOT == BYTES ? 0 : slot + SLOT;
+    }
+
+    // Where the segment of a KV head and this thread's bytes of it lie in a page.
+    static DEVICE uint32_t place_of(uint32_t kv_head) {
+        return kv_head * Page::SEGMENT_BYTES + threadIdx.x % (TeamWarps * WARP_SIZE) * 16;
     }
 
     // Starts on blocks first, first + step_blocks, … < end.

@@ -202,8 +202,8 @@ impl DecodeVariant {
         // A ring also holds 16 vectors in 16 bits, and at the end the team's state.
         let other = larger(16 * (self.qk_dim + self.v_dim) * 2, columns * self.v_dim * 4);
         let ring = larger(slots * slot, other).next_multiple_of(128);
-        // The tail: a unit, maxima and sums, an item and a flag.
-        columns * self.qk_dim * 2 + teams * ring + 8 + teams * columns * 8 + 52 + 4
+        // The tail: a plan, a unit, maxima and sums, an item and a flag.
+        columns * self.qk_dim * 2 + teams * ring + 32 + 8 + teams * columns * 8 + 52 + 4
     }
 }
 
