@@ -157,7 +157,7 @@ impl<'m> Compressor<'m> {
                 let sides: usize = shapes.iter().map(|shape| 2 * shape.kv_heads()).sum();
                 let smallest =
                     shapes.iter().map(|shape| shape.qk_dim().min(shape.v_dim())).min().unwrap_or(0);
-                let probe = (smallest / 32 * 16).max(16);
+                let probe = (smallest / 64 * 16).max(16);
                 let weigh = allocation == Allocation::Adaptive && sides <= WEIGHED_SIDES && probe < smallest;
                 let weights = match weigh {
                     true => Weights::measured(&profile, probe, measure)?,

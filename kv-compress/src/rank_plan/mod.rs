@@ -182,10 +182,13 @@ impl Weights {
     }
 
     /// Measures how the model suffers: each side of each head in turn is cut to `rank` dimensions, everything else stays
-    /// whole, and the rise of `measure` (a loss of the model, such as nats per token) over that of the whole model, divided
-    /// by the profile's loss, is its weight. `2 · heads + 1` calls.
+    /// whole, and the rise of `measure` (a loss of the model, such as nats per token) over that of the whole model is set
+    /// against the profile's loss. `2 · heads + 1` calls.
     ///
-    /// A rise that is not positive counts as a hundredth of the mean rise per loss, so that no head is worth nothing.
+    /// A measure is noisy where a side loses little, so slopes are drawn to the common slope of their kind, keys or values:
+    /// with w̄ = Σ rise / Σ loss of the kind and ρ the mean of its losses squared, a side's weight is
+    /// `(rise · loss + w̄ · ρ) / (loss² + ρ)`, and at least a tenth of w̄. A kind that did not suffer counts a hundredth of the
+    /// other, so that no head is worth nothing.
     ///
     /// # Errors
     /// [`Error::Measure`] carries what `measure` said, also when it is not a finite number; [`Error::Argument`] for a rank
@@ -197,7 +200,8 @@ impl Weights {
     ) -> Result<Self, Error> {
         let whole = RankPlan::full(&profile.shapes)?;
         let dense = finite(measure(&whole))?;
-        let mut slopes = Vec::new();
+        // (rise, loss) of keys and of values, in the order of heads.
+        let mut seen = [Vec::new(), Vec::new()];
         for (layer, head, side) in sides(profile) {
             let mut heads = whole.layers[layer].heads().to_vec();
             match side {
@@ -210,18 +214,26 @@ impl Weights {
             if cut.layers == whole.layers {
                 return Err(Error::argument("rank", "less than every dimension", rank));
             }
-            let lost = profile.losses(layer, head, side)[rank / RANK_STEP];
             let rise = finite(measure(&cut))? - dense;
-            slopes.push(if lost > 0.0 { rise / lost } else { 0.0 });
+            seen[side as usize].push((rise, profile.losses(layer, head, side)[rank / RANK_STEP]));
         }
-        let mean = slopes.iter().map(|slope| slope.max(0.0)).sum::<f64>() / slopes.len().max(1) as f64;
-        let mut slopes =
-            slopes.into_iter().map(|slope| if slope > 0.0 { slope.max(0.01 * mean) } else { 0.01 * mean });
-        let mut next = || slopes.next().unwrap_or(0.0);
-        let weights = profile
-            .layers
-            .iter()
-            .map(|heads| heads.iter().map(|_| HeadWeight { keys: next(), values: next() }).collect());
+        let common = seen.each_ref().map(|seen| {
+            let (rise, loss) = seen.iter().fold((0.0, 0.0), |(a, b), (rise, loss)| (a + rise, b + loss));
+            if rise > 0.0 && loss > 0.0 { rise / loss } else { 0.0 }
+        });
+        let least = 0.01 * common[0].max(common[1]);
+        let [keys, values] = [0, 1].map(|kind| {
+            let spread =
+                seen[kind].iter().map(|(_, loss)| loss * loss).sum::<f64>() / seen[kind].len().max(1) as f64;
+            let common = common[kind].max(least);
+            let weight = |&(rise, loss): &(f64, f64)| {
+                let drawn = (rise * loss + common * spread) / (loss * loss + spread);
+                if spread > 0.0 { drawn.max(0.1 * common) } else { common }
+            };
+            seen[kind].iter().map(weight).collect::<Vec<f64>>()
+        });
+        let mut pairs = keys.into_iter().zip(values).map(|(keys, values)| HeadWeight { keys, values });
+        let weights = profile.layers.iter().map(|heads| pairs.by_ref().take(heads.len()).collect());
         Ok(Weights(weights.collect()))
     }
 
