@@ -16,10 +16,10 @@ impl Score {
     /// Scores `scale · (q·k)`; usually `1 / sqrt(head_dim)` of the model's head.
     ///
     /// # Errors
-    /// [`Error::Argument`] when `scale` is not finite.
+    /// [`Error::Argument`] when `scale` is not finite and positive.
     pub fn new(scale: f32) -> Result<Self, Error> {
-        if !scale.is_finite() {
-            return Err(Error::argument("scale", "a finite number", scale));
+        if !(scale.is_finite() && scale > 0.0) {
+            return Err(Error::argument("scale", "a finite number above 0", scale));
         }
         Ok(Score { scale, soft_cap: None })
     }
@@ -91,8 +91,9 @@ mod tests {
 
     #[test]
     fn refuses_what_makes_no_score() {
-        assert!(Score::new(f32::NAN).is_err());
-        assert!(Score::new(f32::INFINITY).is_err());
+        for scale in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+            assert!(Score::new(scale).is_err(), "scale {scale}");
+        }
         let score = Score::new(1.0).unwrap();
         for cap in [0.0, -1.0, f32::NAN, f32::INFINITY] {
             assert!(score.with_soft_cap(cap).is_err(), "cap {cap}");

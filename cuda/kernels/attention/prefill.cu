@@ -21,7 +21,8 @@
 //          heads of a group share K and V and short chunks still fill a tile. Four warps split the rows. Keys stream in tiles
 //          of 64: K of the next tile loads during PV, V during QKᵀ (FlashAttention-2, algorithm 1). The list has the longest
 //          tiles first; heads follow one another, so that the blocks of a head share its keys in L2.
-// Budget:  255 registers, ROWS·QK_DIM·2 + 64·(QK_DIM + V_DIM)·2 + 2080 bytes of shared memory.
+// Budget:  255 registers, ROWS·QK_DIM·2 + 64·(QK_DIM + V_DIM)·2 + 2080 bytes of shared memory. A tile of keys at d 128 takes 1750
+//          instructions on sm_90a: 256 mma, 80 ldmatrix, and over a third that only tiles on an edge of the mask run.
 // Limit:   flops: 2·(QK_DIM + V_DIM) per visible key and row on the tensor cores.
 #include "core.cuh"
 #include "prefill_params.h"
@@ -161,7 +162,7 @@ struct Warp {
         }
     }
 
-    // Scores of the warp's rows with a tile of keys, scaled and capped, in units of log2.
+    // Dot products of the warp's rows with a tile of keys; with a soft-cap, scores as a share of the cap.
     DEVICE void scores(float (&s)[ROW_TILES][KEY_TILES][4], uint32_t q_tile, uint32_t k_tile,
                        const PrefillParams& params) const {
 #pragma unroll
@@ -192,23 +193,15 @@ struct Warp {
         }
 #if SOFT_CAP
         const float to_cap = params.scale / params.soft_cap;
-        const float to_log2 = params.soft_cap * LOG2_E;
-#else
-        const float to_log2 = params.scale * LOG2_E;
-#endif
 #pragma unroll
         for (uint32_t r = 0; r < ROW_TILES; r++) {
 #pragma unroll
             for (uint32_t n = 0; n < KEY_TILES; n++) {
 #pragma unroll
-                for (uint32_t i = 0; i < 4; i++) {
-#if SOFT_CAP
-                    s[r][n][i] = tanhf(s[r][n][i] * to_cap);
-#endif
-                    s[r][n][i] *= to_log2;
-                }
+                for (uint32_t i = 0; i < 4; i++) s[r][n][i] = tanhf(s[r][n][i] * to_cap);
             }
         }
+#endif
     }
 
     // Puts −inf where a row does not see a key. Few tiles need it, so what rows see is worked out anew, not held in registers.
@@ -231,8 +224,14 @@ struct Warp {
         }
     }
 
-    // Moves the running maximum to take in scores, which are in units of log2, and leaves P in `s`.
-    DEVICE void softmax(float (&s)[ROW_TILES][KEY_TILES][4]) {
+    // Moves the running maximum to take in a tile's scores and leaves P in `s`. The factor to units of log2 is positive, so the
+    // maximum is taken before it and each score meets it in the multiply-add that also takes the maximum away.
+    DEVICE void softmax(float (&s)[ROW_TILES][KEY_TILES][4], const PrefillParams& params) {
+#if SOFT_CAP
+        const float to_log2 = params.soft_cap * LOG2_E;
+#else
+        const float to_log2 = params.scale * LOG2_E;
+#endif
 #pragma unroll
         for (uint32_t r = 0; r < ROW_TILES; r++) {
             float largest[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};
@@ -243,7 +242,7 @@ struct Warp {
             }
 #pragma unroll
             for (uint32_t e = 0; e < 2; e++) {
-                const float m_new = fmaxf(m[r][e], warp_max<4>(largest[e]));
+                const float m_new = fmaxf(m[r][e], warp_max<4>(largest[e]) * to_log2);
                 const float reference = m_new == NEGATIVE_INFINITY ? 0.0f : m_new;
                 const float shrink = exp2_approx(m[r][e] - reference);
                 m[r][e] = m_new;
@@ -252,7 +251,7 @@ struct Warp {
                 for (uint32_t n = 0; n < KEY_TILES; n++) {
 #pragma unroll
                     for (uint32_t i = 2 * e; i < 2 * e + 2; i++) {
-                        s[r][n][i] = exp2_approx(s[r][n][i] - reference);
+                        s[r][n][i] = exp2_approx(__fmaf_rn(s[r][n][i], to_log2, -reference));
                         sum += s[r][n][i];
                     }
                 }
@@ -405,7 +404,7 @@ prefill(const Element* q, const Element* k, const Element* v, const uint32_t* bl
         if (first_key < of_last.begin || first_key + KEYS > of_first.end) warp.mask(s, first_key, item, params);
         buffer ^= 1;
         place(places, buffer, next * KEYS, page, seen, params);
-        warp.softmax(s);
+        warp.softmax(s, params);
 
         cp_async_wait<0>();
         __syncthreads();  // V has landed for everyone, everyone has left K, and the next tile's rows have their places
