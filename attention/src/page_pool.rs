@@ -4,8 +4,10 @@
 //! prefix share its pages; a page is copied when one of its owners wants to write (copy-on-write). The pool knows nothing
 //! of what the bytes mean.
 //!
-//! Handles carry a generation, so that a handle that outlives its page is an error and never reads another sequence's
-//! bytes.
+//! Handles carry their pool and a generation, so that a handle of another pool, or one that outlives its page, is an error and
+//! never reads another sequence's bytes.
+
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytemuck::Pod;
 
@@ -17,6 +19,7 @@ pub const PAGE_ALIGNMENT: usize = 16;
 /// Handle of an allocated page. Copying the handle does not make another owner: see [`PagePool::share`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PageRef {
+    pool: u32,
     index: u32,
     generation: u32,
 }
@@ -60,6 +63,8 @@ impl PoolUsage {
 /// A fixed number of byte pages in host memory.
 #[derive(Debug)]
 pub struct PagePool {
+    /// Tells the pools of a process apart.
+    id: u32,
     words_per_page: usize,
     /// `[capacity, words_per_page]`: words, so that pages are aligned.
     words: Box<[u128]>,
@@ -100,7 +105,9 @@ impl PagePool {
                 let found = format!("{capacity} pages of {page_bytes} bytes");
                 Error::argument("capacity", "pages that fit memory", found)
             })?;
+        static POOLS: AtomicU32 = AtomicU32::new(0);
         Ok(PagePool {
+            id: POOLS.fetch_add(1, Ordering::Relaxed),
             words_per_page,
             words,
             owners: vec![0; capacity],
@@ -144,7 +151,7 @@ impl PagePool {
         };
         self.owners[index as usize] = 1;
         self.peak = self.peak.max(self.used());
-        Ok(PageRef { index, generation: self.generations[index as usize] })
+        Ok(PageRef { pool: self.id, index, generation: self.generations[index as usize] })
     }
 
     /// Takes `count` free pages, or none.
@@ -166,7 +173,8 @@ impl PagePool {
     /// Index of a live page.
     fn live(&self, page: PageRef) -> Result<usize, Error> {
         let index = page.index as usize;
-        let live = self.owners.get(index).is_some_and(|&owners| owners > 0)
+        let live = page.pool == self.id
+            && self.owners.get(index).is_some_and(|&owners| owners > 0)
             && self.generations[index] == page.generation;
         if live { Ok(index) } else { Err(Error::StalePage { page: page.index, generation: page.generation }) }
     }
@@ -326,7 +334,10 @@ impl PagedSequence {
                 *last = pool.make_unique(*last)?;
                 *last
             }
-            _ => {
+            last => {
+                if let Some(last) = last {
+                    pool.live(*last)?;
+                }
                 let page = pool.allocate()?;
                 self.pages.push(page);
                 page

@@ -183,6 +183,17 @@ fn handles_of_another_pool_or_a_past_page_are_stale() {
     let foreign = other.allocate_many(9).unwrap()[8];
     assert!(matches!(pool.bytes(foreign), Err(Error::StalePage { page: 8, .. })));
     let page = pool.allocate().unwrap();
+    // A page of the same number and generation lives in both.
+    let twin = PagePool::new(2, 16).unwrap().allocate().unwrap();
+    assert_eq!(twin.index(), page.index());
+    assert!(matches!(pool.release(twin), Err(Error::StalePage { page: 0, .. })));
+    let mut sequence = PagedSequence::new(1).unwrap();
+    sequence.append(&mut other).unwrap_err();
+    other.release(foreign).unwrap();
+    sequence.append(&mut other).unwrap();
+    assert!(matches!(sequence.append(&mut pool), Err(Error::StalePage { .. })), "on a page's boundary");
+    assert!(matches!(sequence.release(&mut pool), Err(Error::StalePage { .. })));
+    assert_eq!(pool.usage().used, 1);
     assert_eq!(pool.release(page), Ok(true));
     let again = pool.allocate().unwrap();
     assert_eq!(again.index(), page.index(), "last freed, first used");

@@ -49,6 +49,7 @@ pub const HEADERS: &[(&str, &str)] = headers! {
     "tile/hack_tokens.cuh"
     "tile/last_arriver.cuh"
     "tile/low_rank.cuh"
+    "tile/prefill_rows.cuh"
     "tile/prefill_tiles.cuh"
     "tile/quantizer.cuh"
     "tile/rotary.cuh"

@@ -101,6 +101,18 @@ impl AppendPlan {
                 ));
             }
         }
+        // A slot names one place for all heads, so each head needs vectors of its own there.
+        if let CacheLayout::Paged { per_head: true, .. } = config.cache {
+            return Err(Error::argument("cache", "one block table for all heads", "one per KV head"));
+        }
+        for (argument, head_stride, dim) in
+            [("k", cache.k[2], shape.qk_dim()), ("v", cache.v[2], shape.v_dim())]
+        {
+            if shape.kv_heads() > 1 && head_stride.unsigned_abs() < dim as u64 {
+                let expected = format!("heads at least {dim} elements apart");
+                return Err(Error::argument(argument, expected, head_stride));
+            }
+        }
         let num_slots = match config.cache {
             CacheLayout::Paged { page_size, pages, .. } => to_u32("pages", pages)? as i64 * page_size as i64,
             CacheLayout::Contiguous { tokens, .. } => i64::from(to_u32("tokens", tokens)?),
@@ -145,7 +157,8 @@ pub struct Append<F, E> {
 /// Arguments of [`Append::run`].
 #[derive(Debug)]
 pub struct AppendArgs<'a, E> {
-    /// Queries `[tokens, q_heads, qk_dim]`, rotated in place, where the plan asks for them.
+    /// Queries `[tokens, q_heads, qk_dim]`, rotated in place, where the plan asks for them. A view that may be written overlaps
+    /// no other: slices of one fused projection serve as keys and values while queries lie elsewhere or are not asked for.
     pub q_new: Option<ViewMut<'a, E>>,
     /// New keys `[tokens, kv_heads, qk_dim]`.
     pub k_new: &'a View<'a, E>,

@@ -1,6 +1,6 @@
 //! Comparisons of a result with the oracle. NaN never passes one, and neither does a wrong infinity.
 
-use crate::Element;
+use crate::{DType, Element};
 
 /// The element that is furthest out of tolerance.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -40,9 +40,15 @@ impl Tolerance {
         Tolerance::new(2e-6, T::DTYPE.epsilon().max(2e-6))
     }
 
-    /// Outputs of tensor-core kernels, which also round P to the storage type: four units of its rounding error.
+    /// Outputs of tensor-core kernels, which also round P to the storage type: what FlashInfer's tests allow, 1e-3 for f16 and
+    /// 1e-2 for bf16.
     pub fn tensor_core<T: Element>() -> Self {
-        Tolerance::new(2.0 * T::DTYPE.epsilon().max(1e-6), 2.0 * T::DTYPE.epsilon().max(1e-6))
+        let allowed = match T::DTYPE {
+            DType::F32 => 1e-5,
+            DType::F16 => 1e-3,
+            DType::BF16 => 1e-2,
+        };
+        Tolerance::new(allowed, allowed)
     }
 
     /// How far out an element is: at most 1 within tolerance, infinite for NaN.
@@ -108,6 +114,35 @@ impl Comparison {
             comparison.rms = (comparison.rms / actual.len() as f64).sqrt();
         }
         comparison.diff = calc_diff(actual, expected);
+        comparison
+    }
+
+    /// Compares outputs of attention `[rows, dim]`: each element by [`Tolerance::tensor_core`], and each row by [`calc_diff`],
+    /// which has to be below 1e-5. One wrong value among hundreds of keys shows in the second alone. A row that is out counts
+    /// as one more failure, and `diff` is that of the worst row.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn attention<T: Element>(actual: &[T], expected: &[f64], dim: usize) -> Self {
+        let actual: Vec<f64> = actual.iter().map(|x| x.to_f64()).collect();
+        Comparison::attention_f64(&actual, expected, dim, Tolerance::tensor_core::<T>())
+    }
+
+    /// [`attention`](Self::attention) for results that are f64.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn attention_f64(actual: &[f64], expected: &[f64], dim: usize, tolerance: Tolerance) -> Self {
+        const ROW: f64 = 1e-5;
+        let mut comparison = Comparison::of_f64(actual, expected, tolerance);
+        comparison.diff = 0.0;
+        for (actual, expected) in actual.chunks(dim).zip(expected.chunks(dim)) {
+            let diff = calc_diff(actual, expected);
+            if diff.is_nan() || diff > comparison.diff {
+                comparison.diff = diff;
+            }
+            comparison.failures += usize::from(diff.is_nan() || diff >= ROW);
+        }
         comparison
     }
 
@@ -212,6 +247,20 @@ mod tests {
     )]
     fn a_failure_names_case_and_element() {
         Comparison::of_f64(&[1.0, 2.0], &[1.0, 1.0], STRICT).assert("shape 3, seed 7");
+    }
+
+    #[test]
+    fn one_wrong_value_in_a_row_shows() {
+        let expected: Vec<f64> = (0..128).map(|i| f64::from(i % 7) * 0.02 - 0.06).collect();
+        let right: Vec<half::bf16> = expected.iter().map(|&x| Element::from_f64(x)).collect();
+        assert!(Comparison::attention(&right, &expected, 64).passes());
+        // As if one value row of several hundred had been another's: each element stays within 1e-2.
+        let wrong: Vec<half::bf16> = (0..128)
+            .map(|i| Element::from_f64(expected[i] + if i >= 64 { 1e-3 * (i as f64).sin() } else { 0.0 }))
+            .collect();
+        let comparison = Comparison::attention(&wrong, &expected, 64);
+        assert_eq!(comparison.failures, 1, "{comparison}");
+        assert!(comparison.diff > 1e-5 && comparison.diff < 1e-3, "{comparison}");
     }
 
     #[test]

@@ -302,9 +302,15 @@ fn tokens_like(tokens: &Tokens) -> Tokens {
 fn plans_refuse_what_no_kernel_can_do() {
     let shape = HeadShape::new(4, 2, 64, 64).expect("a valid shape");
     let layout = PageLayout::nhd(16, 2, 64);
-    let cache =
-        CacheLayout::Paged { page_size: 16, pages: 4, max_pages: 1, per_head: false, k: layout, v: layout };
-    let good = AppendConfig::packed(shape, 3, None, true, cache);
+    let paged = |per_head, layout| CacheLayout::Paged {
+        page_size: 16,
+        pages: 4,
+        max_pages: 1,
+        per_head,
+        k: layout,
+        v: layout,
+    };
+    let good = AppendConfig::packed(shape, 3, None, true, paged(false, layout));
     AppendPlan::new(good).expect("a valid plan");
     let rotary = |dim| Some((RopeLayout::HalfSplit, dim, POSITIONS));
     let bad = [
@@ -314,6 +320,9 @@ fn plans_refuse_what_no_kernel_can_do() {
         ("strides", AppendConfig { strides: [256, 127, 128], ..good }),
         ("strides", AppendConfig { strides: [256, 132, 128], ..good }),
         ("tokens", AppendConfig { tokens: usize::MAX, ..good }),
+        ("cache", AppendConfig { cache: paged(true, layout), ..good }),
+        ("k", AppendConfig { cache: paged(false, PageLayout { head_stride: 0, ..layout }), ..good }),
+        ("k", AppendConfig { cache: paged(false, PageLayout { head_stride: 56, ..layout }), ..good }),
     ];
     for (argument, config) in bad {
         match AppendPlan::new(config) {

@@ -1,0 +1,320 @@
+// Rows of a prefill: which keys they see, their softmax state in registers, and how it ends as output or as carried state.
+// Shared by the kernels, which differ in how K and V arrive and how products are made.
+#pragma once
+
+#include "core.cuh"
+#include "prefill_params.h"
+#include "ptx/math.cuh"
+#include "ptx/shuffle.cuh"
+#include "tile/cache_check.cuh"
+#include "tile/fragment.cuh"
+#include "tile/prefill_tiles.cuh"
+#include "tile/softmax_state.cuh"
+#include "types.cuh"
+
+// What a kernel reads and writes beside its parameters; see prefill.cu.
+template <class Element>
+struct PrefillBuffers {
+    const Element* q;
+    const Element* k;
+    const Element* v;
+    const uint32_t* block_table;
+    const PrefillTile* tiles;
+    const uint32_t* tile_count;
+    const uint32_t* valid_len;
+};
+
+// The rows that one block works on, and where their keys lie.
+template <class Element, bool Paged>
+struct PrefillItem {
+    const PrefillTile& tile;
+    uint32_t kv_head;
+    uint32_t kv_len;  // of this head: 0 where its pages cannot be read
+    const uint32_t* table;
+    const Element* keys;
+    const Element* values;
+
+    DEVICE PrefillItem(const PrefillTile& tile, const PrefillBuffers<Element>& buffers, const PrefillParams& params)
+        : tile(tile), kv_head(blockIdx.y), kv_len(tile.kv_len), table(nullptr) {
+        int64_t start = 0;
+        if (Paged) {
+            // A head whose own pages cannot be read sees nothing; the others' keys are as many as the tile says.
+            if (params.table_head_stride != 0 && kv_len > 0) {
+                kv_len = valid_len_of(buffers.valid_len, tile.sequence, kv_head, params);
+            }
+            table = buffers.block_table + kv_head * params.table_head_stride + tile.sequence * params.table_batch_stride;
+        } else {
+            start = tile.kv_start;
+        }
+        keys = buffers.k + start * params.k_token_stride + kv_head * params.k_head_stride;
+        values = buffers.v + start * params.v_token_stride + kv_head * params.v_head_stride;
+    }
+
+    DEVICE Visible visible_to_row(uint32_t row, const PrefillParams& params) const {
+        return visible_to(row / params.group, tile.queries, kv_len, tile.causal != 0, params);
+    }
+
+    // Page of a key, 0 for keys that are not seen.
+    DEVICE uint32_t page_of(uint32_t key, const Visible& seen, const PrefillParams& params) const {
+        if (!Paged) return 0;
+        // prefill_plan has checked the ids, but the table is the caller's to change: never a page outside the pool.
+        return seen.sees(key) ? min(table[key >> params.page_shift], params.num_pages - 1) : 0;
+    }
+
+    // Offset of a key's row in K or V, in elements.
+    static DEVICE int64_t place_of(uint32_t key, uint32_t page, int64_t page_stride, int64_t token_stride,
+                                   const PrefillParams& params) {
+        if (!Paged) return key * token_stride;
+        return page * page_stride + (key & ((1u << params.page_shift) - 1)) * token_stride;
+    }
+
+    // Offset of a row of q, or NO_PLACE where the block has no such row. `row` counts from the tile's first.
+    DEVICE int64_t place_of_query(uint32_t row, uint32_t q_dim, const PrefillParams& params) const;
+};
+
+// Instead of an offset: a row that shared memory gets as zeros.
+constexpr int64_t NO_PLACE = -1;
+
+template <class Element, bool Paged>
+DEVICE int64_t PrefillItem<Element, Paged>::place_of_query(uint32_t row, uint32_t q_dim, const PrefillParams& params) const {
+    const uint32_t query = (tile.first_row + row) / params.group;
+    if (query >= tile.queries) return NO_PLACE;
+    const uint64_t token = tile.first_query + query;
+    const uint64_t head = kv_head * params.group + (tile.first_row + row) % params.group;
+    return (token * params.kv_heads * params.group + head) * q_dim;
+}
+
+// What the rows of a block see, and the tiles of `Keys` keys that some row sees, in order: those of the sinks, then those from
+// `main_begin` on.
+template <uint32_t Rows, uint32_t Keys>
+struct KeyTiles {
+    Visible seen;
+    uint32_t of_first_end;
+    uint32_t of_last_begin;
+    uint32_t sink_end;
+    uint32_t main_begin;
+    uint32_t end;
+
+    template <class Item>
+    DEVICE KeyTiles(const Item& item, const PrefillParams& params) {
+        const uint32_t last_row = min(item.tile.first_row + Rows, item.tile.queries * params.group) - 1;
+        const Visible of_first = item.visible_to_row(item.tile.first_row, params);
+        const Visible of_last = item.visible_to_row(last_row, params);
+        seen = {of_first.begin, of_last.end, of_last.sinks};
+        of_first_end = of_first.end;
+        of_last_begin = of_last.begin;
+        main_begin = seen.begin / Keys;
+        end = ceil_div(seen.end, Keys);
+        sink_end = min(ceil_div(seen.sinks, Keys), main_begin);
+    }
+    DEVICE uint32_t first() const { return sink_end > 0 ? 0 : main_begin; }
+    DEVICE uint32_t after(uint32_t tile) const { return tile + 1 == sink_end ? main_begin : tile + 1; }
+    // Tiles that every row sees whole need no mask.
+    DEVICE bool needs_mask(uint32_t first_key) const {
+        return first_key < of_last_begin || first_key + Keys > of_first_end;
+    }
+};
+
+// Some warps' rows and their softmax state, as accumulators of 16x8 tiles: a lane holds rows lane/4 and lane/4 + 8 of each row
+// tile. The first of the warps is `FirstWarp`.
+template <uint32_t FirstWarp, uint32_t RowTiles, uint32_t KeyColumns, uint32_t VDim, bool SoftCap>
+struct PrefillRows {
+    static constexpr uint32_t KEY_TILES = KeyColumns / 8;
+    static constexpr uint32_t V_TILES = VDim / 8;
+
+    float o[RowTiles][V_TILES][4];
+    float m[RowTiles][2];  // in units of log2
+    float l[RowTiles][2];  // of this lane's columns alone
+
+    // First row of the warp, counted from the tile's first.
+    static DEVICE uint32_t warp_row() { return (warp_index() - FirstWarp) * RowTiles * 16; }
+
+    // Row of the item that register pair e of row tile r belongs to.
+    template <class Item>
+    static DEVICE uint32_t row_of(const Item& item, uint32_t r, uint32_t e) {
+        return item.tile.first_row + warp_row() + r * 16 + accumulator_row(lane_index(), 2 * e);
+    }
+
+    DEVICE void start() {
+#pragma unroll
+        for (uint32_t r = 0; r < RowTiles; r++) {
+#pragma unroll
+            for (uint32_t e = 0; e < 2; e++) {
+                m[r][e] = NEGATIVE_INFINITY;
+                l[r][e] = 0.0f;
+            }
+#pragma unroll
+            for (uint32_t v = 0; v < V_TILES; v++) {
+#pragma unroll
+                for (uint32_t i = 0; i < 4; i++) o[r][v][i] = 0.0f;
+            }
+        }
+    }
+
+    // From dot products to scores as a share of the cap, where there is one.
+    DEVICE void cap(float (&s)[RowTiles][KEY_TILES][4], const PrefillParams& params) const {
+        if (!SoftCap) return;
+        const float to_cap = params.scale / params.soft_cap;
+#pragma unroll
+        for (uint32_t r = 0; r < RowTiles; r++) {
+#pragma unroll
+            for (uint32_t n = 0; n < KEY_TILES; n++) {
+#pragma unroll
+                for (uint32_t i = 0; i < 4; i++) s[r][n][i] = tanhf(s[r][n][i] * to_cap);
+            }
+        }
+    }
+
+    // Puts −inf where a row does not see a key. Few tiles need it, so what rows see is worked out anew, not held in registers.
+    template <class Item>
+    DEVICE void mask(float (&s)[RowTiles][KEY_TILES][4], uint32_t first_key, const Item& item,
+                     const PrefillParams& params) const {
+#pragma unroll
+        for (uint32_t r = 0; r < RowTiles; r++) {
+#pragma unroll
+            for (uint32_t e = 0; e < 2; e++) {
+                const Visible visible = item.visible_to_row(row_of(item, r, e), params);
+#pragma unroll
+                for (uint32_t n = 0; n < KEY_TILES; n++) {
+#pragma unroll
+                    for (uint32_t i = 2 * e; i < 2 * e + 2; i++) {
+                        const uint32_t key = first_key + n * 8 + accumulator_column(lane_index(), i);
+                        if (!visible.sees(key)) s[r][n][i] = NEGATIVE_INFINITY;
+                    }
+                }
+            }
+        }
+    }
+
+    // Moves the running maximum to take in a tile's scores, leaves P in `s`, and in `shrink` the factor that O still needs. The
+    // factor to units of log2 is positive, so the maximum is taken before it and each score meets it in the multiply-add that
+    // also takes the maximum away.
+    DEVICE void softmax(float (&s)[RowTiles][KEY_TILES][4], float (&shrink)[RowTiles][2], const PrefillParams& params) {
+        const float to_log2 = (SoftCap ? params.soft_cap : params.scale) * LOG2_E;
+#pragma unroll
+        for (uint32_t r = 0; r < RowTiles; r++) {
+            float largest[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};
+#pragma unroll
+            for (uint32_t n = 0; n < KEY_TILES; n++) {
+#pragma unroll
+                for (uint32_t i = 0; i < 4; i++) largest[i / 2] = fmaxf(largest[i / 2], s[r][n][i]);
+            }
+#pragma unroll
+            for (uint32_t e = 0; e < 2; e++) {
+                const float m_new = fmaxf(m[r][e], warp_max<4>(largest[e]) * to_log2);
+                const float reference = m_new == NEGATIVE_INFINITY ? 0.0f : m_new;
+                shrink[r][e] = exp2_approx(m[r][e] - reference);
+                m[r][e] = m_new;
+                float sum = 0.0f;
+#pragma unroll
+                for (uint32_t n = 0; n < KEY_TILES; n++) {
+#pragma unroll
+                    for (uint32_t i = 2 * e; i < 2 * e + 2; i++) {
+                        s[r][n][i] = exp2_approx(__fmaf_rn(s[r][n][i], to_log2, -reference));
+                        sum += s[r][n][i];
+                    }
+                }
+                l[r][e] = l[r][e] * shrink[r][e] + sum;
+            }
+        }
+    }
+
+    // O as of the running maximum.
+    DEVICE void rescale(const float (&shrink)[RowTiles][2]) {
+#pragma unroll
+        for (uint32_t r = 0; r < RowTiles; r++) {
+#pragma unroll
+            for (uint32_t v = 0; v < V_TILES; v++) {
+#pragma unroll
+                for (uint32_t i = 0; i < 4; i++) o[r][v][i] *= shrink[r][i / 2];
+            }
+        }
+    }
+
+    // Calls `visit(r, e, row)` for each of this lane's rows that exist, with the row's index in out and lse.
+    template <class Item, class Visit>
+    DEVICE void for_each_row(const Item& item, const PrefillParams& params, const Visit& visit) const {
+#pragma unroll
+        for (uint32_t r = 0; r < RowTiles; r++) {
+#pragma unroll
+            for (uint32_t e = 0; e < 2; e++) {
+                const uint32_t row = row_of(item, r, e);
+                const uint32_t query = row / params.group;
+                if (query >= item.tile.queries) continue;
+                const uint64_t token = item.tile.first_query + query;
+                const uint32_t head = item.kv_head * params.group + row % params.group;
+                visit(r, e, token * params.kv_heads * params.group + head);
+            }
+        }
+    }
+
+    // Σ of l over the four lanes of a row. Only they come here together.
+    DEVICE float row_sum(uint32_t r, uint32_t e) const {
+        const uint32_t lanes = row_lanes();
+        float sum = l[r][e];
+        sum += __shfl_xor_sync(lanes, sum, 1);
+        sum += __shfl_xor_sync(lanes, sum, 2);
+        return sum;
+    }
+    static DEVICE uint32_t row_lanes() { return 0xfu << (lane_index() & ~3u); }
+
+    // out [rows, VDim] and lse [rows].
+    template <class Element, class Item>
+    DEVICE void write_output(Element* out, float* lse, const Item& item, const PrefillParams& params) const {
+        for_each_row(item, params, [&](uint32_t r, uint32_t e, uint64_t row) {
+            const uint32_t t = lane_index() % 4;
+            SoftmaxState state;
+            state.m = m[r][e] * LN_2;
+            state.l = row_sum(r, e);
+            if (t == 0) lse[row] = state.lse();
+            const float scale = state.l > 0.0f || state.l != state.l ? 1.0f / state.l : 0.0f;
+#pragma unroll
+            for (uint32_t tile = 0; tile < V_TILES; tile++) {
+                *reinterpret_cast<uint32_t*>(out + row * VDim + tile * 8 + t * 2) =
+                    pack2<Element>(o[r][tile][2 * e] * scale, o[r][tile][2 * e + 1] * scale);
+            }
+        });
+    }
+
+    // state_o [rows, VDim] and state_ml [rows, 2]. The state so far joins here, at the end, when the scores' registers are free.
+    template <class Item>
+    DEVICE void carry_state(float* state_o, float* state_ml, const Item& item, const PrefillParams& params) const {
+        for_each_row(item, params, [&](uint32_t r, uint32_t e, uint64_t row) {
+            const uint32_t t = lane_index() % 4;
+            float sum = row_sum(r, e);
+            if (params.resume && m[r][e] == NEGATIVE_INFINITY && sum == 0.0f) return;  // nothing to add
+            const float m_before = params.resume ? state_ml[2 * row] * LOG2_E : NEGATIVE_INFINITY;
+            const float m_new = fmaxf(m[r][e], m_before);
+            const float reference = m_new == NEGATIVE_INFINITY ? 0.0f : m_new;
+            const float scale = exp2_approx(m[r][e] - reference);
+            const float scale_before = exp2_approx(m_before - reference);
+            const bool joins = scale_before != 0.0f;  // an empty state's O may hold anything
+            if (joins) sum = sum * scale + state_ml[2 * row + 1] * scale_before;
+            __syncwarp(row_lanes());  // all four have read what one of them overwrites
+            if (t == 0) {
+                // The running maximum passes NaN over; a state without a maximum would count as empty in the next step.
+                state_ml[2 * row] = sum != sum ? sum : m_new * LN_2;
+                state_ml[2 * row + 1] = sum;
+            }
+#pragma unroll
+            for (uint32_t tile = 0; tile < V_TILES; tile++) {
+                float2* const place = reinterpret_cast<float2*>(state_o + row * VDim + tile * 8 + t * 2);
+                float2 pair = make_float2(o[r][tile][2 * e], o[r][tile][2 * e + 1]);
+                if (joins) {
+                    const float2 before = *place;
+                    pair = make_float2(pair.x * scale + before.x * scale_before, pair.y * scale + before.y * scale_before);
+                }
+                *place = pair;
+            }
+        });
+    }
+};
+
+// The A operands of P·V over 16 keys: the accumulators of two neighbouring key tiles, rounded to storage.
+template <class Element>
+DEVICE void pack_p(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
+    a[0] = pack2<Element>(left[0], left[1]);
+    a[1] = pack2<Element>(left[2], left[3]);
+    a[2] = pack2<Element>(right[0], right[1]);
+    a[3] = pack2<Element>(right[2], right[3]);
+}
