@@ -1,4 +1,4 @@
-//! Attention on codes and the append that makes them: 64 query heads over 8 KV heads of 128 channels, Π = 64, bf16.
+//! Attention on codes, for decoding and for prompts, and the append that makes them: 64 query heads over 8 KV heads of 128 channels, Π = 64, bf16.
 //!
 //! The backend `cpu-reference` is the plain-Rust method. `hack_dequant_decode` is the same decode with dequantization in
 //! registers, over the same pages; dense bf16 decode is `attention/decode`.
@@ -7,7 +7,8 @@ use criterion::{BenchmarkId, Criterion, criterion_group};
 use half::bf16;
 use homomorphic_quant::gpu::{
     Append, AppendArgs, AppendConfig, AppendPlan, Counts, Decode, DecodeArgs, DecodeConfig, DecodePlan,
-    DecodeStep, DecodeStepArgs, Method, Places, Pools, Splits,
+    DecodeStep, DecodeStepArgs, Method, Places, Pools, Prefill, PrefillConfig, PrefillInputs, PrefillOutput,
+    PrefillPlan, Splits,
 };
 use homomorphic_quant::page::PageLayout;
 use homomorphic_quant::{Bits, BlockPlace, Cache, Capacity, Config, HeadBlock, KvShape, Rounding, reference};
@@ -211,6 +212,60 @@ fn decode(criterion: &mut Criterion) {
     }
 }
 
+/// A prompt that is seen as codes, and a chunk after a long cached context. Dense bf16 prefill is `attention/prefill`.
+fn prefill(criterion: &mut Criterion) {
+    let Some(mut bench) = GpuBench::new() else { return };
+    let cases = [("8192-causal", 8192, 8192), ("512-after-32768", 512, 32_768)];
+    for bits in Bits::ALL {
+        let mut group = bench.group(criterion, "homomorphic-quant/hack_prefill", &bits.to_string());
+        group.group.sample_size(20);
+        for (name, queries, kv_len) in cases {
+            let stream = bench.stream.clone();
+            let layer = Layer::new(&stream, bits, &[kv_len]);
+            let spec = spec();
+            let plan = PrefillPlan::new(PrefillConfig {
+                mode: reference::Prefill::Codes,
+                pools: layer.pools,
+                shape: spec.shape,
+                score: spec.score,
+                mask: spec.mask,
+                batch: 1,
+                max_queries: queries,
+                num_queries: queries,
+                max_kv_len: kv_len,
+            })
+            .expect("a valid plan");
+            let prefill = Prefill::<_, bf16>::prepare(&bench.gpu, &plan).expect("prepare");
+            let rows = queries * Q_HEADS;
+            let q = stream.clone_htod(&Inputs::Normal.generate::<bf16>(rows, DIM, 1)).expect("copy");
+            let cu_queries = stream.clone_htod(&[0, queries as u32]).expect("copy");
+            let mut out = stream.alloc_zeros::<bf16>(rows * DIM).expect("allocate");
+            let mut lse = stream.alloc_zeros::<f32>(rows).expect("allocate");
+            let mut status = StatusWord::new(&stream).expect("allocate");
+            let sequences = [(queries, kv_len)];
+            let work = (plan.bytes_moved(&sequences), plan.flops(&sequences));
+            bench.case(&mut group, name, work, |stream| {
+                let inputs = PrefillInputs {
+                    q: &View::device(&q, stream),
+                    cu_queries: &View::device(&cu_queries, stream),
+                    kv_len: &View::device(&layer.kv_len, stream),
+                    pages: &View::device(&layer.pages, stream),
+                    sink_pool: &View::device(&layer.sinks, stream),
+                    open_pool: &View::device(&layer.open, stream),
+                    places: places!(layer, stream),
+                    status: status.view_mut(stream),
+                };
+                let output = PrefillOutput {
+                    out: ViewMut::device(&mut out, stream),
+                    lse: ViewMut::device(&mut lse, stream),
+                };
+                prefill.run(stream, inputs, output).expect("launch");
+            });
+            assert_eq!(status.read(&stream).expect("read the status"), None, "{name}");
+        }
+    }
+}
+
 /// A prompt's layer at once, and a decoding step of 16 sequences of which one closes a block.
 fn append(criterion: &mut Criterion) {
     let Some(mut bench) = GpuBench::new() else { return };
@@ -257,4 +312,4 @@ fn append(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, cpu, decode, append);
+criterion_group!(benches, cpu, decode, prefill, append);

@@ -9,6 +9,7 @@ pub const HEADER_DIGESTS: &[(&str, &str)] = &[
     ("fdc_params.h", "81d02e68ec5e2a1571023e5f5f62e790966675690ec912b76554208839fc847e"),
     ("hack_append_params.h", "0cf237835d324da496bad60f99fce8340db80df7522d0f16f948896b33bd9f4c"),
     ("hack_decode_params.h", "e12f4ad7aca8ed0caec2bd17dc3dda2690f7691835804a3593ba6ea4d05f660d"),
+    ("hack_prefill_params.h", "17f9dff541e61bf3193a769f6b05e07dc40753096f7e6d9519c383383b18352e"),
     ("merge_states_params.h", "a1ca4ca86a37067ead0a7fdbb4a70c68ff2be74458bddc317fa12c2d18667ee8"),
     ("prefill_params.h", "3d61a6398e818b2d2f1de440731d6181a7005a251c83a5fb60c20befdba23406"),
     ("status_params.h", "4f7980c429bc31cb21feb31a9a1840964bf406b48721d9a745514ad009959d99"),
@@ -543,6 +544,34 @@ const _: () = {
     ["Offset of field: HackDecodeParams::soft_cap"]
         [::core::mem::offset_of!(HackDecodeParams, soft_cap) - 88usize];
     ["Offset of field: HackDecodeParams::_pad"][::core::mem::offset_of!(HackDecodeParams, _pad) - 92usize];
+};
+#[doc = " Shape, layout and mask of a prefill over a quantized KV cache."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct HackPrefillParams {
+    #[doc = " Cache, heads, mask and score. Of what it says on queries, q_len is the most that a sequence has; what it says on splits is\n not read."]
+    pub cache: HackDecodeParams,
+    #[doc = " Query tokens of all sequences."]
+    pub num_queries: u32,
+    #[doc = " 1 where the cache holds the queries' own tokens, as its last; 0 where the queries come after all that it holds."]
+    pub cached: u32,
+    #[doc = " 1 where the softmax state starts from the one stored, 0 where it starts empty."]
+    pub resume: u32,
+    #[doc = " 1 where the state is left as it is, unnormalised; 0 where outputs are written."]
+    pub keep: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of HackPrefillParams"][::core::mem::size_of::<HackPrefillParams>() - 112usize];
+    ["Alignment of HackPrefillParams"][::core::mem::align_of::<HackPrefillParams>() - 8usize];
+    ["Offset of field: HackPrefillParams::cache"][::core::mem::offset_of!(HackPrefillParams, cache) - 0usize];
+    ["Offset of field: HackPrefillParams::num_queries"]
+        [::core::mem::offset_of!(HackPrefillParams, num_queries) - 96usize];
+    ["Offset of field: HackPrefillParams::cached"]
+        [::core::mem::offset_of!(HackPrefillParams, cached) - 100usize];
+    ["Offset of field: HackPrefillParams::resume"]
+        [::core::mem::offset_of!(HackPrefillParams, resume) - 104usize];
+    ["Offset of field: HackPrefillParams::keep"][::core::mem::offset_of!(HackPrefillParams, keep) - 108usize];
 };
 #[doc = " Shape of one merge of partial attention states."]
 #[repr(C)]

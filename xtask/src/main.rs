@@ -1,5 +1,6 @@
 //! Developer commands: `cargo xtask <command>`.
 
+mod accuracy;
 #[cfg(feature = "bindings")]
 mod bindings;
 #[cfg(feature = "gpu")]
@@ -40,9 +41,13 @@ gpu-status [--strict]
     Prints for each row of the kernel table whether it is proven on a GPU, failed, stale or never ran.
     --strict     fails unless every row is proven
 
+accuracy
+    Evaluates the bundled model in every KV mode and with every kind of low-rank plan, on the CPU, into benches/results/accuracy.
+    Takes some minutes.
+
 report [--check]
-    Generates benches/REPORT.md with its plots, and the GPU states in README.md, from benches/results, or checks that they are
-    fresh.
+    Generates benches/REPORT.md with its plots, and the GPU states and accuracies in README.md, from benches/results, or checks that
+    they are fresh.
 
 lint
     Checks licences and sources of dependencies, shell scripts and Python programs.
@@ -59,6 +64,7 @@ fn main() -> ExitCode {
     let outcome = match arguments.split_first() {
         Some((command, rest)) => match command.as_str() {
             "toolkit" => toolkit::command(rest),
+            "accuracy" => accuracy::command(rest),
             #[cfg(feature = "kernels")]
             "kernels" => kernels::command(rest),
             #[cfg(feature = "bindings")]

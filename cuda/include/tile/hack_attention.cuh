@@ -154,8 +154,9 @@ struct HackAttention {
         __syncthreads();
     }
 
-    // Attends to the sinks and the open block, 16 tokens at a time, which the teams take in turn.
-    static DEVICE void attend_16_bit(Columns<Shape>& columns, const Stream& stream, const HackItem& item,
+    // Attends to the sinks and the open block, 16 tokens at a time, which the teams take in turn. State is Columns or Rows.
+    template <class State, class Item>
+    static DEVICE void attend_16_bit(State& state, const Stream& stream, const Item& item,
                                      const HackBuffers<Element>& buffers, const HackDecodeParams& params) {
         constexpr uint32_t TOKEN = KEY_DIM + VALUE_DIM;
         // As with page ids: a place that has gone bad since the plan reads a wrong page.
@@ -192,7 +193,7 @@ struct HackAttention {
             cp_async_commit();
             cp_async_wait<0>();
             stream.sync();
-            columns.attend_rows(k, v, item, params, [&](uint32_t row) {
+            state.attend_rows(k, v, item, params, [&](uint32_t row) {
                 const uint32_t token = first + row;
                 if (token < item.sinks) return token;
                 return token < item.sinks + item.open ? token + item.closed * Shape::BLOCK : ~0u;

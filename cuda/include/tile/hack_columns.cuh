@@ -14,11 +14,9 @@
 #include "ptx/mma.cuh"
 #include "ptx/shuffle.cuh"
 #include "tile/fragment.cuh"
+#include "tile/hack_codes.cuh"
 #include "tile/hack_tokens.cuh"
 #include "types.cuh"
-
-DEVICE void mma_m16n8k16(f16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_m16n8k16_f16(d, a, b); }
-DEVICE void mma_m16n8k16(bf16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_m16n8k16_bf16(d, a, b); }
 
 // What one block needs to know about the queries and tokens it works on.
 struct HackItem {

@@ -16,11 +16,17 @@ struct VisibleTokens {
     DEVICE bool sees(uint32_t token) const { return token < end && (token >= begin || token < sinks); }
 };
 
-// Query i of q_len sees tokens up to kv_len − q_len + i, of them the last `window` and the first `window_sinks`.
+// What a query sees whose position is `own` − 1, of kv_len tokens: those up to its own, of them the last `window` and the first
+// `window_sinks`.
+DEVICE VisibleTokens visible_before(uint32_t own, uint32_t kv_len, const HackDecodeParams& params) {
+    const bool cut = params.window != 0 && own > params.window;
+    return {cut ? own - params.window : 0, own < kv_len ? own : kv_len, cut ? params.window_sinks : 0};
+}
+
+// Query i of q_len sits at kv_len − q_len + i.
 DEVICE VisibleTokens visible_tokens(uint32_t query, uint32_t kv_len, const HackDecodeParams& params) {
-    const uint32_t end = kv_len + query + 1 > params.q_len ? kv_len + query + 1 - params.q_len : 0;
-    const bool cut = params.window != 0 && end > params.window;
-    return {cut ? end - params.window : 0, end, cut ? params.window_sinks : 0};
+    const uint32_t own = kv_len + query + 1 > params.q_len ? kv_len + query + 1 - params.q_len : 0;
+    return visible_before(own, kv_len, params);
 }
 
 struct HackTokens {

@@ -35,7 +35,8 @@
 //            copies 12, loads from shared memory 34, codes into fragments 128 (4 masks per word of 16 codes, no shift),
 //            integer products 32, u: scale 64, range 80, codes 88, α and β 24, q·m 8 products + 4 loads, β·ksum 4 products + 8
 //            conversions, scores 64, softmax 96, P: scales 32, w and its minimum term 64, range 112, codes 88, products' factors
-//            32, transposes 8, outputs 64, vsum 48, loop 40: about 1130.
+//            32, transposes 8, outputs 64, vsum 48, loop 40: about 1130. In machine code (sm_90a) the loop over pages has 1509 (2
+//            bits), 1485 (4) and 1469 (8), of which some 180 only run for masks or a maximum that moves.
 //          168 registers where 3 blocks share an SM, else 255.
 // Limit:   bytes of pages, each read once, at 4 and 8 bits; instruction issue at 2 bits.
 #include "core.cuh"
@@ -45,6 +46,7 @@
 #include "ptx/mma.cuh"
 #include "ptx/shuffle.cuh"
 #include "tile/hack_attention.cuh"
+#include "tile/hack_codes.cuh"
 #include "tile/hack_page.cuh"
 #include "types.cuh"
 
@@ -65,64 +67,6 @@ constexpr uint32_t TOKEN_TILES = PARTITION / 16;
 constexpr uint32_t K_PARTITIONS = Packed::K_PARTITIONS;
 constexpr uint32_t V_PARTITIONS = Packed::V_PARTITIONS;
 constexpr uint32_t K_HALVES = Packed::K_CHANNELS / 16;  // halves of k-steps in a channel partition
-
-// Adding 1.5·2²³ rounds a small float to nearest even and leaves it in the low bits.
-constexpr float ROUND = 12582912.0f;
-
-// Four codes, still with the bits of ROUND, as bytes in the order given.
-DEVICE uint32_t pack_codes(float a, float b, float c, float d) {
-    const uint32_t low = __byte_perm(bit_cast<uint32_t>(a), bit_cast<uint32_t>(b), 0x0040);
-    const uint32_t high = __byte_perm(bit_cast<uint32_t>(c), bit_cast<uint32_t>(d), 0x0040);
-    return __byte_perm(low, high, 0x5410);
-}
-
-// Scale and reciprocal of an 8-bit group: x ≈ scale·code + min.
-struct EightBit {
-    float scale;
-    float reciprocal;
-
-    DEVICE EightBit(float min, float max) {
-        scale = (max - min) * (1.0f / 255.0f);
-        if (!(scale >= 1.17549435e-38f)) scale = 1.0f;
-        reciprocal = rcp_approx(scale);
-    }
-    // The code of x, with the bits of ROUND.
-    DEVICE float code(float x, float min) const { return __fmaf_rn(x - min, reciprocal, ROUND); }
-};
-
-template <uint32_t Bytes>
-struct Words {
-    static constexpr uint32_t COUNT = Bytes / 4;
-    uint32_t word[COUNT];
-
-    // From `index` times Bytes bytes on, in shared memory.
-    DEVICE Words(const unsigned char* from, uint32_t index) {
-        from += index * Bytes;
-        if constexpr (Bytes % 16 == 0) {
-#pragma unroll
-            for (uint32_t i = 0; i < COUNT / 4; i++) {
-                const uint4 four = reinterpret_cast<const uint4*>(from)[i];
-                word[4 * i] = four.x, word[4 * i + 1] = four.y, word[4 * i + 2] = four.z, word[4 * i + 3] = four.w;
-            }
-        } else if constexpr (Bytes % 8 == 0) {
-#pragma unroll
-            for (uint32_t i = 0; i < COUNT / 2; i++) {
-                const uint2 two = reinterpret_cast<const uint2*>(from)[i];
-                word[2 * i] = two.x, word[2 * i + 1] = two.y;
-            }
-        } else {
-#pragma unroll
-            for (uint32_t i = 0; i < COUNT; i++) word[i] = reinterpret_cast<const uint32_t*>(from)[i];
-        }
-    }
-    // Value i of SumBytes bytes each.
-    template <uint32_t SumBytes>
-    DEVICE uint32_t integer(uint32_t i) const {
-        return SumBytes == 1 ? word[i / 4] >> (8 * (i % 4)) & 0xff : word[i / 2] >> (16 * (i % 2)) & 0xffff;
-    }
-    // 16-bit value i as f32.
-    DEVICE float value(uint32_t i) const { return to_f32(Element{static_cast<uint16_t>(word[i / 2] >> (16 * (i % 2)))}); }
-};
 
 // Long queries stay in shared memory: registers hold the outputs of as many channels.
 constexpr bool KEEPS_Q = QK_DIM <= 128;
@@ -173,7 +117,7 @@ struct Reader {
                 if constexpr (!KEEPS_Q) load_q(four, columns, half, to_score);
 #pragma unroll
                 for (uint32_t c = 0; c < 4; c++) {
-                    u[i][c] = __fmul_rn(KEEPS_Q ? q[half * 4 + c] : four[c], scales.value(c));
+                    u[i][c] = __fmul_rn(KEEPS_Q ? q[half * 4 + c] : four[c], scales.template value<Element>(c));
                     low = fminf(low, u[i][c]);
                     high = fmaxf(high, u[i][c]);
                 }
@@ -218,8 +162,8 @@ struct Reader {
             float own = 0.0f;
 #pragma unroll
             for (uint32_t p = round * 4; p < K_PARTITIONS && p < round * 4 + 4; p++) own = lane % 4 == p % 4 ? beta[p] : own;
-            const uint32_t rounded = bit_cast<uint32_t>(own) & 0xffffe000u;
-            const uint32_t b[2] = {rounded, bit_cast<uint32_t>(own - bit_cast<float>(rounded))};
+            const TwoParts parts(own);
+            const uint32_t b[2] = {parts.high, parts.low};
             // Lanes without a partition read another's sums, which meet a β of 0.
             const uint32_t partition = min(round * 4 + lane % 4, K_PARTITIONS - 1);
             const Words<PARTITION / 8 * Packed::K_SUM_BYTES> sums(piece + Packed::K_SUMS, lane / 4 * K_PARTITIONS + partition);
@@ -299,10 +243,10 @@ struct Reader {
 #pragma unroll
                 for (uint32_t i = 0; i < 4; i++) {
                     const uint32_t token = tile * 2 + i / 2;
-                    w[tile][i] = __fmul_rn(p[tile][i], scales.value(token));
+                    w[tile][i] = __fmul_rn(p[tile][i], scales.template value<Element>(token));
                     low[i % 2] = fminf(low[i % 2], w[tile][i]);
                     high[i % 2] = fmaxf(high[i % 2], w[tile][i]);
-                    columns.minimum[v][i % 2] = __fmaf_rn(p[tile][i], minima.value(token), columns.minimum[v][i % 2]);
+                    columns.minimum[v][i % 2] = __fmaf_rn(p[tile][i], minima.template value<Element>(token), columns.minimum[v][i % 2]);
                 }
             }
             float reciprocal[2];

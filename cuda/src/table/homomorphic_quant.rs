@@ -28,6 +28,18 @@ const DECODE_CONSTANTS: &[Constant] = &[
     Constant { name: "SOFT_CAP", allowed: &[0, 1] },
 ];
 
+const PREFILL_DIMS: &[i64] = &[64, 96, 128];
+
+const PREFILL_CONSTANTS: &[Constant] = &[
+    Constant { name: "K_BITS", allowed: BITS },
+    Constant { name: "V_BITS", allowed: BITS },
+    PARTITION,
+    Constant { name: "QK_DIM", allowed: PREFILL_DIMS },
+    Constant { name: "V_DIM", allowed: PREFILL_DIMS },
+    KV_DTYPE,
+    Constant { name: "SOFT_CAP", allowed: &[0, 1] },
+];
+
 const fn append_row(values: &'static [i64]) -> Row {
     let shared = crate::kernels::homomorphic_quant::AppendVariant {
         k_bits: values[0] as usize,
@@ -52,6 +64,19 @@ const fn decode_row(values: &'static [i64]) -> Row {
         v_dim: values[4] as usize,
         column_tiles: values[5] as usize,
         soft_cap: values[7] != 0,
+    }
+    .shared_bytes();
+    Row { values, registers: 255, shared: shared as u32, emulated: true }
+}
+
+const fn prefill_row(values: &'static [i64]) -> Row {
+    let shared = crate::kernels::homomorphic_quant::PrefillVariant {
+        k_bits: values[0] as usize,
+        v_bits: values[1] as usize,
+        partition: values[2] as usize,
+        qk_dim: values[3] as usize,
+        v_dim: values[4] as usize,
+        soft_cap: values[6] != 0,
     }
     .shared_bytes();
     Row { values, registers: 255, shared: shared as u32, emulated: true }
@@ -115,6 +140,21 @@ pub(super) const KERNELS: &[Kernel] = &[
             decode_row(&[4, 4, 64, 128, 128, 1, dtype::BF16, 0]),
             decode_row(&[8, 8, 64, 128, 128, 1, dtype::BF16, 0]),
             decode_row(&[2, 4, 32, 64, 64, 1, dtype::F16, 0]),
+        ],
+    },
+    Kernel {
+        name: "hack_prefill",
+        group: "homomorphic-quant",
+        source: include_str!("../../kernels/homomorphic-quant/hack_prefill.cu"),
+        constants: PREFILL_CONSTANTS,
+        arch: ArchClass::Portable,
+        threads: 128,
+        rows: &[
+            prefill_row(&[2, 2, 64, 128, 128, dtype::BF16, 0]),
+            prefill_row(&[4, 4, 64, 128, 128, dtype::BF16, 0]),
+            prefill_row(&[8, 8, 64, 128, 128, dtype::BF16, 0]),
+            prefill_row(&[2, 4, 32, 64, 64, dtype::F16, 0]),
+            prefill_row(&[4, 2, 64, 96, 96, dtype::F16, 1]),
         ],
     },
 ];

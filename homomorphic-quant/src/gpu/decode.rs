@@ -10,7 +10,8 @@ use cuda::params::HackDecodeParams;
 use cuda::storage::Storage;
 use cuda::workspace::{Carver, Layout, Region};
 
-use super::{Places, Pools, check_dtype, to_u32};
+use super::params::{Queried, params};
+use super::{Places, Pools, check_dtype, side_args, to_u32};
 use crate::Error;
 
 /// Blocks per SM; the rings of three fit the 227 KB of an sm_90 SM.
@@ -79,30 +80,18 @@ impl DecodePlan {
     /// [`Error::Argument`] for a shape, mask or size that the kernels do not support.
     pub fn new(config: DecodeConfig) -> Result<Self, Error> {
         let (shape, pools, geometry) = (config.shape, config.pools, *config.pools.geometry());
-        for (argument, value) in
-            [("batch", config.batch), ("q_len", config.q_len), ("sm_count", config.sm_count as usize)]
-        {
-            if value == 0 {
-                return Err(Error::argument(argument, "at least 1", 0));
-            }
+        if config.sm_count == 0 {
+            return Err(Error::argument("sm_count", "at least 1", 0));
         }
-        let heads = (shape.kv_heads(), shape.qk_dim(), shape.v_dim());
-        let pooled = (pools.kv_heads(), geometry.qk_dim, geometry.v_dim);
-        if heads != pooled {
-            let text = |(heads, qk, v)| format!("{heads} KV heads of {qk} and {v} channels");
-            return Err(Error::argument("shape", text(pooled), text(heads)));
-        }
-        let (window, window_sinks) = match config.mask {
-            Mask::Causal => (0, 0),
-            Mask::SlidingWindow { window, sinks } if window > 0 && sinks <= pools.sinks() => {
-                (to_u32("window", window)?, sinks as u32)
-            }
-            other => {
-                let expected =
-                    format!("causal, or a sliding window with at most {} sinks, the cache's", pools.sinks());
-                return Err(Error::argument("mask", expected, format!("{other:?}")));
-            }
+        let queried = Queried {
+            shape,
+            score: config.score,
+            mask: config.mask,
+            batch: config.batch,
+            q_len: config.q_len,
+            max_kv_len: config.max_kv_len,
         };
+        let params = params(&pools, &queried)?;
         let (unit_pages, fixed_parts) = match config.splits {
             Splits::Balanced => (1, false),
             Splits::Fixed { tokens } if tokens > 0 && tokens.is_multiple_of(geometry.partition) => {
@@ -115,37 +104,18 @@ impl DecodePlan {
         };
 
         let queries = config.q_len.saturating_mul(shape.group());
-        to_u32("q_len", queries)?;
         let column_tiles = match queries {
             ..=8 => 1,
             9..=16 => 2,
             _ => 4,
         };
         let columns = kernels::columns(column_tiles);
-        let counts = pools.counts();
         let params = HackDecodeParams {
-            page_stride: i64::from(to_u32("page", pools.page_bytes())?),
-            table_batch_stride: counts.max_pages as i64,
-            batch: to_u32("batch", config.batch)?,
-            q_len: to_u32("q_len", config.q_len)?,
-            kv_heads: to_u32("kv_heads", shape.kv_heads())?,
-            group: shape.group() as u32,
             column_blocks: queries.div_ceil(columns) as u32,
-            partition: geometry.partition as u32,
-            sinks: to_u32("sinks", pools.sinks())?,
-            max_pages: to_u32("max_pages", counts.max_pages)?,
-            num_pages: to_u32("pages", counts.pages)?,
-            num_sink_pages: to_u32("sink_pages", counts.sink_pages)?,
-            num_open_pages: to_u32("open_pages", counts.open_pages)?,
-            max_kv_len: to_u32("max_kv_len", config.max_kv_len)?,
-            window,
-            window_sinks,
             unit_pages,
             fixed_parts: u32::from(fixed_parts),
             min_units: if fixed_parts { 1 } else { MIN_UNITS_PER_BLOCK },
-            scale: config.score.scale(),
-            soft_cap: config.score.soft_cap().unwrap_or(0.0),
-            _pad: 0,
+            ..params
         };
         let variant = kernels::DecodeVariant {
             method: config.method,
@@ -237,14 +207,6 @@ fn check_sm_count(device: &impl Device, planned: u32) -> Result<(), Error> {
             Err(Error::argument("device", format!("{planned} SMs, as planned"), format!("{found} SMs")))
         }
         _ => Ok(()),
-    }
-}
-
-const fn side_args<'a>(places: &Places<'a>) -> kernels::SideArgs<'a> {
-    kernels::SideArgs {
-        block_table: places.block_table,
-        sink_page: places.sink_page,
-        open_page: places.open_page,
     }
 }
 

@@ -6,8 +6,9 @@
 //! is named by the caller's status word.
 //!
 //! [`Append`] quantizes what new tokens complete and keeps the rest in 16 bits, for one token per step as for a whole prompt.
-//! [`Decode`] attends to the result; with many queries per sequence it is prefill on codes. Both work on the caller's
-//! [`Pools`]: pages in [`PageLayout::Packed`](crate::page::PageLayout::Packed), sinks and open blocks as
+//! [`Decode`] attends to the result, split over the pages; [`Prefill`] does so for ragged batches of many queries, in one pass or
+//! continuing a state, so that an exact prefill is dense attention over the new tokens and then this over the cached ones. All
+//! work on the caller's [`Pools`]: pages in [`PageLayout::Packed`](crate::page::PageLayout::Packed), sinks and open blocks as
 //! [`SidePage`](crate::page::SidePage)s.
 //!
 //! A NaN or infinity among new keys or values is not an error here, since nobody would read one back: the group of values that
@@ -17,13 +18,17 @@
 
 mod append;
 mod decode;
+mod params;
 mod pools;
+mod prefill;
 
 pub use append::{Append, AppendArgs, AppendConfig, AppendPlan};
 pub use attention::gpu::Splits;
 pub use cuda::kernels::homomorphic_quant::Method;
+use cuda::kernels::homomorphic_quant::SideArgs;
 pub use decode::{Decode, DecodeArgs, DecodeConfig, DecodePlan, DecodeStep, DecodeStepArgs, PlannedStep};
 pub use pools::{Counts, Places, Pools};
+pub use prefill::{Prefill, PrefillConfig, PrefillInputs, PrefillOutput, PrefillPlan, PrefillState};
 
 use crate::Error;
 
@@ -33,6 +38,10 @@ fn to_u32(argument: &'static str, value: usize) -> Result<u32, Error> {
         .ok()
         .filter(|value| *value <= i32::MAX as u32)
         .ok_or_else(|| Error::argument(argument, format!("at most {}", i32::MAX), value))
+}
+
+const fn side_args<'a>(places: &Places<'a>) -> SideArgs<'a> {
+    SideArgs { block_table: places.block_table, sink_page: places.sink_page, open_page: places.open_page }
 }
 
 /// Refuses storage of another type than the cache's.

@@ -12,7 +12,8 @@ use homomorphic_quant::gpu::{
 };
 use homomorphic_quant::{Error, reference};
 
-use crate::sequences::{Cached, DeviceTable, Shape, Table, Tokens};
+use crate::close::assert_close;
+use crate::sequences::{Cached, DeviceTable, Shape, Table, Tokens, saturate_queries};
 
 emulator::device_test!(
     equals_the_reference,
@@ -190,40 +191,13 @@ fn lens(case: &Case) -> Vec<u32> {
     case.kv_lens.iter().map(|len| *len as u32).collect()
 }
 
-/// Codes of queries and probabilities are those of the reference but for near-ties that the last bit decides (one in ten
-/// thousand): the median row shows nothing of them, and one wrong code moves a score by less than 1e-2.
-fn assert_close<E: Element>(decoded: &Decoded<E>, expected: &(Vec<f64>, Vec<f64>), dim: usize, name: &str) {
-    let (out, lse) = expected;
-    let epsilon = E::DTYPE.epsilon();
-    Comparison::new(&decoded.lse, lse, Tolerance::new(1e-2, 1e-5)).assert(format_args!("lse of {name}"));
-    Comparison::new(&decoded.out, out, Tolerance::new(5e-3, 5e-3 + epsilon))
-        .assert(format_args!("out of {name}"));
-    let median = |mut errors: Vec<f64>| {
-        errors.sort_by(f64::total_cmp);
-        errors.get(errors.len() / 2).copied().unwrap_or(0.0)
-    };
-    let of_lse: Vec<f64> =
-        decoded.lse.iter().zip(lse).map(|(x, y)| (f64::from(*x) - y).abs() / (1.0 + y.abs())).collect();
-    let of_lse = median(of_lse.into_iter().filter(|error| error.is_finite()).collect());
-    assert!(of_lse < 2e-5, "{name}: median error of lse {of_lse:e}");
-    // Rows as wholes, beyond the rounding of the output.
-    let rows = decoded.out.chunks_exact(dim).zip(out.chunks_exact(dim));
-    let of_rows = rows.filter(|(_, expected)| expected.iter().any(|x| *x != 0.0)).map(|(found, expected)| {
-        let excess = |(x, y): (&E, &f64)| ((x.to_f64() - y).abs() - epsilon * y.abs()).max(0.0).powi(2);
-        let error: f64 = found.iter().zip(expected).map(excess).sum();
-        (error / expected.iter().map(|y| y * y).sum::<f64>()).sqrt()
-    });
-    let of_rows = median(of_rows.collect());
-    assert!(of_rows < 1e-4, "{name}: median row error {of_rows:e}");
-}
-
 fn check<R: Rig, E: Storage + Element>(rig: &R, case: &Case, seed: u64) {
     let inputs = inputs::<E>(case, seed);
     let expected = expected(case, &inputs);
     let decoded = decode(rig, case, &inputs, &lens(case));
     let name = format!("{case:?} as {} with seed {seed} on {}", E::NAME, rig.name());
     assert_eq!(decoded.fault, None, "{name}");
-    assert_close(&decoded, &expected, case.shape.dims.1, &name);
+    assert_close((&decoded.out, &decoded.lse), (&expected.0, &expected.1), case.shape.dims.1, &name);
 }
 
 fn equals_the_reference<R: Rig>(rig: &R) {
@@ -302,29 +276,13 @@ fn saturated_codes_do_not_overflow<R: Rig>(rig: &R) {
     {
         let case = Case::new(Shape { sinks: 0, ..Shape::new((2, 1), dim, bits, partition) }, 1, &[partition]);
         let mut saturated = inputs::<bf16>(&case, 17);
-        // One small value per group, the others at its largest code: keys by channel, values by token and partition.
-        let token = |t: usize, c: usize| if t == 0 || c == 0 { -1.0 } else { 1.0 };
-        let key = |t: usize, _: usize| if t == 0 { -1.0 } else { 1.0 };
-        let fill = |value: &dyn Fn(usize, usize) -> f64| -> Vec<bf16> {
-            (0..partition * dim).map(|i| bf16::from_f64(value(i / dim, i % dim))).collect()
-        };
-        let channels = partition.min(dim);
-        let tokens = Tokens { len: partition, k: fill(&key), v: fill(&|t, c| token(t + 1, c % channels)) };
-        saturated.cached = Cached::new(&case.shape, &[tokens]);
-        for q in saturated.q.chunks_exact_mut(dim) {
-            // In every channel partition one low query, so that the others have code 255; scores nearly equal.
-            q.iter_mut()
-                .enumerate()
-                .for_each(|(c, q)| *q = bf16::from_f32(if c % channels == 0 { 0.0 } else { 0.01 }));
-        }
+        saturated.cached = Cached::new(&case.shape, &[Tokens::<bf16>::saturated(&case.shape)]);
+        saturate_queries(&case.shape, &mut saturated.q);
+        let expected = expected(&case, &saturated);
         let decoded = decode(rig, &case, &saturated, &lens(&case));
         let name = format!("{case:?} on {}", rig.name());
-        assert_close(&decoded, &expected(&case, &saturated), dim, &name);
-        let block = saturated.cached.cache.block(&saturated.cached.sequences[0], 0, 0).expect("a block");
-        // The scale's own rounding may cost the last code.
-        let largest = ((1u32 << bits.0) - 1) as u8;
-        let saturated = block.k_codes[dim..].iter().all(|code| *code >= largest - largest / 64);
-        assert!(saturated, "{name}: the codes are not saturated");
+        assert_close((&decoded.out, &decoded.lse), (&expected.0, &expected.1), dim, &name);
+        saturated.cached.assert_saturated(&case.shape, &name);
     }
 }
 
@@ -367,7 +325,7 @@ fn bad_sequences_are_reported_and_the_others_stay_right<R: Rig>(rig: &R) {
         let (mut out, mut lse) = expected(&case, &inputs);
         out[4 * 64..8 * 64].fill(0.0);
         lse[4..8].fill(f64::NEG_INFINITY);
-        assert_close(&decoded, &(out, lse), 64, &name);
+        assert_close((&decoded.out, &decoded.lse), (&out, &lse), 64, &name);
     }
 }
 

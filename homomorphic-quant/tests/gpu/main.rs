@@ -2,5 +2,7 @@
 #![cfg(feature = "cuda")]
 
 mod append;
+mod close;
 mod decode;
+mod prefill;
 mod sequences;

@@ -59,6 +59,17 @@ impl<E: Element> Tokens<E> {
         Tokens { len, k, v }
     }
 
+    /// One block whose codes are all at one end, for a shape without sinks and with one KV head: one small value per group, the
+    /// others at its largest code; keys by channel, values by token and channel partition.
+    pub(crate) fn saturated(shape: &Shape) -> Self {
+        let (len, dim) = (shape.partition, shape.dims.0);
+        let channels = len.min(dim);
+        let fill = |small: &dyn Fn(usize, usize) -> bool| -> Vec<E> {
+            (0..len * dim).map(|i| E::from_f64(if small(i / dim, i % dim) { -1.0 } else { 1.0 })).collect()
+        };
+        Tokens { len, k: fill(&|token, _| token == 0), v: fill(&|_, channel| channel % channels == 0) }
+    }
+
     /// Appends tokens `from..to` to a sequence of the CPU's cache.
     pub(crate) fn append(
         &self,
@@ -73,6 +84,15 @@ impl<E: Element> Tokens<E> {
         let k = HeadsView::nhd(&k, self.len, shape.kv_heads, shape.dims.0).expect("keys");
         let v = HeadsView::nhd(&v, self.len, shape.kv_heads, shape.dims.1).expect("values");
         cache.append(sequence, k.slice(from..to), v.slice(from..to)).expect("room for the tokens");
+    }
+}
+
+/// Makes queries whose codes against [`Tokens::saturated`] are at one end too, with scores nearly equal: in every channel partition
+/// one low value, so that the others have code 255.
+pub(crate) fn saturate_queries<E: Element>(shape: &Shape, queries: &mut [E]) {
+    let (dim, channels) = (shape.dims.0, shape.partition.min(shape.dims.0));
+    for (i, q) in queries.iter_mut().enumerate() {
+        *q = E::from_f64(if (i % dim).is_multiple_of(channels) { 0.0 } else { 0.01 });
     }
 }
 
@@ -96,9 +116,14 @@ pub(crate) struct Table {
 impl Cached {
     /// Sequences of these tokens. They grow in turns, so that their pages mix.
     pub(crate) fn new<E: Element>(shape: &Shape, tokens: &[Tokens<E>]) -> Self {
+        Self::with_room(shape, tokens, 0)
+    }
+
+    /// With room for `room` more tokens in each.
+    pub(crate) fn with_room<E: Element>(shape: &Shape, tokens: &[Tokens<E>], room: usize) -> Self {
         let config = shape.config::<E>();
         let longest = tokens.iter().map(|tokens| tokens.len).max().unwrap_or(0);
-        let capacity = Capacity::of_tokens(&config, tokens.len(), longest + shape.partition);
+        let capacity = Capacity::of_tokens(&config, tokens.len(), longest + room + shape.partition);
         let mut cache =
             Cache::shard(&config, 0, 0, shape.kv(), capacity, PageLayout::Packed).expect("a valid cache");
         let mut sequences: Vec<Sequence> = tokens.iter().map(|_| cache.sequence()).collect();
@@ -127,6 +152,15 @@ impl Cached {
             table.open_page[s] = sequence.open().map_or(u32::MAX, |page| page.index());
         }
         Cached { cache, sequences, table }
+    }
+
+    /// Fails unless the codes of the first block's keys are at one end, but for its first token.
+    pub(crate) fn assert_saturated(&self, shape: &Shape, name: &str) {
+        let block = self.cache.block(&self.sequences[0], 0, 0).expect("a block");
+        // The scale's own rounding may cost the last code.
+        let largest = ((1u32 << shape.bits.0) - 1) as u8;
+        let saturated = block.k_codes[shape.dims.0..].iter().all(|code| *code >= largest - largest / 64);
+        assert!(saturated, "{name}: the codes are not saturated");
     }
 
     pub(crate) fn pools(&self, shape: &Shape) -> Pools {

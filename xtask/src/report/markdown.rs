@@ -244,7 +244,7 @@ fn accuracy(text: &mut String, list: &[Accuracy]) {
             "No evaluation is recorded yet; `cargo run --release` measures the bundled model in seconds.\n";
         return;
     }
-    *text += "Held-out text, decoded token by token through the compressed cache, by the CPU references; `engine eval --json`.\n\n";
+    *text += "Held-out text, decoded token by token through the compressed cache, by the CPU references; `cargo xtask accuracy`.\n\n";
     heading(
         text,
         &[
@@ -260,10 +260,7 @@ fn accuracy(text: &mut String, list: &[Accuracy]) {
         ],
     );
     for row in list {
-        let dense = list.iter().find(|other| {
-            other.kv == "dense"
-                && (&other.model, other.context, other.tokens) == (&row.model, row.context, row.tokens)
-        });
+        let dense = row.dense_of(list);
         let delta =
             dense.map_or(String::new(), |dense| format!("{:+.4}", row.nll_per_token - dense.nll_per_token));
         line(

@@ -20,7 +20,7 @@ pub const fn columns(column_tiles: usize) -> usize {
 }
 
 /// Checks what the kernels read from [`HackDecodeParams`]; everything else follows from buffers and strides.
-fn check_params(kernel: &str, params: &HackDecodeParams) -> Result<(), Error> {
+pub(super) fn check_params(kernel: &str, params: &HackDecodeParams) -> Result<(), Error> {
     let at_least_1 = [
         ("batch", params.batch),
         ("q_len", params.q_len),
@@ -72,7 +72,7 @@ pub struct SideArgs<'a> {
 }
 
 impl SideArgs<'_> {
-    fn check(&self, kernel: &str, params: &HackDecodeParams) -> Result<(), Error> {
+    pub(super) fn check(&self, kernel: &str, params: &HackDecodeParams) -> Result<(), Error> {
         let table = pool_bytes(params.batch, params.table_batch_stride, params.max_pages as usize);
         self.block_table.check(kernel, "block_table", table, 4)?;
         self.sink_page.check(kernel, "sink_page", params.batch as usize, 4)?;
@@ -194,16 +194,20 @@ impl DecodeVariant {
 
     /// Dynamic shared memory of a block, in bytes: the queries, a ring per team, and the tail.
     pub const fn shared_bytes(&self) -> usize {
-        let segment = self.segment();
         let (columns, teams) = (columns(self.column_tiles), WARPS / self.column_tiles);
+        // The tail: a plan, a unit, maxima and sums, an item and a flag.
+        columns * self.qk_dim * 2 + teams * self.ring_bytes() + 32 + 8 + teams * columns * 8 + 52 + 4
+    }
+
+    /// The ring of a team, in bytes.
+    pub(super) const fn ring_bytes(&self) -> usize {
+        let segment = self.segment();
         let slot = larger(segment.keys.largest(), segment.values.largest());
         let fit = self.column_tiles * 16 * 1024 / slot;
         let slots = if fit > 8 { 8 } else { larger(fit, 3) };
         // A ring also holds 16 vectors in 16 bits, and at the end the team's state.
-        let other = larger(16 * (self.qk_dim + self.v_dim) * 2, columns * self.v_dim * 4);
-        let ring = larger(slots * slot, other).next_multiple_of(128);
-        // The tail: a plan, a unit, maxima and sums, an item and a flag.
-        columns * self.qk_dim * 2 + teams * ring + 32 + 8 + teams * columns * 8 + 52 + 4
+        let other = larger(16 * (self.qk_dim + self.v_dim) * 2, columns(self.column_tiles) * self.v_dim * 4);
+        larger(slots * slot, other).next_multiple_of(128)
     }
 }
 

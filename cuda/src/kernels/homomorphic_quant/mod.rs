@@ -3,12 +3,14 @@
 mod append;
 mod decode;
 mod page;
+mod prefill;
 
 pub use append::{Append, AppendArgs, AppendVariant};
 pub use decode::{
     Decode, DecodeArgs, DecodePlan, DecodePlanArgs, DecodeVariant, Method, SideArgs, columns, part_slots,
 };
 pub use page::{PackedSegment, Pieces};
+pub use prefill::{Prefill, PrefillArgs, PrefillResult, PrefillState, PrefillVariant, StateArgs};
 
 /// Elements of a dense tensor; `usize::MAX`, which no view has, where no memory can hold them.
 fn elements(extents: &[usize]) -> usize {

@@ -1,0 +1,463 @@
+//! Prefill on codes, against the reference on the same codes.
+
+use attention::reference as dense;
+use attention::softmax_state::Raw;
+use attention::testing::{Comparison, Inputs, Tolerance};
+use attention::{AttentionSpec, Element, FaultCode, HeadsView, Mask, RaggedKv, RaggedView, Score};
+use cuda::status::Fault;
+use cuda::storage::Storage;
+use emulator::rig::Rig;
+use half::{bf16, f16};
+use homomorphic_quant::gpu::{
+    Prefill, PrefillConfig, PrefillInputs, PrefillOutput, PrefillPlan, PrefillState,
+};
+use homomorphic_quant::reference::Prefill as Mode;
+use homomorphic_quant::{Error, reference};
+
+use crate::close::assert_close;
+use crate::sequences::{Cached, DeviceTable, Shape, Tokens, saturate_queries};
+
+emulator::device_test!(
+    equals_the_reference,
+    continues_dense_attention_over_the_new_tokens,
+    states_of_two_caches_make_one,
+    saturated_codes_do_not_overflow,
+    bad_sequences_are_reported_and_the_others_stay_right,
+    nan_is_never_dropped,
+);
+
+/// Sequences of (queries, cached tokens).
+#[derive(Debug, Clone)]
+struct Case {
+    shape: Shape,
+    sequences: Vec<(usize, usize)>,
+    mask: Mask,
+    soft_cap: Option<f32>,
+    kinds: (Inputs, Inputs),
+    mode: Mode,
+}
+
+impl Case {
+    fn new(shape: Shape, sequences: &[(usize, usize)]) -> Self {
+        Case {
+            shape,
+            sequences: sequences.to_vec(),
+            mask: Mask::Causal,
+            soft_cap: None,
+            kinds: (Inputs::OutlierChannels, Inputs::Normal),
+            mode: Mode::Codes,
+        }
+    }
+
+    fn spec(&self) -> AttentionSpec {
+        let score = Score::new((self.shape.dims.0 as f32).powf(-0.5)).expect("a finite scale");
+        let score = self.soft_cap.map_or(score, |cap| score.with_soft_cap(cap).expect("a positive cap"));
+        AttentionSpec { shape: self.shape.heads(), score, mask: self.mask }
+    }
+
+    fn queries(&self) -> usize {
+        self.sequences.iter().map(|(queries, _)| queries).sum()
+    }
+
+    fn rows(&self) -> usize {
+        self.queries() * self.shape.q_heads
+    }
+
+    /// First query of each sequence, then one past the last.
+    fn cu_queries(&self) -> Vec<u32> {
+        let mut begin = 0;
+        let ends = self.sequences.iter().map(|(queries, _)| {
+            begin += *queries as u32;
+            begin
+        });
+        [0].into_iter().chain(ends.collect::<Vec<_>>()).collect()
+    }
+
+    fn lens(&self) -> Vec<u32> {
+        self.sequences.iter().map(|(_, len)| *len as u32).collect()
+    }
+
+    fn config(&self, cached: &Cached) -> PrefillConfig {
+        let spec = self.spec();
+        PrefillConfig {
+            mode: self.mode,
+            pools: cached.pools(&self.shape),
+            shape: spec.shape,
+            score: spec.score,
+            mask: spec.mask,
+            batch: self.sequences.len(),
+            max_queries: self.sequences.iter().map(|(queries, _)| *queries).max().unwrap_or(1).max(1),
+            num_queries: self.queries(),
+            max_kv_len: 4096,
+        }
+    }
+}
+
+/// Queries `[num_queries, q_heads, qk_dim]` and cached sequences of a case.
+struct Inputs16<E> {
+    q: Vec<E>,
+    cached: Cached,
+}
+
+fn inputs<E: Element>(case: &Case, seed: u64) -> Inputs16<E> {
+    inputs_with_room(case, 0, seed)
+}
+
+/// With room for `room` more tokens in each sequence.
+fn inputs_with_room<E: Element>(case: &Case, room: usize, seed: u64) -> Inputs16<E> {
+    let tokens: Vec<Tokens<E>> = (case.sequences.iter().zip(seed * 100..))
+        .map(|(&(_, len), seed)| Tokens::new(&case.shape, len, case.kinds, seed))
+        .collect();
+    Inputs16 {
+        q: Inputs::Normal.generate(case.rows(), case.shape.dims.0, seed + 7),
+        cached: Cached::with_room(&case.shape, &tokens, room),
+    }
+}
+
+fn widened<E: Element>(values: &[E]) -> Vec<f32> {
+    values.iter().map(|x| x.to_f64() as f32).collect()
+}
+
+/// Outputs and LSEs of all rows.
+type Rows = (Vec<f64>, Vec<f64>);
+
+/// What the reference computes on the same codes.
+fn expected<E: Element>(case: &Case, inputs: &Inputs16<E>) -> Rows {
+    let (q_heads, (qk_dim, v_dim)) = (case.shape.q_heads, case.shape.dims);
+    let q = widened(&inputs.q);
+    let (mut out, mut lse) = (vec![f32::NAN; case.rows() * v_dim], vec![f32::NAN; case.rows()]);
+    let mut row = 0;
+    for (&(queries, _), sequence) in case.sequences.iter().zip(&inputs.cached.sequences) {
+        let end = row + queries * q_heads;
+        let q = HeadsView::nhd(&q[row * qk_dim..end * qk_dim], queries, q_heads, qk_dim).expect("queries");
+        let (out, lse) = (&mut out[row * v_dim..end * v_dim], &mut lse[row..end]);
+        reference::attend(&case.spec(), &inputs.cached.cache, sequence, q, None, out, lse)
+            .expect("a valid case");
+        row = end;
+    }
+    (out.into_iter().map(f64::from).collect(), lse.into_iter().map(f64::from).collect())
+}
+
+/// A raw softmax state: O `[rows, v_dim]`, (m, l) `[rows, 2]`.
+#[derive(Debug, Clone, PartialEq)]
+struct State {
+    o: Vec<f32>,
+    ml: Vec<f32>,
+}
+
+/// What to do with a state.
+enum Step<'a> {
+    /// Start empty and write outputs.
+    Whole,
+    /// Continue it and write outputs.
+    Finish(&'a State),
+    /// Continue it, or start anew over it, and leave it.
+    Keep(&'a State, bool),
+}
+
+/// What a launch leaves behind. Only one of outputs and state is given to it.
+struct Prefilled<E> {
+    out: Vec<E>,
+    lse: Vec<f32>,
+    state: State,
+    fault: Option<Fault>,
+}
+
+fn prefill<R: Rig, E: Storage + Element>(
+    rig: &R,
+    case: &Case,
+    inputs: &Inputs16<E>,
+    cu_queries: &[u32],
+    kv_len: &[u32],
+    step: Step<'_>,
+) -> Prefilled<E> {
+    let fail = |error: Error| -> ! { panic!("{case:?} on {}: {error}", rig.name()) };
+    let plan = PrefillPlan::new(case.config(&inputs.cached)).unwrap_or_else(|error| fail(error));
+    let kernel = Prefill::<_, E>::prepare(rig.device(), &plan).unwrap_or_else(|error| fail(error));
+    let (pages, sinks, open) = inputs.cached.upload::<R, E>(rig);
+    let (q, cu_queries, kv_len) = (rig.upload(&inputs.q), rig.upload(cu_queries), rig.upload(kv_len));
+    let table = DeviceTable::new(rig, &inputs.cached.table);
+    let mut status = rig.zeroed::<u64>(1);
+    let (rows, v_dim) = (case.rows(), case.shape.dims.1);
+    let (mut out, mut lse) = (rig.poisoned::<E>(rows * v_dim), rig.poisoned::<f32>(rows));
+    let empty = State { o: Vec::new(), ml: Vec::new() };
+    let given = match step {
+        Step::Whole => &empty,
+        Step::Finish(state) | Step::Keep(state, _) => state,
+    };
+    let (mut o, mut ml) = (rig.upload(&given.o), rig.upload(&given.ml));
+    table
+        .with(rig, |places| {
+            let inputs = PrefillInputs {
+                q: &rig.view(&q),
+                cu_queries: &rig.view(&cu_queries),
+                kv_len: &rig.view(&kv_len),
+                pages: &rig.view(&pages),
+                sink_pool: &rig.view(&sinks),
+                open_pool: &rig.view(&open),
+                places,
+                status: rig.view_mut(&mut status),
+            };
+            let state = PrefillState { o: rig.view_mut(&mut o), ml: rig.view_mut(&mut ml) };
+            let output = PrefillOutput { out: rig.view_mut(&mut out), lse: rig.view_mut(&mut lse) };
+            match step {
+                Step::Whole => kernel.run(rig.queue(), inputs, output),
+                Step::Finish(_) => kernel.finish(rig.queue(), inputs, state, output),
+                Step::Keep(_, resume) => kernel.run_step(rig.queue(), inputs, state, resume),
+            }
+        })
+        .unwrap_or_else(|error| fail(error));
+    Prefilled {
+        out: rig.download(&out),
+        lse: rig.download(&lse),
+        state: State { o: rig.download(&o), ml: rig.download(&ml) },
+        fault: Fault::decode(rig.download(&status)[0]),
+    }
+}
+
+fn check<R: Rig, E: Storage + Element>(rig: &R, case: &Case, seed: u64) {
+    let inputs = inputs::<E>(case, seed);
+    let (out, lse) = expected(case, &inputs);
+    let found = prefill(rig, case, &inputs, &case.cu_queries(), &case.lens(), Step::Whole);
+    let name = format!("{case:?} as {} with seed {seed} on {}", E::NAME, rig.name());
+    assert_eq!(found.fault, None, "{name}");
+    assert_close((&found.out, &found.lse), (&out, &lse), case.shape.dims.1, &name);
+}
+
+fn equals_the_reference<R: Rig>(rig: &R) {
+    let window = |window, sinks| Mask::sliding_window(window, sinks).expect("a window");
+    // Every shipped width, partition and head size; chunks after a cached prefix, whole prompts, rows that fill no tile, more
+    // queries than tokens, sequences without queries or without tokens.
+    let two = |heads| Shape::new(heads, 128, (2, 2), 64);
+    check::<R, bf16>(rig, &Case::new(two((8, 1)), &[(9, 200), (0, 70), (1, 68), (3, 3)]), 1);
+    check::<R, bf16>(rig, &Case { mask: window(70, 4), ..Case::new(two((6, 2)), &[(30, 230), (20, 20)]) }, 2);
+    let four = |heads| Shape::new(heads, 128, (4, 4), 64);
+    check::<R, bf16>(rig, &Case::new(four((1, 1)), &[(65, 150), (5, 2), (4, 0)]), 3);
+    check::<R, bf16>(rig, &Case { mask: window(33, 0), ..Case::new(four((5, 1)), &[(14, 333)]) }, 4);
+    check::<R, bf16>(rig, &Case::new(Shape::new((7, 1), 128, (8, 8), 64), &[(10, 140), (2, 64)]), 5);
+    let small = |heads| Shape::new(heads, 64, (2, 4), 32);
+    check::<R, f16>(rig, &Case::new(small((4, 2)), &[(35, 35), (36, 36), (37, 100)]), 6);
+    let capped = Case { soft_cap: Some(20.0), ..Case::new(Shape::new((3, 1), 96, (4, 2), 64), &[(25, 200)]) };
+    check::<R, f16>(rig, &capped, 7);
+    let no_sinks = Shape { sinks: 0, ..small((2, 1)) };
+    check::<R, f16>(rig, &Case::new(no_sinks, &[(40, 64), (1, 31)]), 8);
+    for kinds in [
+        (Inputs::Constant, Inputs::Constant),
+        (Inputs::Saturated, Inputs::OutlierElements),
+        (Inputs::OutlierElements, Inputs::OutlierChannels),
+    ] {
+        check::<R, f16>(rig, &Case { kinds, ..Case::new(small((4, 1)), &[(20, 170)]) }, 9);
+    }
+}
+
+/// Exact prefill: the new tokens see each other in 16 bits and the cached ones as codes. Dense attention leaves the state of the new
+/// ones, here as its normalised form m = lse, l = 1, O = out, and the kernel finishes it.
+fn continues_dense_attention_over_the_new_tokens<R: Rig>(rig: &R) {
+    let window = Mask::sliding_window(60, 0).expect("a window");
+    let shape = Shape::new((4, 2), 64, (2, 4), 32);
+    // Fewer cached tokens than sinks, none, a part of a block, several blocks; windows that end within the new tokens.
+    for (mask, lens) in
+        [(Mask::Causal, [(20, 150), (33, 0), (7, 3)]), (window, [(70, 200), (1, 64), (40, 36)])]
+    {
+        let case = Case { mask, mode: Mode::Exact, ..Case::new(shape, &lens) };
+        let mut inputs = inputs_with_room::<f16>(&case, 128, 21);
+        let (q, dims) = (widened(&inputs.q), shape.dims);
+        let q_of = |queries: usize, row: usize| {
+            let q = &q[row * dims.0..(row + queries * shape.q_heads) * dims.0];
+            HeadsView::nhd(q, queries, shape.q_heads, dims.0).expect("queries")
+        };
+        let new: Vec<(Vec<f32>, Vec<f32>)> = (lens.iter().zip(77..))
+            .map(|(&(queries, _), seed)| Tokens::<f16>::new(&shape, queries, case.kinds, seed))
+            .map(|tokens| (widened(&tokens.k), widened(&tokens.v)))
+            .collect();
+        let kv = |s: usize| {
+            let view = |x, dim| HeadsView::nhd(x, lens[s].0, shape.kv_heads, dim).expect("keys and values");
+            (view(&new[s].0, dims.0), view(&new[s].1, dims.1))
+        };
+        let rows = case.cu_queries().into_iter().map(|query| query as usize * shape.q_heads);
+        let rows: Vec<usize> = rows.collect();
+
+        let mut state = State { o: Vec::new(), ml: Vec::new() };
+        for (s, &(queries, _)) in lens.iter().enumerate() {
+            let (k, v) = kv(s);
+            let (q, kv) = (RaggedView::single(q_of(queries, rows[s])), RaggedKv::single(k, v));
+            let (q, kv) = (q.expect("queries"), kv.expect("keys and values"));
+            let dense =
+                dense::prefill_parallel(&case.spec(), &q, &kv, dense::Probabilities::Exact).expect("a case");
+            state.o.extend(dense.out.iter().map(|x| *x as f32));
+            state.ml.extend(dense.lse.iter().flat_map(|lse| [*lse as f32, 1.0]));
+        }
+        let found = prefill(rig, &case, &inputs, &case.cu_queries(), &case.lens(), Step::Finish(&state));
+
+        let (mut out, mut lse) = (vec![f32::NAN; case.rows() * dims.1], vec![f32::NAN; case.rows()]);
+        let Cached { cache, sequences, .. } = &mut inputs.cached;
+        for (s, sequence) in sequences.iter_mut().enumerate() {
+            let ((k, v), rows) = (kv(s), rows[s]..rows[s + 1]);
+            let (out, lse) = (&mut out[rows.start * dims.1..rows.end * dims.1], &mut lse[rows.clone()]);
+            let q = q_of(lens[s].0, rows.start);
+            reference::prefill(&case.spec(), cache, sequence, q, k, v, Mode::Exact, out, lse)
+                .expect("a case");
+        }
+        let out: Vec<f64> = out.into_iter().map(f64::from).collect();
+        let lse: Vec<f64> = lse.into_iter().map(f64::from).collect();
+        let name = format!("{case:?} on {}", rig.name());
+        assert_eq!(found.fault, None, "{name}");
+        assert_close((&found.out, &found.lse), (&out, &lse), dims.1, &name);
+        assert_eq!(found.state, state, "{name}: the state is only read");
+    }
+}
+
+/// The states over two caches, one after the other, are those of the sequence that is cut in two; rows that see nothing of the second
+/// keep their bits.
+fn states_of_two_caches_make_one<R: Rig>(rig: &R) {
+    let shape = Shape::new((4, 1), 64, (2, 4), 32);
+    let case = |len| Case { mode: Mode::Exact, ..Case::new(shape, &[(9, len), (30, len / 2)]) };
+    let (first, second) = (case(101), Case { sequences: vec![(9, 70), (30, 0)], ..case(0) });
+    let (a, b) = (inputs::<f16>(&first, 31), inputs::<f16>(&second, 32));
+    let b = Inputs16 { q: a.q.clone(), cached: b.cached };
+    // Whatever is there is no state to start from.
+    let anything = State { o: vec![f32::NAN; first.rows() * 64], ml: vec![f32::NAN; first.rows() * 2] };
+    let one = prefill(rig, &first, &a, &first.cu_queries(), &first.lens(), Step::Keep(&anything, false));
+    let both = prefill(rig, &second, &b, &second.cu_queries(), &second.lens(), Step::Keep(&one.state, true));
+    let none = prefill(rig, &second, &b, &second.cu_queries(), &[0, 0], Step::Keep(&both.state, true));
+    let name = format!("two caches on {}", rig.name());
+    assert_eq!((one.fault, both.fault, none.fault), (None, None, None), "{name}");
+    assert_eq!(none.state, both.state, "{name}: nothing was there to see");
+    let split = 9 * 4;
+    assert_eq!(one.state.o[split * 64..], both.state.o[split * 64..], "{name}: rows that saw nothing new");
+
+    // Each cache on its own, merged on the CPU.
+    let alone = |case, inputs| prefill(rig, case, inputs, &case.cu_queries(), &case.lens(), Step::Whole);
+    let (first, second): (Prefilled<f16>, Prefilled<f16>) = (alone(&first, &a), alone(&second, &b));
+    for row in 0..first.lse.len() {
+        let raw = |found: &Prefilled<f16>| Raw {
+            m: found.lse[row],
+            l: if found.lse[row] == f32::NEG_INFINITY { 0.0 } else { 1.0 },
+            o: widened(&found.out[row * 64..][..64]),
+        };
+        let mut merged = raw(&first);
+        merged.merge(&raw(&second)).expect("states of one width");
+        let merged = merged.normalise();
+        let (m, l) = (both.state.ml[2 * row], both.state.ml[2 * row + 1]);
+        let lse = m + l.ln();
+        assert!((lse - merged.lse).abs() < 1e-4, "{name}: lse of row {row}: {lse} and {}", merged.lse);
+        let found: Vec<f32> = both.state.o[row * 64..][..64].iter().map(|o| o / l).collect();
+        let expected: Vec<f64> = merged.out.iter().map(|x| f64::from(*x)).collect();
+        Comparison::new(&found, &expected, Tolerance::new(2e-3, 2e-3))
+            .assert(format_args!("row {row} of {name}"));
+    }
+}
+
+/// Keys, values and queries whose codes are all at one end, so that integer sums are as large as they get.
+fn saturated_codes_do_not_overflow<R: Rig>(rig: &R) {
+    for bits in [(2, 2), (4, 4), (8, 8)] {
+        let shape = Shape { sinks: 0, ..Shape::new((2, 1), 128, bits, 64) };
+        let case = Case::new(shape, &[(1, 64)]);
+        let mut saturated = inputs::<bf16>(&case, 17);
+        saturated.cached = Cached::new(&shape, &[Tokens::<bf16>::saturated(&shape)]);
+        saturate_queries(&shape, &mut saturated.q);
+        let (out, lse) = expected(&case, &saturated);
+        let found = prefill(rig, &case, &saturated, &case.cu_queries(), &case.lens(), Step::Whole);
+        let name = format!("{case:?} on {}", rig.name());
+        assert_close((&found.out, &found.lse), (&out, &lse), 128, &name);
+        saturated.cached.assert_saturated(&shape, &name);
+    }
+}
+
+/// A bad length, page, place or range is named; its sequence sees nothing or is not written, and no other changes.
+fn bad_sequences_are_reported_and_the_others_stay_right<R: Rig>(rig: &R) {
+    let case = Case::new(Shape::new((4, 2), 64, (2, 4), 32), &[(5, 70), (12, 170), (9, 40)]);
+    let good = inputs::<f16>(&case, 34);
+    let (out, lse) = expected(&case, &good);
+    let row = |sequence: usize| case.cu_queries()[sequence] as usize * 4;
+    type Spoil = fn(&mut Inputs16<f16>, &mut Vec<u32>, &mut Vec<u32>);
+    let cases: [(&str, FaultCode, Spoil); 6] = [
+        ("too long", FaultCode::BadLength, |_, _, kv_len| kv_len[1] = 5000),
+        ("longer than the table", FaultCode::BadLength, |_, _, kv_len| kv_len[1] = 4000),
+        ("a page outside", FaultCode::BadPage, |inputs, _, _| {
+            let max_pages = inputs.cached.table.max_pages;
+            inputs.cached.table.block_table[max_pages + 2] = 1 << 20;
+        }),
+        ("sinks outside", FaultCode::BadIndex, |inputs, _, _| inputs.cached.table.sink_page[1] = 1 << 20),
+        ("an open block outside", FaultCode::BadIndex, |inputs, _, _| {
+            inputs.cached.table.open_page[1] = u32::MAX
+        }),
+        ("queries that descend", FaultCode::BadRange, |_, cu_queries, _| {
+            cu_queries[1] = 20;
+            cu_queries[2] = 17;
+        }),
+    ];
+    for (what, code, spoil) in cases {
+        let mut inputs = inputs::<f16>(&case, 34);
+        let (mut cu_queries, mut kv_len) = (case.cu_queries(), case.lens());
+        spoil(&mut inputs, &mut cu_queries, &mut kv_len);
+        let found = prefill(rig, &case, &inputs, &cu_queries, &kv_len, Step::Whole);
+        let name = format!("{what} on {}", rig.name());
+        let fault = found.fault.unwrap_or_else(|| panic!("{name}: no fault"));
+        assert_eq!(fault.code, code as u32, "{name}");
+        if code == FaultCode::BadRange {
+            // The first sequence's range is too long for the plan, the second's descends, and the third begins before another's end.
+            assert!(found.lse.iter().all(|lse| lse.to_bits() == u32::MAX), "{name}: rows were written");
+            continue;
+        }
+        assert_eq!(fault.index, 1, "{name}");
+        assert!(found.out[row(1) * 64..row(2) * 64].iter().all(|x| x.to_f64() == 0.0), "{name}: outputs");
+        assert!(found.lse[row(1)..row(2)].iter().all(|lse| *lse == f32::NEG_INFINITY), "{name}: lse");
+        for rows in [0..row(1), row(2)..case.rows()] {
+            let values = rows.start * 64..rows.end * 64;
+            assert_close(
+                (&found.out[values.clone()], &found.lse[rows.clone()]),
+                (&out[values], &lse[rows]),
+                64,
+                &name,
+            );
+        }
+    }
+}
+
+/// A query of NaN gives NaN, in an output and in a state, and harms no other row.
+fn nan_is_never_dropped<R: Rig>(rig: &R) {
+    let case = Case::new(Shape::new((4, 2), 64, (2, 4), 32), &[(3, 70)]);
+    let good = inputs::<f16>(&case, 35);
+    let (out, lse) = expected(&case, &good);
+    let mut spoilt = inputs::<f16>(&case, 35);
+    spoilt.q[5] = f16::NAN; // of head 0
+    let found = prefill(rig, &case, &spoilt, &case.cu_queries(), &case.lens(), Step::Whole);
+    let name = format!("a query of NaN on {}", rig.name());
+    assert!(found.out[..64].iter().all(|x| x.is_nan()), "{name}: {:?}", &found.out[..4]);
+    assert!(found.lse[0].is_nan(), "{name}: {}", found.lse[0]);
+    assert_close((&found.out[64..], &found.lse[1..]), (&out[64..], &lse[1..]), 64, &name);
+    let zeros = State { o: vec![0.0; case.rows() * 64], ml: vec![0.0; case.rows() * 2] };
+    let state =
+        prefill(rig, &case, &spoilt, &case.cu_queries(), &case.lens(), Step::Keep(&zeros, true)).state;
+    assert!(
+        state.ml[0].is_nan() && state.ml[1].is_nan() && state.o[0].is_nan(),
+        "{name}: {:?}",
+        &state.ml[..2]
+    );
+}
+
+#[test]
+fn plans_refuse_what_no_kernel_can_do() {
+    let case = Case::new(Shape::new((4, 2), 64, (2, 4), 32), &[(3, 70)]);
+    let cached = inputs::<f16>(&case, 1).cached;
+    let good = case.config(&cached);
+    PrefillPlan::new(good).expect("a valid plan");
+    let long = Case::new(Shape::new((4, 2), 256, (2, 4), 32), &[(3, 70)]);
+    for (named, config) in [
+        ("batch", PrefillConfig { batch: 0, ..good }),
+        ("batch", PrefillConfig { batch: 40_000, ..good }),
+        ("max_queries", PrefillConfig { max_queries: 0, ..good }),
+        ("q_len", PrefillConfig { max_queries: 1 << 31, ..good }),
+        ("num_queries", PrefillConfig { num_queries: 1 << 31, ..good }),
+        ("max_kv_len", PrefillConfig { max_kv_len: i32::MAX as usize, ..good }),
+        ("shape", PrefillConfig { shape: Shape::new((4, 1), 64, (2, 4), 32).heads(), ..good }),
+        ("shape", long.config(&inputs::<f16>(&long, 1).cached)),
+        ("mask", PrefillConfig { mask: Mask::Full, ..good }),
+    ] {
+        match PrefillPlan::new(config) {
+            Err(Error::Argument { argument, .. }) => assert_eq!(argument, named),
+            other => panic!("{named}: {other:?}"),
+        }
+    }
+}
