@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use crate::element::{DType, Element};
 use crate::error::check_len;
 use crate::softmax_state::{Raw, Real, normalise_in_place};
-use crate::{AttentionSpec, Error, HeadsView, KeyRanges, Score};
+use crate::{AttentionSpec, Error, HeadShape, HeadsView, KeyRanges, Score};
 
 /// Tokens of a block of queries.
 const QUERY_BLOCK: usize = 32;
@@ -52,22 +52,20 @@ pub fn attend<T: Element>(
     }
     check_len("out", out.len(), &[q.tokens(), shape.q_heads(), shape.v_dim()])?;
     check_len("lse", lse.len(), &[q.tokens(), shape.q_heads()])?;
+    let seen = |query: usize| spec.mask.keys(query, q.tokens(), k.tokens());
 
     let splits = if q.tokens() <= SPLIT_QUERIES { k.tokens().div_ceil(KEY_SPLIT).max(1) } else { 1 };
     let split_len = if splits > 1 { KEY_SPLIT } else { k.tokens() };
-    let mut blocks = Vec::new();
-    for start in (0..q.tokens()).step_by(QUERY_BLOCK) {
-        for kv_head in 0..shape.kv_heads() {
-            blocks.push((start..(start + QUERY_BLOCK).min(q.tokens()), kv_head));
-        }
-    }
+    let blocks = blocks(&shape, q.tokens());
     let mut states: Vec<Vec<Raw<f32>>> = (0..blocks.len() * splits)
         .into_par_iter()
         .map(|task| {
             let (queries, kv_head) = blocks[task / splits].clone();
             let first = task % splits * split_len;
             let keys = first..(first + split_len).min(k.tokens());
-            Block { spec, q, k, v, queries, kv_head }.attend(keys)
+            let mut states = vec![Raw::empty(shape.v_dim()); queries.len() * shape.group()];
+            Block { spec, q, k, v, queries, kv_head }.attend(keys, &seen, &mut states);
+            states
         })
         .collect();
 
@@ -88,6 +86,65 @@ pub fn attend<T: Element>(
     Ok(())
 }
 
+/// Carries the states of `q`'s rows over some more keys: one step of a ring, in f32.
+///
+/// - `q` `[tokens, q_heads, qk_dim]`, `k` `[keys, kv_heads, qk_dim]`, `v` `[keys, kv_heads, v_dim]`;
+/// - `seen(token)`: which of these keys a query sees, by their index here. `spec.mask` is not asked: only the caller knows where
+///   the keys of a shard stand in the sequence;
+/// - `states` `[tokens, q_heads]`, each with `v_dim` outputs. Rows that see none of the keys keep theirs bit for bit.
+///
+/// Runs on the current rayon thread pool, bitwise the same on any.
+///
+/// # Errors
+/// [`Error::Argument`] when a shape does not fit `spec`; the states are then unchanged.
+///
+/// # Panics
+/// When `seen` names a key that is not there.
+pub fn carry<T: Element>(
+    spec: &AttentionSpec,
+    q: HeadsView<'_, f32>,
+    k: HeadsView<'_, T>,
+    v: HeadsView<'_, T>,
+    seen: impl Fn(usize) -> KeyRanges + Sync,
+    states: &mut [Raw<f32>],
+) -> Result<(), Error> {
+    let shape = spec.shape;
+    q.check("q", shape.q_heads(), shape.qk_dim())?;
+    k.check("k", shape.kv_heads(), shape.qk_dim())?;
+    v.check("v", shape.kv_heads(), shape.v_dim())?;
+    if k.tokens() != v.tokens() {
+        return Err(Error::argument("v", format!("{} tokens, as many as k", k.tokens()), v.tokens()));
+    }
+    check_len("states", states.len(), &[q.tokens(), shape.q_heads()])?;
+    if let Some(state) = states.iter().find(|state| state.o.len() != shape.v_dim()) {
+        return Err(Error::argument("states", format!("{} outputs each", shape.v_dim()), state.o.len()));
+    }
+    states.par_chunks_mut(QUERY_BLOCK * shape.q_heads()).enumerate().for_each(|(block, states)| {
+        let first = block * QUERY_BLOCK;
+        let queries = first..first + states.len() / shape.q_heads();
+        for kv_head in 0..shape.kv_heads() {
+            // Rows of a block are (query, head of the group); here those of the other KV heads lie between.
+            let rows = (0..queries.len())
+                .flat_map(|query| shape.q_heads_of(kv_head).map(move |head| query * shape.q_heads() + head));
+            let mut own: Vec<Raw<f32>> =
+                rows.clone().map(|row| std::mem::replace(&mut states[row], Raw::empty(0))).collect();
+            let block = Block { spec, q, k, v, queries: queries.clone(), kv_head };
+            block.attend(0..k.tokens(), &seen, &mut own);
+            for (row, state) in rows.zip(own) {
+                states[row] = state;
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Every block of queries with every KV head.
+fn blocks(shape: &HeadShape, queries: usize) -> Vec<(Range<usize>, usize)> {
+    let starts = (0..queries).step_by(QUERY_BLOCK);
+    let block = |start: usize| start..(start + QUERY_BLOCK).min(queries);
+    starts.flat_map(|start| (0..shape.kv_heads()).map(move |kv_head| (block(start), kv_head))).collect()
+}
+
 /// A block of queries and the KV head that all their rows read.
 struct Block<'a, T> {
     spec: &'a AttentionSpec,
@@ -99,15 +156,10 @@ struct Block<'a, T> {
 }
 
 impl<T: Element> Block<'_, T> {
-    /// One state per (query, query head of the group), over a range of keys.
-    fn attend(&self, keys: Range<usize>) -> Vec<Raw<f32>> {
+    /// Takes a range of keys, as far as they are seen, into one state per (query, query head of the group).
+    fn attend(&self, keys: Range<usize>, seen: &impl Fn(usize) -> KeyRanges, states: &mut [Raw<f32>]) {
         let shape = self.spec.shape;
-        let visible: Vec<KeyRanges> = self
-            .queries
-            .clone()
-            .map(|query| self.spec.mask.keys(query, self.q.tokens(), self.k.tokens()))
-            .collect();
-        let mut states = vec![Raw::empty(shape.v_dim()); visible.len() * shape.group()];
+        let visible: Vec<KeyRanges> = self.queries.clone().map(seen).collect();
         let (mut k_tile, mut v_tile) = (Vec::new(), Vec::new());
         let mut weights = [0.0f32; KEY_TILE];
 
@@ -135,7 +187,6 @@ impl<T: Element> Block<'_, T> {
                 }
             }
         }
-        states
     }
 }
 

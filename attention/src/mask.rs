@@ -109,6 +109,21 @@ pub struct KeyRanges {
 }
 
 impl KeyRanges {
+    /// Two ranges of keys, disjoint and in increasing order; either may be empty.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when they overlap, or the second comes first.
+    pub fn new(first: Range<usize>, second: Range<usize>) -> Result<Self, Error> {
+        if !first.is_empty() && !second.is_empty() && first.end > second.start {
+            return Err(Error::argument(
+                "second",
+                format!("keys from {} on", first.end),
+                format!("{second:?}"),
+            ));
+        }
+        Ok(KeyRanges { ranges: [first, second] })
+    }
+
     fn one(range: Range<usize>) -> Self {
         KeyRanges { ranges: [range, 0..0] }
     }

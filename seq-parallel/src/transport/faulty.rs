@@ -1,0 +1,107 @@
+//! A rank that fails on purpose: to see that everyone else notices.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Buffer, Tag, Ticket, Traffic, Transport};
+use crate::{Error, PeerFault};
+
+/// How a rank fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure {
+    /// It stops: the exchange fails at once and nothing is sent. Its caller should drop it.
+    Dies,
+    /// It sleeps before it sends. Longer than the deadline it is lost, shorter it is only late.
+    Stalls(Duration),
+    /// It sends the right number of wrong bytes.
+    SendsGarbage,
+    /// It sends too few bytes.
+    SendsTooLittle,
+}
+
+/// A transport that fails at one exchange.
+#[derive(Debug)]
+pub struct Faulty<X> {
+    inner: X,
+    failure: Failure,
+    /// Exchanges until then.
+    left: usize,
+}
+
+impl<X: Transport> Faulty<X> {
+    /// Fails at exchange `exchange`, counted from 0.
+    pub fn new(inner: X, failure: Failure, exchange: usize) -> Self {
+        Faulty { inner, failure, left: exchange }
+    }
+}
+
+impl<X: Transport> Transport for Faulty<X> {
+    fn rank(&self) -> usize {
+        self.inner.rank()
+    }
+
+    fn ranks(&self) -> usize {
+        self.inner.ranks()
+    }
+
+    fn exchange(
+        &mut self,
+        tag: Tag,
+        to: usize,
+        send: Arc<Buffer>,
+        from: usize,
+        recv: Buffer,
+    ) -> Result<Ticket, Error> {
+        let now = self.left == 0;
+        self.left = self.left.wrapping_sub(1);
+        let mut send = send;
+        match self.failure {
+            _ if !now => {}
+            Failure::Dies => {
+                let fault = PeerFault::Aborted("planned to die here".into());
+                return Err(Error::Peer { rank: self.rank(), peer: self.rank(), at: tag, fault });
+            }
+            Failure::Stalls(time) => std::thread::sleep(time),
+            Failure::SendsGarbage => {
+                let mut bad = Buffer::clone(&send);
+                bad.bytes_mut().iter_mut().for_each(|byte| *byte ^= 0x5a);
+                send = Arc::new(bad);
+            }
+            Failure::SendsTooLittle => {
+                let mut bad = Buffer::clone(&send);
+                bad.resize(send.len() / 2);
+                bad.seal(tag, self.rank(), 0.0);
+                send = Arc::new(bad);
+            }
+        }
+        self.inner.exchange(tag, to, send, from, recv)
+    }
+
+    fn wait(&mut self, ticket: Ticket) -> Result<Buffer, Error> {
+        self.inner.wait(ticket)
+    }
+
+    fn seal(&mut self, buffer: &mut Buffer, tag: Tag) {
+        self.inner.seal(buffer, tag);
+    }
+
+    fn abort(&mut self, at: Tag, reason: &str) {
+        self.inner.abort(at, reason);
+    }
+
+    fn traffic(&self) -> Traffic {
+        self.inner.traffic()
+    }
+
+    fn deadline(&self) -> Duration {
+        self.inner.deadline()
+    }
+
+    fn set_deadline(&mut self, deadline: Duration) {
+        self.inner.set_deadline(deadline);
+    }
+
+    fn computed(&mut self, pairs: u64) {
+        self.inner.computed(pairs);
+    }
+}

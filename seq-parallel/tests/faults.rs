@@ -1,0 +1,190 @@
+//! Faults: a rank that dies, stalls or sends garbage makes every other rank fail in time, with an error that names it and the step.
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use attention::Mask;
+use common::{Contents, sequences, spec};
+use half::bf16;
+use seq_parallel::placement::{Placement, Shards};
+use seq_parallel::ring::{Direction, Ring, RingPlan};
+use seq_parallel::transport::local::{World, run_on};
+use seq_parallel::transport::{Failure, Faulty, Operation, Transport};
+use seq_parallel::ulysses::UlyssesPlan;
+use seq_parallel::{Error, Output, PeerFault};
+
+const RANKS: usize = 4;
+const DEADLINE: Duration = Duration::from_millis(250);
+
+fn contents() -> (Contents<bf16>, Shards) {
+    let contents = Contents::new(spec(4, 4, 16, Mask::Causal), sequences(&[(0, 64)]), 1);
+    let shards = Shards::new(contents.sequences.clone(), Placement::Zigzag, RANKS).unwrap();
+    (contents, shards)
+}
+
+/// Runs `body` with rank `culprit` failing at its exchange `exchange`; gives every rank's result.
+fn with_failure(
+    world: &World,
+    culprit: usize,
+    failure: Failure,
+    exchange: usize,
+    body: impl Fn(usize, &mut dyn Transport) -> Result<Output, Error> + Sync,
+) -> Vec<Result<Output, Error>> {
+    let ends = world.rebuild(RANKS).into_iter().enumerate();
+    // One that never fails is one whose turn never comes.
+    let turn = |rank| if rank == culprit { exchange } else { usize::MAX };
+    let ends: Vec<_> = ends.map(|(rank, end)| Faulty::new(end, failure, turn(rank))).collect();
+    run_on(ends, |mut end| {
+        end.set_deadline(DEADLINE);
+        let rank = end.rank();
+        body(rank, &mut end)
+    })
+}
+
+fn check(
+    case: &str,
+    culprit: usize,
+    operation: Operation,
+    results: &[Result<Output, Error>],
+    fits: impl Fn(&PeerFault) -> bool,
+) {
+    let mut steps = Vec::new();
+    for (rank, result) in results.iter().enumerate().filter(|(rank, _)| *rank != culprit) {
+        match result {
+            Err(Error::Peer { rank: reporter, peer, at, fault }) => {
+                assert_eq!((*reporter, *peer), (rank, culprit), "{case}: {result:?}");
+                assert!(fits(fault), "{case}, rank {rank}: {fault:?}");
+                assert_eq!(at.operation, operation, "{case}, rank {rank}");
+                steps.push(at.step);
+            }
+            Err(other) => panic!("{case}, rank {rank}: {other}"),
+            Ok(_) => panic!("{case}, rank {rank} believes that all is well"),
+        }
+    }
+    assert!(steps.iter().all(|step| *step == steps[0]), "{case}: ranks name steps {steps:?}");
+}
+
+#[test]
+fn every_rank_names_the_culprit() {
+    let (contents, shards) = contents();
+    let (world, _) = World::new(RANKS).unwrap();
+    let long = Failure::Stalls(4 * DEADLINE);
+    for (name, failure) in [
+        ("dies", Failure::Dies),
+        ("stalls", long),
+        ("garbage", Failure::SendsGarbage),
+        ("too little", Failure::SendsTooLittle),
+    ] {
+        // First, middle and last exchange of a ring of 4.
+        for exchange in 0..RANKS - 1 {
+            let culprit = (exchange + 2) % RANKS;
+            let direction = if exchange == 1 { Direction::PassQ } else { Direction::PassKv };
+            let plan = RingPlan::new(contents.spec, shards.clone()).unwrap().passing(direction);
+            let begin = Instant::now();
+            let results = with_failure(&world, culprit, failure, exchange, |rank, transport| {
+                let rows = contents.rows(&shards.queries(rank), &shards.keys(rank));
+                let output = plan.run(rows.inputs(), transport)?;
+                // Who had all that it needed hears of it at its next call.
+                transport.barrier().map(|()| output)
+            });
+            let took = begin.elapsed();
+            let case = format!("rank {culprit} {name} at exchange {exchange}");
+            let operation = match direction {
+                Direction::PassKv => Operation::PassKv,
+                Direction::PassQ => Operation::PassQ,
+            };
+            check(&case, culprit, operation, &results, |fault| match failure {
+                Failure::Dies => *fault == PeerFault::Gone,
+                Failure::Stalls(_) => matches!(fault, PeerFault::Stalled { waited_ms } if *waited_ms >= 200),
+                _ => matches!(fault, PeerFault::Garbage(_)),
+            });
+            // The one that stalls sleeps for four deadlines; everyone else was done long before, or this could not end by then.
+            assert!(took < 6 * DEADLINE, "{case}: {took:?}");
+        }
+    }
+}
+
+#[test]
+fn collectives_name_the_culprit_too() {
+    let (contents, shards) = contents();
+    let plan = UlyssesPlan::new(contents.spec, shards.clone()).unwrap();
+    let (world, _) = World::new(RANKS).unwrap();
+    for (failure, exchange) in [(Failure::Dies, 0), (Failure::Dies, 4), (Failure::SendsGarbage, 2)] {
+        let results = with_failure(&world, 1, failure, exchange, |rank, transport| {
+            let rows = contents.rows(&shards.queries(rank), &shards.keys(rank));
+            plan.run(rows.inputs(), transport)
+        });
+        check(&format!("{failure:?} at {exchange}"), 1, Operation::AllToAll, &results, |_| true);
+    }
+}
+
+#[test]
+fn a_late_rank_is_only_late() {
+    let (contents, shards) = contents();
+    let plan = RingPlan::new(contents.spec, shards.clone()).unwrap();
+    let (world, _) = World::new(RANKS).unwrap();
+    let results = with_failure(&world, 2, Failure::Stalls(DEADLINE / 3), 1, |rank, transport| {
+        let rows = contents.rows(&shards.queries(rank), &shards.keys(rank));
+        plan.run(rows.inputs(), transport)
+    });
+    let outputs: Vec<Output> = results.into_iter().map(Result::unwrap).collect();
+    let queries: Vec<_> = (0..RANKS).map(|rank| shards.queries(rank)).collect();
+    contents.check("a straggler", &queries, &outputs);
+}
+
+#[test]
+fn a_failed_group_can_be_made_anew() {
+    let (contents, shards) = contents();
+    let plan = RingPlan::new(contents.spec, shards.clone()).unwrap();
+    let (world, ends) = World::new(RANKS).unwrap();
+    let mut old = ends.into_iter();
+    let mut straggler = old.next().unwrap();
+    drop(old);
+    // Of the first generation all but one died. Its end is spent once the group is made anew.
+    let failed = with_failure(&world, 3, Failure::Dies, 1, |rank, transport| {
+        let rows = contents.rows(&shards.queries(rank), &shards.keys(rank));
+        plan.run(rows.inputs(), transport)
+    });
+    assert!(failed.iter().all(Result::is_err));
+    assert!(matches!(straggler.barrier(), Err(Error::Peer { fault: PeerFault::Aborted(_), .. })));
+    let outputs = run_on(world.rebuild(RANKS), |mut end| {
+        let rank = end.rank();
+        let rows = contents.rows(&shards.queries(rank), &shards.keys(rank));
+        plan.run(rows.inputs(), &mut end).unwrap()
+    });
+    let queries: Vec<_> = (0..RANKS).map(|rank| shards.queries(rank)).collect();
+    contents.check("after a failure", &queries, &outputs);
+    // And without the rank that is lost.
+    let fewer = Shards::new(contents.sequences.clone(), Placement::Zigzag, 3).unwrap();
+    let plan = RingPlan::new(contents.spec, fewer.clone()).unwrap();
+    let outputs = run_on(world.rebuild(3), |mut end| {
+        let rank = end.rank();
+        let rows = contents.rows(&fewer.queries(rank), &fewer.keys(rank));
+        plan.run(rows.inputs(), &mut end).unwrap()
+    });
+    let queries: Vec<_> = (0..3).map(|rank| fewer.queries(rank)).collect();
+    contents.check("without the lost rank", &queries, &outputs);
+}
+
+#[test]
+fn who_gives_up_says_why() {
+    let (contents, shards) = contents();
+    let plan = RingPlan::new(contents.spec, shards.clone()).unwrap();
+    let (world, _) = World::new(RANKS).unwrap();
+    let results = with_failure(&world, 0, Failure::Dies, usize::MAX, |rank, transport| {
+        let rows = contents.rows(&shards.queries(rank), &shards.keys(rank));
+        let mut ring = Ring::new(&plan, rank, rows.inputs())?;
+        ring.step(transport, |_| {})?;
+        if rank == 0 {
+            transport.abort(seq_parallel::transport::Tag::new(Operation::PassKv, 1), "out of memory");
+        }
+        while !ring.is_done() {
+            ring.step(transport, |_| {})?;
+        }
+        ring.finish(transport)
+    });
+    check("abort", 0, Operation::PassKv, &results, |fault| {
+        *fault == PeerFault::Aborted("out of memory".into())
+    });
+}
