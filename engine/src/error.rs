@@ -163,6 +163,10 @@ pub enum Error {
     /// A compression plan does not fit, or cannot be made.
     #[error(transparent)]
     Compress(Box<kv_compress::Error>),
+
+    /// The sparse cache refused its arguments.
+    #[error(transparent)]
+    SparseAttn(Box<sparse_attn::Error>),
 }
 
 /// Errors of the crates are boxed, so that a `Result` of this crate stays small.
@@ -180,7 +184,8 @@ from_boxed!(
     Attention: attention::Error,
     HomomorphicQuant: homomorphic_quant::Error,
     HybridGemm: hybrid_gemm::Error,
-    Compress: kv_compress::Error
+    Compress: kv_compress::Error,
+    SparseAttn: sparse_attn::Error
 );
 
 impl Error {

@@ -48,6 +48,12 @@ pub struct Report {
     pub dense_kv_bytes_per_token: f64,
     /// Bytes that the cache held in host memory at the end of a window, per token.
     pub host_kv_bytes_per_token: f64,
+    /// Share of the tokens' keys and values that the device held at the end of a window.
+    pub device_kv_share: f64,
+    /// Share of what decoded tokens read that the device held; `None` for a cache in one memory, or if nothing was chosen.
+    pub kv_hit_rate: Option<f64>,
+    /// Tokens that a decoded token reads at most; `None` where it reads all.
+    pub kv_budget: Option<usize>,
     /// Prefilled tokens per second.
     pub prefill_tokens_per_s: f64,
     /// Decoded tokens per second.
@@ -160,7 +166,7 @@ pub fn evaluate_with(
         }
     }
 
-    let (memory, held) = (session.memory(), session.len() as f64);
+    let (memory, traffic, held) = (session.memory(), session.traffic(), session.len() as f64);
     let nll_per_token = totals.nll / totals.scored as f64;
     let speed = |(tokens, time): (usize, Duration)| tokens as f64 / time.as_secs_f64().max(f64::MIN_POSITIVE);
     let model = session.model();
@@ -175,6 +181,9 @@ pub fn evaluate_with(
         kv_bytes_per_token: memory.device as f64 / held,
         dense_kv_bytes_per_token: kv::dense_bytes_per_token(model.config()) as f64,
         host_kv_bytes_per_token: memory.host as f64 / held,
+        device_kv_share: traffic.map_or(1.0, |traffic| traffic.device_share),
+        kv_hit_rate: traffic.and_then(|traffic| traffic.hit_rate),
+        kv_budget: traffic.map(|traffic| traffic.budget),
         prefill_tokens_per_s: speed(totals.prefill),
         decode_tokens_per_s: speed(totals.decode),
     })

@@ -2,7 +2,7 @@
 
 use ndarray::{Array1, Axis};
 
-use crate::kv::{self, KvCache, KvMemory};
+use crate::kv::{self, KvCache, KvMemory, KvTraffic};
 use crate::mode::Mode;
 use crate::ranks::Ranks;
 use crate::{Error, Model};
@@ -59,6 +59,11 @@ impl<'m> Session<'m> {
     /// Bytes that the KV cache holds.
     pub fn memory(&self) -> KvMemory {
         self.kv.memory()
+    }
+
+    /// What the KV cache moves between the memories; `None` if it is wholly on the device.
+    pub fn traffic(&self) -> Option<KvTraffic> {
+        self.kv.traffic()
     }
 
     /// The KV cache, for whoever wants to damage it.

@@ -16,6 +16,12 @@ fn text() -> Vec<u32> {
 fn modes() -> Vec<&'static str> {
     let mut modes = kv::DEMO.to_vec();
     modes.push("dense,dtype=f32");
+    // The demo's budgets hold all of a short context.
+    modes.extend([
+        "sparse-quest,budget=64",
+        "sparse-shadowkv,budget=64",
+        "sparse-retro,budget=64,recent=8,reindex=8",
+    ]);
     modes
 }
 

@@ -145,15 +145,12 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::Argument`]: a page or partition size that does not fit, a budget below the mandatory set, layers of
-    /// several shapes, masks other than causal ones, gates for other layers or heads, shares out of range.
+    /// several shapes, gates for other layers or heads, shares out of range.
     pub fn new(config: &Config, layers: &[AttentionSpec]) -> Result<Self, Error> {
         let Some(first) = layers.first() else { return Err(Error::argument("layers", "at least 1", 0)) };
         for spec in layers {
             if spec.shape != first.shape {
                 return Err(Error::argument("layers", format!("all {}", first.shape), spec.shape));
-            }
-            if !matches!(spec.mask, Mask::Causal) {
-                return Err(Error::argument("mask", "causal", format!("{:?}", spec.mask)));
             }
         }
         for (argument, value) in [("buffering", config.buffering), ("min_buffering", config.min_buffering)] {
@@ -203,9 +200,12 @@ impl Plan {
         SelectRule { score: self.layers[layer].score, ..self.rule }
     }
 
-    /// Longest context that a layer attends to densely.
+    /// Longest context that a layer attends to densely: without end in the first layers, as far as the configuration says
+    /// so, and in layers whose mask is not the causal one.
     pub fn dense_tokens(&self, layer: usize) -> usize {
-        match layer < self.config.dense_layers {
+        // A window is no context to select from.
+        let dense = layer < self.config.dense_layers || self.layers[layer].mask != Mask::Causal;
+        match dense {
             true => usize::MAX,
             false => self.config.dense_context.unwrap_or(self.effective.tokens),
         }

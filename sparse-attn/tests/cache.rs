@@ -298,7 +298,6 @@ fn refused_configurations_name_the_argument() {
     let plan = Plan::new(&good(), &[spec]).unwrap();
     assert_eq!(plan.effective_budget().tokens, 160);
     let retro = || Config { dtype: DType::F32, ..Config::retro_infer(160) };
-    let windowed = AttentionSpec { mask: Mask::sliding_window(64, 0).unwrap(), ..spec };
     for (config, layers, named) in [
         (Config { budget: 63, ..good() }, vec![spec], "budget"),
         (Config { page: 12, ..good() }, vec![spec], "page tokens"),
@@ -306,7 +305,6 @@ fn refused_configurations_name_the_argument() {
         (Config { buffering: -1.0, ..good() }, vec![spec], "buffering"),
         (Config { min_buffering: 9.0, ..good() }, vec![spec], "min_buffering"),
         (good(), vec![], "layers"),
-        (good(), vec![windowed], "mask"),
         (good(), vec![spec, common::spec(2, 2)], "layers"),
         (retro(), vec![spec], "budget"),
     ] {
@@ -315,6 +313,9 @@ fn refused_configurations_name_the_argument() {
             other => panic!("{named}: {other:?}"),
         }
     }
+    // Windows are attended densely, whatever their length.
+    let windowed = AttentionSpec { mask: Mask::sliding_window(64, 0).unwrap(), ..spec };
+    assert_eq!(Plan::new(&good(), &[windowed]).unwrap().dense_tokens(0), usize::MAX);
     // The least budget works.
     assert!(Plan::new(&Config { budget: 64, ..good() }, &[spec]).is_ok());
     let half = Config { dtype: DType::F16, ..good() };

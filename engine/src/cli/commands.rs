@@ -65,6 +65,17 @@ pub(super) fn read_text(path: &Path) -> Result<Vec<u8>, Failure> {
     Ok(text)
 }
 
+/// A line on a cache in two memories; nothing for another.
+fn two_memories(report: &eval::Report) -> String {
+    let Some(budget) = report.kv_budget else { return String::new() };
+    let hits =
+        report.kv_hit_rate.map_or("nothing chosen".into(), |rate| format!("{:.1} % hits", 100.0 * rate));
+    let share = 100.0 * report.device_kv_share;
+    format!(
+        "two memories        at most {budget} tokens read at a step, {hits}, {share:.1} % of the tokens on the device\n"
+    )
+}
+
 /// `engine eval`
 pub(super) fn eval(args: &Args) -> Result<(), Failure> {
     let modes = Modes::new(args, args.mode("kv", "dense")?)?;
@@ -95,13 +106,14 @@ pub(super) fn eval(args: &Args) -> Result<(), Failure> {
          nll per token       {:.4} nats over {} tokens\n\
          perplexity          {:.4}\n\
          KV bytes per token  {:.1} on the device, {:.1} on the host (dense in 16 bits: {:.0})\n\
-         speed (CPU reference, not kernel speed)  prefill {:.1} tokens/s, decode {:.1} tokens/s\n",
+         {}speed (CPU reference, not kernel speed)  prefill {:.1} tokens/s, decode {:.1} tokens/s\n",
         report.nll_per_token,
         report.tokens,
         report.perplexity,
         report.kv_bytes_per_token,
         report.host_kv_bytes_per_token,
         report.dense_kv_bytes_per_token,
+        two_memories(&report),
         report.prefill_tokens_per_s,
         report.decode_tokens_per_s,
     ))?;

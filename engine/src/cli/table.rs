@@ -16,6 +16,10 @@ fn delta(nll: f64) -> String {
     format!("{:+.4}", (nll * 1e4).round() / 1e4 + 0.0)
 }
 
+fn percent(share: f64) -> String {
+    format!("{:.1} %", 100.0 * share)
+}
+
 /// Prints the rows, the first of which is dense, after `windows` windows each.
 pub(super) fn table(rows: &[Row], windows: usize) -> String {
     let Some(dense) = rows.first().map(|row| &row.report) else { return String::new() };
@@ -27,6 +31,8 @@ pub(super) fn table(rows: &[Row], windows: usize) -> String {
         "KV bytes/token",
         "ratio",
         "retrieval",
+        "on device",
+        "hits",
         "prefill",
         "decode",
     ];
@@ -39,7 +45,9 @@ pub(super) fn table(rows: &[Row], windows: usize) -> String {
             delta(report.nll_per_token - dense.nll_per_token),
             format!("{:.1}", report.kv_bytes_per_token),
             format!("{:.2}×", dense.kv_bytes_per_token / report.kv_bytes_per_token),
-            retrieval.map_or("–".into(), |share| format!("{:.1} %", 100.0 * share)),
+            retrieval.map_or("–".into(), percent),
+            percent(report.device_kv_share),
+            report.kv_hit_rate.map_or("–".into(), percent),
             format!("{:.0}/s", report.prefill_tokens_per_s),
             format!("{:.0}/s", report.decode_tokens_per_s),
         ]);
@@ -63,6 +71,9 @@ pub(super) fn table(rows: &[Row], windows: usize) -> String {
          {} windows of {} held-out tokens: the first {} of each prefilled, the others decoded one by one and scored, in nats.\n\
          Δ and ratio are to dense, whose cache is stored in f16. KV bytes are what the device holds, metadata included.\n\
          Retrieval: planted values found again; – where the model itself, with a dense cache, finds less than half.\n\
+         On device: share of the tokens' keys and values at the end of a window, the rest is in host memory; hits: share of the pages\n\
+         that a decoded token read which were there already. A sparse mode reads at most its budget of tokens, sinks and recent ones\n\
+         included; what it never reads is no error of storage, so its ratio says what the device saves, not what is lost.\n\
          Speeds are tokens per second of the CPU reference, not kernel speed.\n",
         windows, dense.context, dense.prefill,
     );

@@ -8,6 +8,7 @@
 mod dense;
 mod fdc;
 mod hack;
+mod sparse;
 
 use attention::{AttentionSpec, DType, rope::RopeConfig};
 use ndarray::{Array2, ArrayView3};
@@ -18,6 +19,7 @@ use crate::{Config, Error, Model};
 pub use dense::Dense;
 pub use fdc::{Fdc, PLANS, Recorder, Storage as FdcStorage, plan_path, read_plan};
 pub use hack::{Hack, Options as HackOptions, QuantizedLayer};
+pub use sparse::{Options as SparseOptions, Sparse};
 
 /// The methods of this seam.
 pub const METHODS: &[Method] = &[
@@ -34,7 +36,22 @@ pub const METHODS: &[Method] = &[
     hack_method("hack2", "2-bit codes, attended without dequantization"),
     hack_method("hack4", "4-bit codes, attended without dequantization"),
     hack_method("hack8", "8-bit codes, attended without dequantization"),
+    sparse_method("sparse-quest", "pages by minimum and maximum, budget=N tokens at a step", sparse::QUEST),
+    sparse_method("sparse-shadowkv", "chunks by their mean, budget=N tokens at a step", sparse::SHADOW_KV),
+    sparse_method(
+        "sparse-retro",
+        "clusters, the next best of them estimated, budget=N tokens",
+        sparse::RETRO,
+    ),
 ];
+
+const fn sparse_method(
+    name: &'static str,
+    summary: &'static str,
+    options: &'static [&'static str],
+) -> Method {
+    Method { name, summary, file: false, options, with: &[] }
+}
 
 const fn hack_method(name: &'static str, summary: &'static str) -> Method {
     Method { name, summary, file: false, options: hack::OPTIONS, with: &[] }
@@ -54,8 +71,19 @@ fn hack_bits(name: &str) -> usize {
 }
 
 /// The modes that the demo compares. The first is what the others are measured against.
-pub const DEMO: &[&str] =
-    &["dense", "dense,dtype=bf16", "hack8", "hack4", "hack2", "fdc-0.5", "fdc-auto", "fdc-0.5+hack4"];
+pub const DEMO: &[&str] = &[
+    "dense",
+    "dense,dtype=bf16",
+    "hack8",
+    "hack4",
+    "hack2",
+    "fdc-0.5",
+    "fdc-auto",
+    "fdc-0.5+hack4",
+    "sparse-quest,budget=128",
+    "sparse-shadowkv,budget=128",
+    "sparse-retro,budget=128",
+];
 
 /// New tokens in one layer, on their way into the cache and through attention.
 pub struct Step<'a> {
@@ -80,6 +108,19 @@ pub struct KvMemory {
     pub device: usize,
     /// In host memory.
     pub host: usize,
+}
+
+/// What a cache in two memories does.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct KvTraffic {
+    /// Share of the tokens' keys and values that is on the device now.
+    pub device_share: f64,
+    /// Share of what was read that was on the device, since the cache was made; `None` if it was never asked.
+    pub hit_rate: Option<f64>,
+    /// Tokens that a step reads at most.
+    pub budget: usize,
+    /// Bytes fetched from host memory, since the cache was made.
+    pub bytes_in: u64,
 }
 
 /// The KV cache of one sequence, all layers.
@@ -107,6 +148,11 @@ pub trait KvCache: Send {
 
     /// Bytes held now.
     fn memory(&self) -> KvMemory;
+
+    /// What moves between the memories; `None` for a cache that is wholly on the device.
+    fn traffic(&self) -> Option<KvTraffic> {
+        None
+    }
 
     /// Forgets everything, for the next sequence.
     fn clear(&mut self);
@@ -157,6 +203,13 @@ pub fn open(mode: &Mode, model: &Model, capacity: usize) -> Result<Box<dyn KvCac
             Ok(Box::new(Hack::new(&geometry, &options)?))
         }
         "fdc" | "fdc-0.5" | "fdc-auto" => Ok(Box::new(Fdc::open(mode, model, geometry)?)),
+        "sparse-quest" | "sparse-shadowkv" | "sparse-retro" => {
+            let options = SparseOptions::new(mode)?;
+            match options.dtype() {
+                DType::BF16 => Ok(Box::new(Sparse::<half::bf16>::new(mode, &options, &geometry)?)),
+                _ => Ok(Box::new(Sparse::<half::f16>::new(mode, &options, &geometry)?)),
+            }
+        }
         name => unreachable!("method {name} is listed but not built"),
     }
 }
@@ -170,6 +223,7 @@ pub fn check(mode: &Mode) -> Result<(), Error> {
         "dense" => dense_dtype(mode).map(drop),
         name @ ("hack2" | "hack4" | "hack8") => HackOptions::new(mode, hack_bits(name)).map(drop),
         "fdc" | "fdc-0.5" | "fdc-auto" => fdc::check(mode),
+        "sparse-quest" | "sparse-shadowkv" | "sparse-retro" => SparseOptions::new(mode).map(drop),
         _ => Ok(()),
     }
 }
