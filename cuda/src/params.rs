@@ -10,6 +10,7 @@ pub const HEADER_DIGESTS: &[(&str, &str)] = &[
     ("hack_append_params.h", "0cf237835d324da496bad60f99fce8340db80df7522d0f16f948896b33bd9f4c"),
     ("hack_decode_params.h", "e12f4ad7aca8ed0caec2bd17dc3dda2690f7691835804a3593ba6ea4d05f660d"),
     ("hack_prefill_params.h", "17f9dff541e61bf3193a769f6b05e07dc40753096f7e6d9519c383383b18352e"),
+    ("hybrid_gemm_params.h", "14744a47f6ef00a570ee1dba268bbbfa19ec05ee38b31fc99d92efcdec3772bf"),
     ("merge_states_params.h", "a1ca4ca86a37067ead0a7fdbb4a70c68ff2be74458bddc317fa12c2d18667ee8"),
     ("prefill_params.h", "3d61a6398e818b2d2f1de440731d6181a7005a251c83a5fb60c20befdba23406"),
     ("status_params.h", "4f7980c429bc31cb21feb31a9a1840964bf406b48721d9a745514ad009959d99"),
@@ -572,6 +573,211 @@ const _: () = {
     ["Offset of field: HackPrefillParams::resume"]
         [::core::mem::offset_of!(HackPrefillParams, resume) - 104usize];
     ["Offset of field: HackPrefillParams::keep"][::core::mem::offset_of!(HackPrefillParams, keep) - 108usize];
+#[doc = " Output features of a tile."]
+pub const HYBRID_TILE_ROWS: HybridGemmLayout = 64;
+#[doc = " Bytes of a slab: 64 rows of 128 bytes."]
+pub const HYBRID_SLAB_BYTES: HybridGemmLayout = 8192;
+#[doc = " Tokens of a panel of hybrid_small_m."]
+pub const HYBRID_SMALL_PANEL: HybridGemmLayout = 64;
+#[doc = " Tokens of a panel of hybrid_large_m."]
+pub const HYBRID_LARGE_PANEL: HybridGemmLayout = 256;
+#[doc = " Constants of the packed layout of weights: hybrid-gemm/src/pack.rs."]
+pub type HybridGemmLayout = ::core::ffi::c_uint;
+#[doc = " As X."]
+pub const HYBRID_FORMAT_FLOAT: HybridGemmFormat = 0;
+#[doc = " Signed codes of 8 bits with one f32 scale per output feature."]
+pub const HYBRID_FORMAT_INT8: HybridGemmFormat = 1;
+#[doc = " Values of the constant FORMAT: how weights are stored. Other values are int4 codes in groups of so many inputs."]
+pub type HybridGemmFormat = ::core::ffi::c_uint;
+#[doc = " None."]
+pub const HYBRID_IDENTITY: HybridGemmActivation = 0;
+#[doc = " x / (1 + exp(-x))"]
+pub const HYBRID_SILU: HybridGemmActivation = 1;
+#[doc = " The tanh form of GELU."]
+pub const HYBRID_GELU_TANH: HybridGemmActivation = 2;
+#[doc = " silu(gate) * up of interleaved rows."]
+pub const HYBRID_SWIGLU: HybridGemmActivation = 3;
+#[doc = " The function between product and residual."]
+pub type HybridGemmActivation = ::core::ffi::c_uint;
+#[doc = " The tile schedule of a launch, in device memory so that a captured graph follows a change: hybrid-gemm/src/schedule.rs."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct HybridGemmSchedule {
+    #[doc = " Tokens M."]
+    pub tokens: u32,
+    #[doc = " Tokens of a panel."]
+    pub panel: u32,
+    #[doc = " K tiles of a column."]
+    pub k_tiles: u32,
+    #[doc = " First column of the launch."]
+    pub first_column: u32,
+    #[doc = " Host columns of the output-stationary role, from first_column."]
+    pub os_columns: u32,
+    #[doc = " Host columns of the weight-stationary role, behind those."]
+    pub ws_columns: u32,
+    #[doc = " Columns in HBM, behind those."]
+    pub hbm_columns: u32,
+    #[doc = " Blocks of the output-stationary role."]
+    pub os_blocks: u32,
+    #[doc = " Blocks of the weight-stationary role."]
+    pub ws_blocks: u32,
+    #[doc = " Blocks of the HBM role."]
+    pub hbm_blocks: u32,
+    #[doc = " Blocks that share a fetch: 1."]
+    pub cluster: u32,
+    #[doc = " Which block of each role gets the first item."]
+    pub rotation: [u32; 3usize],
+    #[doc = " 0."]
+    pub padding: [u32; 2usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of HybridGemmSchedule"][::core::mem::size_of::<HybridGemmSchedule>() - 64usize];
+    ["Alignment of HybridGemmSchedule"][::core::mem::align_of::<HybridGemmSchedule>() - 4usize];
+    ["Offset of field: HybridGemmSchedule::tokens"]
+        [::core::mem::offset_of!(HybridGemmSchedule, tokens) - 0usize];
+    ["Offset of field: HybridGemmSchedule::panel"]
+        [::core::mem::offset_of!(HybridGemmSchedule, panel) - 4usize];
+    ["Offset of field: HybridGemmSchedule::k_tiles"]
+        [::core::mem::offset_of!(HybridGemmSchedule, k_tiles) - 8usize];
+    ["Offset of field: HybridGemmSchedule::first_column"]
+        [::core::mem::offset_of!(HybridGemmSchedule, first_column) - 12usize];
+    ["Offset of field: HybridGemmSchedule::os_columns"]
+        [::core::mem::offset_of!(HybridGemmSchedule, os_columns) - 16usize];
+    ["Offset of field: HybridGemmSchedule::ws_columns"]
+        [::core::mem::offset_of!(HybridGemmSchedule, ws_columns) - 20usize];
+    ["Offset of field: HybridGemmSchedule::hbm_columns"]
+        [::core::mem::offset_of!(HybridGemmSchedule, hbm_columns) - 24usize];
+    ["Offset of field: HybridGemmSchedule::os_blocks"]
+        [::core::mem::offset_of!(HybridGemmSchedule, os_blocks) - 28usize];
+    ["Offset of field: HybridGemmSchedule::ws_blocks"]
+        [::core::mem::offset_of!(HybridGemmSchedule, ws_blocks) - 32usize];
+    ["Offset of field: HybridGemmSchedule::hbm_blocks"]
+        [::core::mem::offset_of!(HybridGemmSchedule, hbm_blocks) - 36usize];
+    ["Offset of field: HybridGemmSchedule::cluster"]
+        [::core::mem::offset_of!(HybridGemmSchedule, cluster) - 40usize];
+    ["Offset of field: HybridGemmSchedule::rotation"]
+        [::core::mem::offset_of!(HybridGemmSchedule, rotation) - 44usize];
+    ["Offset of field: HybridGemmSchedule::padding"]
+        [::core::mem::offset_of!(HybridGemmSchedule, padding) - 56usize];
+};
+#[doc = " What launches moved since the receipt was last zeroed: hybrid-gemm/src/traffic.rs."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct HybridGemmTraffic {
+    #[doc = " Weight tiles fetched over the host link."]
+    pub link_tiles: u64,
+    #[doc = " Bytes of weights over the host link."]
+    pub link_bytes: u64,
+    #[doc = " Weight tiles fetched from HBM."]
+    pub hbm_tiles: u64,
+    #[doc = " Bytes of weights from HBM."]
+    pub hbm_weight_bytes: u64,
+    #[doc = " Bytes of activations."]
+    pub activation_bytes: u64,
+    #[doc = " Bytes of partial sums, written and read."]
+    pub partial_bytes: u64,
+    #[doc = " Bytes of outputs, and of the residual."]
+    pub output_bytes: u64,
+    #[doc = " Additions and multiplications."]
+    pub flops: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of HybridGemmTraffic"][::core::mem::size_of::<HybridGemmTraffic>() - 64usize];
+    ["Alignment of HybridGemmTraffic"][::core::mem::align_of::<HybridGemmTraffic>() - 8usize];
+    ["Offset of field: HybridGemmTraffic::link_tiles"]
+        [::core::mem::offset_of!(HybridGemmTraffic, link_tiles) - 0usize];
+    ["Offset of field: HybridGemmTraffic::link_bytes"]
+        [::core::mem::offset_of!(HybridGemmTraffic, link_bytes) - 8usize];
+    ["Offset of field: HybridGemmTraffic::hbm_tiles"]
+        [::core::mem::offset_of!(HybridGemmTraffic, hbm_tiles) - 16usize];
+    ["Offset of field: HybridGemmTraffic::hbm_weight_bytes"]
+        [::core::mem::offset_of!(HybridGemmTraffic, hbm_weight_bytes) - 24usize];
+    ["Offset of field: HybridGemmTraffic::activation_bytes"]
+        [::core::mem::offset_of!(HybridGemmTraffic, activation_bytes) - 32usize];
+    ["Offset of field: HybridGemmTraffic::partial_bytes"]
+        [::core::mem::offset_of!(HybridGemmTraffic, partial_bytes) - 40usize];
+    ["Offset of field: HybridGemmTraffic::output_bytes"]
+        [::core::mem::offset_of!(HybridGemmTraffic, output_bytes) - 48usize];
+    ["Offset of field: HybridGemmTraffic::flops"]
+        [::core::mem::offset_of!(HybridGemmTraffic, flops) - 56usize];
+};
+#[doc = " Shapes and layouts of one product."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct HybridGemmParams {
+    #[doc = " Elements between two rows of X."]
+    pub x_stride: i64,
+    #[doc = " Elements between two rows of O."]
+    pub out_stride: i64,
+    #[doc = " Elements between two rows of the residual."]
+    pub residual_stride: i64,
+    #[doc = " Bytes of a packed column."]
+    pub column_bytes: u64,
+    #[doc = " f32 of partial sums that the workspace has."]
+    pub partial_len: u64,
+    #[doc = " Rows of X and O: the schedule's tokens are at most as many."]
+    pub max_tokens: u32,
+    #[doc = " Output features."]
+    pub n: u32,
+    #[doc = " Inputs."]
+    pub k: u32,
+    #[doc = " Slabs of a full tile."]
+    pub tile_slabs: u32,
+    #[doc = " Columns in host memory, the first ones."]
+    pub host_columns: u32,
+    #[doc = " The column that the weights in HBM start with."]
+    pub hbm_first: u32,
+    #[doc = " Columns that the weights in HBM have."]
+    pub hbm_columns: u32,
+    #[doc = " Whether the weights in host memory are row-major [n, k]; else they are packed."]
+    pub host_row_major: u32,
+    #[doc = " Whether the weights in HBM are row-major, as a staged slab of such a matrix is."]
+    pub hbm_row_major: u32,
+    #[doc = " Parts that the K tiles of a column are dealt to: grid.y."]
+    pub k_splits: u32,
+    #[doc = " Type of O and of the residual: DTYPE of types.cuh."]
+    pub out_dtype: u32,
+    #[doc = " One of HybridGemmActivation."]
+    pub activation: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of HybridGemmParams"][::core::mem::size_of::<HybridGemmParams>() - 88usize];
+    ["Alignment of HybridGemmParams"][::core::mem::align_of::<HybridGemmParams>() - 8usize];
+    ["Offset of field: HybridGemmParams::x_stride"]
+        [::core::mem::offset_of!(HybridGemmParams, x_stride) - 0usize];
+    ["Offset of field: HybridGemmParams::out_stride"]
+        [::core::mem::offset_of!(HybridGemmParams, out_stride) - 8usize];
+    ["Offset of field: HybridGemmParams::residual_stride"]
+        [::core::mem::offset_of!(HybridGemmParams, residual_stride) - 16usize];
+    ["Offset of field: HybridGemmParams::column_bytes"]
+        [::core::mem::offset_of!(HybridGemmParams, column_bytes) - 24usize];
+    ["Offset of field: HybridGemmParams::partial_len"]
+        [::core::mem::offset_of!(HybridGemmParams, partial_len) - 32usize];
+    ["Offset of field: HybridGemmParams::max_tokens"]
+        [::core::mem::offset_of!(HybridGemmParams, max_tokens) - 40usize];
+    ["Offset of field: HybridGemmParams::n"][::core::mem::offset_of!(HybridGemmParams, n) - 44usize];
+    ["Offset of field: HybridGemmParams::k"][::core::mem::offset_of!(HybridGemmParams, k) - 48usize];
+    ["Offset of field: HybridGemmParams::tile_slabs"]
+        [::core::mem::offset_of!(HybridGemmParams, tile_slabs) - 52usize];
+    ["Offset of field: HybridGemmParams::host_columns"]
+        [::core::mem::offset_of!(HybridGemmParams, host_columns) - 56usize];
+    ["Offset of field: HybridGemmParams::hbm_first"]
+        [::core::mem::offset_of!(HybridGemmParams, hbm_first) - 60usize];
+    ["Offset of field: HybridGemmParams::hbm_columns"]
+        [::core::mem::offset_of!(HybridGemmParams, hbm_columns) - 64usize];
+    ["Offset of field: HybridGemmParams::host_row_major"]
+        [::core::mem::offset_of!(HybridGemmParams, host_row_major) - 68usize];
+    ["Offset of field: HybridGemmParams::hbm_row_major"]
+        [::core::mem::offset_of!(HybridGemmParams, hbm_row_major) - 72usize];
+    ["Offset of field: HybridGemmParams::k_splits"]
+        [::core::mem::offset_of!(HybridGemmParams, k_splits) - 76usize];
+    ["Offset of field: HybridGemmParams::out_dtype"]
+        [::core::mem::offset_of!(HybridGemmParams, out_dtype) - 80usize];
+    ["Offset of field: HybridGemmParams::activation"]
+        [::core::mem::offset_of!(HybridGemmParams, activation) - 84usize];
 };
 #[doc = " Shape of one merge of partial attention states."]
 #[repr(C)]

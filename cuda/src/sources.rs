@@ -23,6 +23,7 @@ pub const HEADERS: &[(&str, &str)] = headers! {
     "hack_append_params.h"
     "hack_decode_params.h"
     "hack_prefill_params.h"
+    "hybrid_gemm_params.h"
     "merge_states_params.h"
     "prefill_params.h"
     "status_params.h"
@@ -43,6 +44,8 @@ pub const HEADERS: &[(&str, &str)] = headers! {
     "tile/codes.cuh"
     "tile/copy_ring.cuh"
     "tile/fragment.cuh"
+    "tile/gemm_epilogue.cuh"
+    "tile/gemm_traffic.cuh"
     "tile/hack_attention.cuh"
     "tile/hack_codes.cuh"
     "tile/hack_columns.cuh"
@@ -60,6 +63,8 @@ pub const HEADERS: &[(&str, &str)] = headers! {
     "tile/split_plan.cuh"
     "tile/status.cuh"
     "tile/swizzle.cuh"
+    "tile/tile_schedule.cuh"
+    "tile/weight_slab.cuh"
     "tile/weighted_split.cuh"
 };
 

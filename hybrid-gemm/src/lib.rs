@@ -23,6 +23,7 @@
 //! | [`cpu`] | the product on the CPU, block by block as a kernel does it |
 //! | [`grouped`] | products of experts (MoE): only the active ones are fetched |
 //! | [`epilogue`] | scale, bias, SiLU, GELU, SwiGLU, residual |
+//! | `gpu` | the kernels: plan, prepare, run (feature `cuda`) |
 //! | [`traffic`] | the receipt of a call: bytes counted, beside those predicted |
 //! | [`mod@reference`] | the oracle in f64 |
 //!
@@ -64,7 +65,7 @@
 //!
 //! # State
 //!
-//! The CPU side is here; no kernel is yet, so feature `cuda` only pins weights for one ([`weights`]).
+//! The kernels are in module `gpu` (feature `cuda`). Clusters that share a fetch have no kernel yet.
 //!
 //! Source: the C2CServe paper, HybridGEMM.
 
@@ -76,6 +77,8 @@ mod element;
 pub mod epilogue;
 mod error;
 mod format;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 pub mod grouped;
 mod matrix;
 pub mod pack;

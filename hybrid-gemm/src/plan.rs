@@ -127,6 +127,16 @@ impl GemmPlan {
             return Err(Error::argument("max_tokens", format!("1 to {}", u32::MAX), config.max_tokens));
         }
         let panel = if config.max_tokens <= SMALL_PANEL { SMALL_PANEL } else { LARGE_PANEL };
+        GemmPlan::with_panel(placement, config, panel, sm_budget)
+    }
+
+    /// The same with panels of the caller's choice; the arguments are checked.
+    pub(crate) fn with_panel(
+        placement: Placement,
+        config: GemmConfig,
+        panel: usize,
+        sm_budget: usize,
+    ) -> Result<Self, Error> {
         let plan = GemmPlan { placement, config, panel, sm_budget };
         // A plan that could not serve its largest call is no plan.
         plan.choose(plan.config.max_tokens)?;
@@ -141,6 +151,11 @@ impl GemmPlan {
     /// What the plan was made for.
     pub fn config(&self) -> &GemmConfig {
         &self.config
+    }
+
+    /// SMs that launches may use.
+    pub fn sm_budget(&self) -> usize {
+        self.sm_budget
     }
 
     /// Tokens of a panel.

@@ -49,3 +49,27 @@ DEVICE void stream_tiles(uint32_t tiles, const Load& load, const Use& use) {
     cp_async_wait<0>();
     __syncthreads();
 }
+
+// The same with one copy of `load` in the code instead of one per stage: for loads of many instructions.
+template <int Stages, class Load, class Use>
+DEVICE void stream_tiles_rolled(uint32_t tiles, const Load& load, const Use& use) {
+    static_assert(Stages >= 2, "one slot in use, at least one on its way");
+    constexpr uint32_t AHEAD = Stages - 1;
+    RingPosition<Stages> filled, free;
+#pragma unroll 1
+    for (uint32_t next = 0; next < tiles + AHEAD; next++) {
+        if (next >= AHEAD) {
+            cp_async_wait<Stages - 2>();
+            __syncthreads();
+        }
+        if (next < tiles) load(free.slot, next);
+        cp_async_commit();
+        free.advance();
+        if (next >= AHEAD) {
+            use(filled.slot, next - AHEAD);
+            filled.advance();
+        }
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+}

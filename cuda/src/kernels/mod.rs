@@ -7,4 +7,5 @@ pub mod attention;
 pub mod ceilings;
 pub mod conformance;
 pub mod homomorphic_quant;
+pub mod hybrid_gemm;
 pub mod kv_compress;

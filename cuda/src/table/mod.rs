@@ -7,6 +7,7 @@ mod attention;
 mod ceilings;
 mod conformance;
 mod homomorphic_quant;
+mod hybrid_gemm;
 mod kv_compress;
 
 use std::fmt;
@@ -19,6 +20,7 @@ pub const KERNELS: &[&[Kernel]] = &[
     ceilings::KERNELS,
     conformance::KERNELS,
     homomorphic_quant::KERNELS,
+    hybrid_gemm::KERNELS,
     kv_compress::KERNELS,
 ];
 

@@ -221,6 +221,16 @@ impl Weights {
         values
     }
 
+    /// The bytes of the columns in host memory, in the layout of [`Placement::host_layout`].
+    pub fn host_bytes(&self) -> &[u8] {
+        &self.host.memory.bytes()[self.host.start..][..self.placement.host_bytes() as usize]
+    }
+
+    /// The bytes of the columns in HBM, packed.
+    pub fn hbm_bytes(&self) -> &[u8] {
+        &self.hbm.memory.bytes()[self.hbm.start..][..self.placement.hbm_bytes() as usize]
+    }
+
     /// Whether kernels can read the host part where it lies.
     ///
     /// # Errors

@@ -1,0 +1,186 @@
+//! A prepared product.
+
+use cuda::kernels::hybrid_gemm as kernels;
+use cuda::launch::{Device, Function};
+use cuda::memory::{View, ViewMut};
+use cuda::params::{
+    HYBRID_GELU_TANH, HYBRID_IDENTITY, HYBRID_SILU, HYBRID_SWIGLU, HybridGemmParams, HybridGemmSchedule,
+    HybridGemmTraffic,
+};
+use cuda::storage::Storage;
+use cuda::workspace::Carver;
+
+use super::Plan;
+use crate::epilogue::Activation;
+use crate::pack::slab_elements;
+use crate::weights::Layout;
+use crate::{DType, Error};
+
+/// Where the columns of a matrix lie, as the device sees them.
+#[derive(Debug, Clone, Copy)]
+pub struct DeviceWeights<'a> {
+    /// The columns in host memory: [`Weights::host_bytes`](crate::Weights::host_bytes), pinned. None where there are none.
+    pub host: Option<&'a View<'a, u8>>,
+    /// The columns in HBM: [`Weights::hbm_bytes`](crate::Weights::hbm_bytes). None where there are none.
+    pub hbm: Option<&'a View<'a, u8>>,
+    /// Scale of each output feature `[n]` in formats that have one:
+    /// [`Weights::channel_scales`](crate::Weights::channel_scales).
+    pub scales: Option<&'a View<'a, f32>>,
+}
+
+/// Distances between rows, in elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Strides {
+    /// Of X; at least k.
+    pub x: usize,
+    /// Of O; at least its columns.
+    pub out: usize,
+    /// Of the residual; at least the columns of O.
+    pub residual: usize,
+}
+
+/// Arguments of [`Gemm::run`].
+#[derive(Debug)]
+pub struct GemmArgs<'a, X, O> {
+    /// X `[max_tokens, k]`; rows past the schedule's tokens are not read. 16-byte aligned rows are read faster.
+    pub x: &'a View<'a, X>,
+    /// W.
+    pub weights: DeviceWeights<'a>,
+    /// Bias `[n]`, where the plan has one.
+    pub bias: Option<&'a View<'a, f32>>,
+    /// Residual `[max_tokens, out_columns]`, where the plan has one.
+    pub residual: Option<&'a View<'a, O>>,
+    /// Out: O `[max_tokens, out_columns]`; rows past the schedule's tokens stay as they are.
+    pub out: ViewMut<'a, O>,
+    /// Distances between rows; without gaps where not given.
+    pub strides: Option<Strides>,
+    /// The schedule, from [`Plan::schedule`].
+    pub schedule: &'a View<'a, HybridGemmSchedule>,
+    /// What the call moves is added to it.
+    pub traffic: Option<ViewMut<'a, HybridGemmTraffic>>,
+    /// Status word: what is wrong with the schedule.
+    pub status: ViewMut<'a, u64>,
+}
+
+/// A prepared product. `X` is the storage type of activations and of unquantised weights.
+#[derive(Debug, Clone)]
+pub struct Gemm<F, X> {
+    plan: Plan,
+    params: HybridGemmParams,
+    kernel: kernels::HybridSmallM<F, X>,
+}
+
+impl<F: Function, X: Storage> Gemm<F, X> {
+    /// Compiles and loads. May block.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a device of another number of SMs than the plan's, or another `X`; [`Error::Cuda`] when the
+    /// kernel cannot be loaded.
+    pub fn prepare<D: Device<Function = F>>(device: &D, plan: &Plan) -> Result<Self, Error> {
+        let config = plan.config();
+        match device.sm_count() {
+            Some(found) if found as usize != config.device.sm_count => {
+                let expected = format!("{} SMs, as planned", config.device.sm_count);
+                return Err(Error::argument("device", expected, format!("{found} SMs")));
+            }
+            _ => {}
+        }
+        if X::DTYPE != number(config.x) {
+            return Err(Error::argument("x", format!("{}, as planned", config.x), X::NAME));
+        }
+        let kernel = kernels::HybridSmallM::prepare(device, plan.format(), config.max_tokens)?;
+        Ok(Self { params: params(plan), plan: plan.clone(), kernel })
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Enqueues O = epilogue(X·Wᵀ) and returns.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for operands that the plan has not, or has; [`Error::Cuda`] names an argument or workspace that
+    /// does not fit.
+    pub fn run<O: Storage>(
+        &self,
+        queue: &F::Queue,
+        args: GemmArgs<'_, X, O>,
+        workspace: ViewMut<'_, u8>,
+    ) -> Result<(), Error> {
+        let epilogue = self.plan.config().epilogue;
+        for (argument, planned, given) in [
+            ("bias", epilogue.bias, args.bias.is_some()),
+            ("residual", epilogue.residual, args.residual.is_some()),
+        ] {
+            if planned != given {
+                let [expected, found] = [planned, given].map(|is| if is { "given" } else { "none" });
+                return Err(Error::argument(argument, format!("{expected}, as planned"), found));
+            }
+        }
+        let mut params = self.params;
+        if let Some(strides) = args.strides {
+            params.x_stride = strides.x as i64;
+            params.out_stride = strides.out as i64;
+            params.residual_stride = strides.residual as i64;
+        }
+        let carver = Carver::new("hybrid_gemm", workspace, self.plan.workspace())?;
+        let args = kernels::HybridGemmArgs {
+            params: &params,
+            blocks: self.plan.gemm().sm_budget() as u32,
+            x: args.x,
+            host: args.weights.host,
+            hbm: args.weights.hbm,
+            scales: args.weights.scales,
+            bias: args.bias,
+            residual: args.residual,
+            out: args.out,
+            partials: carver.take(self.plan.partials())?,
+            arrivals: carver.take(self.plan.arrivals())?,
+            schedule: args.schedule,
+            traffic: args.traffic,
+            status: args.status,
+        };
+        Ok(self.kernel.launch(queue, args)?)
+    }
+}
+
+/// The number of a storage type in kernels.
+fn number(dtype: DType) -> i64 {
+    match dtype {
+        DType::F32 => f32::DTYPE,
+        DType::F16 => half::f16::DTYPE,
+        DType::BF16 => half::bf16::DTYPE,
+    }
+}
+
+/// What kernels know of a plan. Every size of a plan fits 32 bits.
+fn params(plan: &Plan) -> HybridGemmParams {
+    let (config, placement) = (plan.config(), plan.placement());
+    let tiling = placement.tiling();
+    let columns = config.epilogue.out_columns(tiling.n()) as i64;
+    HybridGemmParams {
+        x_stride: tiling.k() as i64,
+        out_stride: columns,
+        residual_stride: columns,
+        column_bytes: tiling.column_bytes() as u64,
+        partial_len: 0,
+        max_tokens: config.max_tokens as u32,
+        n: tiling.n() as u32,
+        k: tiling.k() as u32,
+        tile_slabs: (tiling.tile_k() / slab_elements(tiling.format())) as u32,
+        host_columns: placement.host_columns() as u32,
+        hbm_first: placement.host_columns() as u32,
+        hbm_columns: placement.hbm_columns() as u32,
+        host_row_major: u32::from(placement.host_layout() != Layout::Packed),
+        hbm_row_major: 0,
+        k_splits: plan.k_splits() as u32,
+        out_dtype: number(config.epilogue.out) as u32,
+        activation: match config.epilogue.activation {
+            Activation::Identity => HYBRID_IDENTITY,
+            Activation::Silu => HYBRID_SILU,
+            Activation::GeluTanh => HYBRID_GELU_TANH,
+            Activation::SwiGlu => HYBRID_SWIGLU,
+        },
+    }
+}

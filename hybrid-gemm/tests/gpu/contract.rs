@@ -1,0 +1,195 @@
+//! What a plan promises: bits that do not depend on circumstances, exact receipts, schedules that change between replays, and
+//! a word about schedules that cannot be.
+
+use cuda::params::{self, HybridGemmSchedule};
+use emulator::Order;
+use emulator::rig::{EmulatorRig, Rig, gpu_or_skip};
+use half::bf16;
+use hybrid_gemm::gpu::Plan;
+use hybrid_gemm::{
+    DType, EpilogueSpec, Error, Format, GemmConfig, GemmPlan, Path, PathChoice, Residency, RowMajor,
+    Summation, Tiling, Weights, simulate::simulate,
+};
+
+use crate::common::device;
+use crate::product::{Operands, check, launch_each, verify, weights};
+
+emulator::device_test!(
+    bits_do_not_depend_on_circumstances,
+    splits_repeat_bit_by_bit,
+    partial_sums_are_not_rounded,
+    fetches_are_those_of_the_simulation,
+    bad_schedules_are_named,
+);
+
+fn f32_out(max_tokens: usize, sms: usize) -> GemmConfig {
+    GemmConfig {
+        epilogue: EpilogueSpec::plain(DType::F32),
+        ..GemmConfig::new(max_tokens, DType::BF16, device(sms))
+    }
+}
+
+fn operands(max_tokens: usize, [n, k]: [usize; 2], residency: Residency) -> Operands<bf16, f32> {
+    let tiling = Tiling::new(n, k, Format::Float(DType::BF16)).expect("a tiling");
+    Operands::new(42, max_tokens, weights::<bf16>(41, tiling, residency), EpilogueSpec::plain(DType::F32))
+}
+
+fn bits_do_not_depend_on_circumstances<R: Rig>(rig: &R) {
+    let (shape, [host, hbm, half]) =
+        ([200, 600], [Residency::Host, Residency::Hbm, Residency::HbmFraction(0.5)]);
+    let mut rows: Option<Vec<f32>> = None;
+    // Kernels of 8 and of 64 tokens, one panel and two.
+    for (max_tokens, tokens, residency, sms) in
+        [(8, 8, hbm, 1), (8, 3, half, 4), (8, 8, host, 3), (64, 41, half, 7), (66, 66, half, 5)]
+    {
+        let operands = operands(66, shape, residency);
+        let case = format!("up to {max_tokens} tokens, {residency:?}, {sms} SMs, seeds 41 and 42");
+        let found = check(rig, &case, f32_out(max_tokens, sms), &operands, tokens);
+        let first = &found[..3 * shape[0]];
+        match &rows {
+            Some(rows) => assert!(rows == first, "{case}: other bits"),
+            None => rows = Some(first.to_vec()),
+        }
+    }
+}
+
+fn splits_repeat_bit_by_bit<R: Rig>(rig: &R) {
+    let operands = operands(8, [24, 2100], Residency::Hbm);
+    let plan =
+        Plan::new(*operands.weights.placement(), GemmConfig { summation: Summation::Fast, ..f32_out(8, 4) })
+            .expect("a plan");
+    assert_eq!(plan.k_splits(), 4, "{}", rig.name());
+    let schedules = vec![plan.schedule(8).expect("a schedule"); (rig.stress_launches() / 4).min(1000)];
+    let outcomes = launch_each(rig, &plan, &operands, &schedules, false).expect("launches");
+    for outcome in &outcomes {
+        assert!(outcome.out == outcomes[0].out && outcome.clean, "on {}: other bits", rig.name());
+    }
+    verify(rig.name().as_str(), &plan, &operands, 8, &outcomes[0]);
+}
+
+/// The sums pass through 4096 on their way to about 1.
+fn partial_sums_are_not_rounded<R: Rig>(rig: &R) {
+    let k = 4096;
+    let values: Vec<bf16> = (0..8 * k)
+        .map(|i| bf16::from_f32(if i % k < k / 2 { 2.0 } else { -2.0 } + f32::from(i % 7 == 3) / 64.0))
+        .collect();
+    let matrix = RowMajor::from_slice(&values, [8, k]).expect("a matrix");
+    let weights = Weights::pack(matrix, Format::Float(DType::BF16), Residency::Host).expect("packed weights");
+    let exact: Vec<f64> = values.chunks(k).map(|row| row.iter().map(|w| w.to_f64()).sum::<f64>()).collect();
+    for summation in [Summation::Bitwise, Summation::Fast] {
+        let operands = Operands::<bf16, f32> {
+            x: vec![bf16::ONE; k],
+            ..Operands::new(1, 1, weights.clone(), EpilogueSpec::plain(DType::F32))
+        };
+        let config = GemmConfig { summation, ..f32_out(1, 8) };
+        let found = check(rig, "partial sums", config, &operands, 1);
+        for (row, (found, exact)) in found.iter().zip(&exact).enumerate() {
+            let error = (f64::from(*found) - exact).abs();
+            // bf16 would lose 16 at 4096; f32 loses 2⁻¹² at most at each of a few hundred sums.
+            assert!(error < 0.05, "row {row} on {}: {found}, not {exact}", rig.name());
+        }
+    }
+}
+
+fn fetches_are_those_of_the_simulation<R: Rig>(rig: &R) {
+    for (tokens, fraction) in [(1, 0.0), (8, 0.25), (5, 0.5), (8, 1.0)] {
+        let operands = operands(8, [330, 520], Residency::HbmFraction(fraction));
+        let placement = *operands.weights.placement();
+        let config = f32_out(8, 5);
+        let case = format!("{tokens} tokens, {fraction} in HBM, on {}", rig.name());
+        let plan = Plan::new(placement, config.clone()).expect("a plan");
+        let schedule = plan.schedule(tokens).expect("a schedule");
+        let outcome = &launch_each(rig, &plan, &operands, &[schedule], false).expect("a launch")[0];
+        let planned = GemmPlan::new(placement, config).expect("a plan");
+        let simulated = simulate(&planned, Path::Direct { alpha: 1.0 }, tokens).expect("a simulation");
+        assert_eq!(outcome.traffic, simulated.traffic, "{case}");
+        assert_eq!(outcome.traffic.link_bytes, placement.host_bytes(), "{case}: each byte once");
+    }
+}
+
+/// A schedule, what is wrong with it, and the code that says so.
+type Mistake = (&'static str, fn(&mut HybridGemmSchedule), params::FaultCode);
+
+fn bad_schedules_are_named<R: Rig>(rig: &R) {
+    let operands = operands(8, [200, 80], Residency::HbmFraction(0.5));
+    let plan = Plan::new(*operands.weights.placement(), f32_out(8, 4)).expect("a plan");
+    let good = plan.schedule(6).expect("a schedule");
+    let mistakes: [Mistake; 9] = [
+        ("more tokens than rows", |s| s.tokens = 9, params::FAULT_BAD_LENGTH),
+        ("no blocks for a role", |s| s.hbm_blocks = 0, params::FAULT_BAD_RANGE),
+        ("more blocks than the grid", |s| s.hbm_blocks += 1, params::FAULT_BAD_RANGE),
+        ("more host columns than there are", |s| s.os_columns += 1, params::FAULT_BAD_RANGE),
+        ("more columns than there are", |s| s.hbm_columns += 1, params::FAULT_BAD_RANGE),
+        ("columns past 2³²", |s| s.hbm_columns = u32::MAX, params::FAULT_BAD_RANGE),
+        ("another panel", |s| s.panel = 256, params::FAULT_BAD_INDEX),
+        ("other K tiles", |s| s.k_tiles += 1, params::FAULT_BAD_INDEX),
+        ("a cluster", |s| s.cluster = 2, params::FAULT_BAD_INDEX),
+    ];
+    let schedules: Vec<_> = mistakes
+        .iter()
+        .map(|(_, change, _)| {
+            let mut schedule = good;
+            change(&mut schedule);
+            schedule
+        })
+        .chain([good])
+        .collect();
+    let outcomes = launch_each(rig, &plan, &operands, &schedules, false).expect("launches");
+    for ((case, _, code), outcome) in mistakes.iter().zip(&outcomes) {
+        assert_eq!(outcome.fault.map(|fault| fault.code), Some(*code), "{case} on {}", rig.name());
+        assert!(outcome.out.iter().all(|x| *x == 0.0), "{case} on {}: O is not zero", rig.name());
+        assert_eq!(outcome.traffic.link_tiles + outcome.traffic.hbm_tiles, 0, "{case}: fetched tiles");
+    }
+    verify("after bad schedules", &plan, &operands, 6, &outcomes[mistakes.len()]);
+}
+
+/// One recorded launch follows the schedule in device memory.
+fn tokens_change_between_replays<R: Rig>(rig: &R) {
+    let operands = operands(8, [140, 160], Residency::HbmFraction(0.5));
+    let plan = Plan::new(*operands.weights.placement(), f32_out(8, 3)).expect("a plan");
+    let steps = [1, 8, 0, 5, 2];
+    let schedules = steps.map(|tokens| plan.schedule(tokens).expect("a schedule"));
+    let outcomes = launch_each(rig, &plan, &operands, &schedules, true).expect("replays");
+    for (tokens, outcome) in steps.into_iter().zip(&outcomes) {
+        verify(&format!("replay of {tokens} tokens on {}", rig.name()), &plan, &operands, tokens, outcome);
+    }
+}
+
+mod replay {
+    use super::*;
+
+    #[test]
+    fn emulator() {
+        emulator::emulator_or_skip!();
+        for order in Order::ALL {
+            tokens_change_between_replays(&EmulatorRig::new(order));
+        }
+    }
+
+    #[test]
+    fn gpu() {
+        if let Some(rig) = gpu_or_skip("contract::replay") {
+            tokens_change_between_replays(&rig.on_own_stream().expect("a stream of its own"));
+        }
+    }
+}
+
+#[test]
+fn plans_without_kernels_say_so() {
+    let placement = |format| {
+        let tiling = Tiling::new(128, 128, format).expect("a tiling");
+        hybrid_gemm::Placement::packed(tiling, Residency::Host).expect("a placement")
+    };
+    let bf16 = Format::Float(DType::BF16);
+    let path = |path| GemmConfig { path: PathChoice::Only(path), ..f32_out(8, 4) };
+    for (case, format, config, named) in [
+        ("f32", Format::Float(DType::F32), GemmConfig::new(8, DType::F32, device(4)), "f16 or bf16"),
+        ("two types", Format::Float(DType::F16), f32_out(8, 4), "bf16, as X"),
+        ("clusters", bf16, path(Path::Multicast { cluster: 2 }), "no kernel"),
+    ] {
+        let error: Error = Plan::new(placement(format), config).expect_err(case);
+        assert!(error.to_string().contains(named), "{case}: {error}");
+    }
+    let plan = Plan::new(placement(bf16), f32_out(8, 4)).expect("a plan");
+    assert!(plan.schedule(9).expect_err("too many").to_string().contains("at most 8"));
+}
