@@ -573,6 +573,7 @@ const _: () = {
     ["Offset of field: HackPrefillParams::resume"]
         [::core::mem::offset_of!(HackPrefillParams, resume) - 104usize];
     ["Offset of field: HackPrefillParams::keep"][::core::mem::offset_of!(HackPrefillParams, keep) - 108usize];
+};
 #[doc = " Output features of a tile."]
 pub const HYBRID_TILE_ROWS: HybridGemmLayout = 64;
 #[doc = " Bytes of a slab: 64 rows of 128 bytes."]

@@ -322,4 +322,21 @@ struct SlabSums {
             }
         }
     }
+
+    // Calls with each sum whose token is below `tokens`: the token, the row, the sum. Theirs start at row0 and token0.
+    template <class Call>
+    DEVICE void each_sum(uint32_t row0, uint32_t token0, uint32_t tokens, const Call& call) {
+        const uint32_t lane = lane_index();
+#pragma unroll
+        for (int row = 0; row < RowTiles; row++) {
+#pragma unroll
+            for (int tile = 0; tile < TokenTiles; tile++) {
+#pragma unroll
+                for (uint32_t i = 0; i < 4; i++) {
+                    const uint32_t token = token0 + tile * 8 + accumulator_column(lane, i);
+                    if (token < tokens) call(token, row0 + row * 16 + accumulator_row(lane, i), sums[row][tile][i]);
+                }
+            }
+        }
+    }
 };
