@@ -35,7 +35,7 @@ type Guard<'a> = Option<cudarc::driver::SyncOnDrop<'a>>;
 type Guard<'a> = Option<std::convert::Infallible>;
 
 /// Which stream may use a view: the driver's handle of the stream that the view was made for, or `None` where the caller
-/// orders the work himself (raw views, mapped memory, the emulator).
+/// orders the work himself (raw views, reads of mapped memory, the emulator).
 pub type StreamHandle = Option<usize>;
 
 /// Memory that a kernel reads: `len` elements of `T`.

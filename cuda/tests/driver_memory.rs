@@ -107,7 +107,11 @@ fn mapped_memory_is_zeroed_and_waits_before_the_host_touches_it() {
         let device = host.as_ptr() as u64 + SHIFT;
         assert_eq!((mapped.view().address(), mapped.view().len()), (device, 6));
         assert_eq!(mapped.view().space(), Space::Device(0));
-        assert_eq!(mapped.view_mut().address(), device);
+        let stream = gpu.default_stream();
+        fake.log();
+        let view = mapped.view_mut(&stream);
+        assert_eq!((view.address(), view.stream()), (device, Some(stream.cu_stream() as usize)));
+        drop(view);
         assert_eq!(fake.log(), [""; 0]);
         drop(mapped);
         assert_eq!(fake.log(), ["cuCtxSynchronize", "cuMemFreeHost"], "not under a running kernel");

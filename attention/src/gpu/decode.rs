@@ -1,5 +1,7 @@
 //! Decode attention: split over the keys, planned on the device.
 
+use std::sync::Arc;
+
 use cuda::kernels::attention as kernels;
 use cuda::launch::{Device, Function};
 use cuda::memory::{View, ViewMut};
@@ -153,6 +155,7 @@ impl DecodePlan {
             soft_cap: config.score.soft_cap().is_some(),
         };
 
+        variant.check(&params)?;
         let blocks = config.sm_count.checked_mul(BLOCKS_PER_SM).filter(|blocks| *blocks <= i32::MAX as u32);
         let blocks = blocks.ok_or_else(|| {
             let expected = format!("at most {}", i32::MAX as u32 / BLOCKS_PER_SM);
@@ -211,7 +214,7 @@ impl DecodePlan {
 /// The prepared device-side plan of a step.
 #[derive(Debug, Clone)]
 pub struct DecodeStep<F> {
-    plan: DecodePlan,
+    plan: Arc<DecodePlan>,
     kernel: kernels::DecodePlan<F>,
 }
 
@@ -238,7 +241,7 @@ impl<F: Function> DecodeStep<F> {
     /// [`Error::Argument`] for a device that the plan was not made for, [`Error::Cuda`] when the kernel cannot be loaded.
     pub fn prepare<D: Device<Function = F>>(device: &D, plan: &DecodePlan) -> Result<Self, Error> {
         check_sm_count(device, plan.config.sm_count)?;
-        Ok(Self { plan: plan.clone(), kernel: kernels::DecodePlan::prepare(device)? })
+        Ok(Self { plan: Arc::new(plan.clone()), kernel: kernels::DecodePlan::prepare(device)? })
     }
 
     /// Enqueues the plan of one step and returns it; it serves every layer of the step.
@@ -271,7 +274,7 @@ impl<F: Function> DecodeStep<F> {
             status: args.status,
         };
         self.kernel.launch(queue, args)?;
-        Ok(PlannedStep { plan: self.plan.clone(), workspace: carver.into_workspace() })
+        Ok(PlannedStep { plan: Arc::clone(&self.plan), workspace: carver.into_workspace() })
     }
 }
 
@@ -280,7 +283,7 @@ impl<F: Function> DecodeStep<F> {
 /// It holds the step's workspace, so that nobody else writes what the kernels trust.
 #[derive(Debug)]
 pub struct PlannedStep<'w> {
-    plan: DecodePlan,
+    plan: Arc<DecodePlan>,
     workspace: ViewMut<'w, u8>,
 }
 

@@ -1,5 +1,7 @@
 //! Prefill attention: ragged batches of queries over cached keys, whole or step by step, planned on the device.
 
+use std::sync::Arc;
+
 use cuda::kernels::attention as kernels;
 use cuda::launch::{Device, Function};
 use cuda::memory::{View, ViewMut};
@@ -105,6 +107,7 @@ impl PrefillPlan {
             scale: score.scale(),
             soft_cap: score.soft_cap().unwrap_or(0.0),
         };
+        variant.check(&params)?;
         let mut layout = Layout::new();
         let buffers = Buffers {
             valid_len: layout.scratch(kernels::prefill_valid_lens(&params))?,
@@ -144,7 +147,7 @@ impl PrefillPlan {
 /// The prepared device-side plan of a prefill.
 #[derive(Debug, Clone)]
 pub struct PrefillTiles<F> {
-    plan: PrefillPlan,
+    plan: Arc<PrefillPlan>,
     kernel: kernels::PrefillPlan<F>,
 }
 
@@ -174,7 +177,7 @@ impl<F: Function> PrefillTiles<F> {
     /// # Errors
     /// [`Error::Cuda`] when the kernel cannot be loaded.
     pub fn prepare<D: Device<Function = F>>(device: &D, plan: &PrefillPlan) -> Result<Self, Error> {
-        Ok(Self { plan: plan.clone(), kernel: kernels::PrefillPlan::prepare(device)? })
+        Ok(Self { plan: Arc::new(plan.clone()), kernel: kernels::PrefillPlan::prepare(device)? })
     }
 
     /// Enqueues the plan of one batch and returns it; it serves every layer.
@@ -210,7 +213,7 @@ impl<F: Function> PrefillTiles<F> {
             status: args.status,
         };
         self.kernel.launch(queue, args)?;
-        Ok(PlannedTiles { plan: self.plan.clone(), workspace: carver.into_workspace() })
+        Ok(PlannedTiles { plan: Arc::clone(&self.plan), workspace: carver.into_workspace() })
     }
 }
 
@@ -219,7 +222,7 @@ impl<F: Function> PrefillTiles<F> {
 /// It holds the plan's workspace, so that nobody else writes what the kernel trusts.
 #[derive(Debug)]
 pub struct PlannedTiles<'w> {
-    plan: PrefillPlan,
+    plan: Arc<PrefillPlan>,
     workspace: ViewMut<'w, u8>,
 }
 

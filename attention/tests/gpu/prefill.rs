@@ -554,4 +554,12 @@ fn plans_refuse_what_no_kernel_can_do() {
             other => panic!("{argument}: {other:?}"),
         }
     }
+    let odd = HeadShape::new(2, 1, 80, 64).expect("a valid shape");
+    let contiguous = |dim| PageLayout { page_stride: 0, token_stride: dim, head_stride: dim };
+    let tokens = CacheLayout::Contiguous { tokens: 64, k: contiguous(80), v: contiguous(64) };
+    let spec = AttentionSpec { shape: odd, ..good.spec };
+    match PrefillPlan::new(PrefillConfig { spec, cache: tokens, ..good }) {
+        Err(Error::Cuda(error)) => assert!(error.to_string().contains("QK_DIM"), "{error}"),
+        other => panic!("{other:?}"),
+    }
 }

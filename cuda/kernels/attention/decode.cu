@@ -279,15 +279,14 @@ struct Warp {
             }
 #pragma unroll
             for (uint32_t e = 0; e < 2; e++) {
-                // A negative scale would make the smallest score the largest: the maximum is taken after scaling.
-                const float largest =
-                    warp_max_strided<4>(fmaxf(scaled(s[n][e], to_log2), scaled(s[n][e + 2], to_log2)));
-                const float m_new = fmaxf(m[n][e], largest);
+                // The factor is positive, so the maximum is taken before it and each score meets it in a multiply-add.
+                const float largest = warp_max_strided<4>(fmaxf(s[n][e], s[n][e + 2]));
+                const float m_new = fmaxf(m[n][e], largest * to_log2);
                 const float reference = m_new == NEGATIVE_INFINITY ? 0.0f : m_new;
                 const float shrink = exp2_approx(m[n][e] - reference);
                 m[n][e] = m_new;
-                s[n][e] = exp2_approx(scaled(s[n][e], to_log2) - reference);
-                s[n][e + 2] = exp2_approx(scaled(s[n][e + 2], to_log2) - reference);
+                s[n][e] = exp2_approx(__fmaf_rn(s[n][e], to_log2, -reference));
+                s[n][e + 2] = exp2_approx(__fmaf_rn(s[n][e + 2], to_log2, -reference));
                 l[n][e] = l[n][e] * shrink + s[n][e] + s[n][e + 2];
 #pragma unroll
                 for (uint32_t v = 0; v < V_TILES; v++) {
@@ -296,11 +295,6 @@ struct Warp {
                 }
             }
         }
-    }
-
-    // A masked score stays −inf whatever the scale's sign.
-    static DEVICE float scaled(float score, float to_log2) {
-        return score == NEGATIVE_INFINITY ? NEGATIVE_INFINITY : score * to_log2;
     }
 
     // Oᵀ += Vᵀ·Pᵀ over the 16 rows of V at `v`.

@@ -5,7 +5,7 @@ use std::fmt;
 use std::marker::PhantomData;
 
 use bytemuck::Pod;
-use cudarc::driver::sys;
+use cudarc::driver::{CudaStream, sys};
 
 use super::call::check;
 use super::gpu::Gpu;
@@ -74,10 +74,11 @@ impl<T: Pod> Mapped<T> {
         unsafe { View::from_raw(self.device, self.len, self.space()) }
     }
 
-    /// For kernels that read and write.
-    pub fn view_mut(&mut self) -> ViewMut<'_, T> {
+    /// For kernels on one stream that read and write; no other stream takes the view.
+    pub fn view_mut(&mut self, stream: &CudaStream) -> ViewMut<'_, T> {
         // SAFETY: as in `view`; `&mut self` keeps safe host code and other launches from using them.
-        unsafe { ViewMut::from_raw(self.device, self.len, self.space()) }
+        let view = unsafe { ViewMut::from_raw(self.device, self.len, self.space()) };
+        view.for_stream(Some(stream.cu_stream() as usize))
     }
 
     /// The elements, after waiting for everything enqueued in the context: a kernel may still be writing them.

@@ -1,5 +1,5 @@
-//! Fingerprint of the code that launches a kernel: the typed kernel in `cuda/src/kernels` and the modules beside it that it
-//! uses.
+//! Fingerprint of the code that launches a kernel: the files of `cuda/src/kernels` that name it and every other there that they
+//! use, directly or through others.
 //!
 //! Comments, blank lines and indentation are not in it, since they change nothing that a GPU could show.
 
@@ -45,21 +45,37 @@ fn digest(files: &BTreeMap<PathBuf, String>, kernel: &str) -> Option<Digest> {
     if named.is_empty() {
         return None;
     }
-    let used = named.iter().flat_map(|path| {
-        modules_used(&files[*path]).filter_map(|module| {
-            files.get_key_value(&path.with_file_name(format!("{module}.rs"))).map(|(path, _)| path)
-        })
-    });
-    let all: BTreeSet<&PathBuf> = named.iter().copied().chain(used).collect();
+    let mut all = named.clone();
+    let mut new: Vec<&PathBuf> = named.into_iter().collect();
+    while let Some(path) = new.pop() {
+        for used in files.keys().filter(|other| uses(&files[path], path, other)) {
+            if all.insert(used) {
+                new.push(used);
+            }
+        }
+    }
     let code: Vec<String> = all.into_iter().map(|path| code(&files[path])).collect();
     Some(Digest::of_parts(code.iter().map(|text| text.as_bytes())))
 }
 
-/// Names of sibling modules in `use super::name…`.
-fn modules_used(text: &str) -> impl Iterator<Item = &str> {
-    text.lines().filter_map(|line| {
-        let rest = line.trim().strip_prefix("use super::")?;
-        Some(&rest[..rest.find(|c: char| !c.is_alphanumeric() && c != '_')?])
+/// Whether the file `text` at `path` imports from the module of the file `other`: a module beside it or above it by name, the
+/// module that holds it, or one by its path from the crate. Too many rather than too few: then a row is stale too often.
+fn uses(text: &str, path: &Path, other: &Path) -> bool {
+    let module = |path: &Path| -> Vec<String> {
+        let mut names: Vec<String> =
+            path.with_extension("").iter().map(|name| name.to_string_lossy().into_owned()).collect();
+        names.pop_if(|last| last == "mod");
+        names
+    };
+    let (path, other) = (module(path), module(other));
+    let Some((name, folder)) = other.split_last() else { return false };
+    let mut imports = text.lines().map(str::trim).filter(|line| line.starts_with("use ") || line.starts_with("pub use "));
+    let holds_it = path.split_last().is_some_and(|(_, above)| above == other);
+    let beside_it = path.starts_with(folder);
+    imports.any(|line| {
+        let words = || line.split(|c: char| !c.is_alphanumeric() && c != '_');
+        let named = words().any(|word| word == name);
+        (holds_it && line.contains("super::")) || ((beside_it || line.contains("crate::kernels")) && named)
     })
 }
 
@@ -105,6 +121,29 @@ mod tests {
             assert_ne!(digest(&sources(kernel, shared), "k"), base, "{name}");
         }
         assert_eq!(digest(&sources(kernel, ""), "no_such_kernel"), None);
+    }
+
+    #[test]
+    fn imports_are_followed_wherever_they_lead() {
+        let with = |changed: &str| {
+            let body = |path: &str| if path == changed { "fn f() { 1 }" } else { "fn f() {}" };
+            let list = [
+                ("k/a/kernel.rs", "use super::{Shared, page::Page};\nuse crate::kernels::b::cache::Cache;\nload(\"k\");"),
+                ("k/a/mod.rs", "use deep::g;"),
+                ("k/a/page.rs", "use super::deep::g;"),
+                ("k/a/deep.rs", ""),
+                ("k/b/cache.rs", "use super::extent::h;"),
+                ("k/b/extent.rs", ""),
+                ("k/c/other.rs", ""),
+            ];
+            let text = |(path, uses): &(&str, &str)| (PathBuf::from(path), format!("{uses}\n{}", body(path)));
+            digest(&list.iter().map(text).collect(), "k")
+        };
+        let base = with("");
+        for path in ["k/a/kernel.rs", "k/a/mod.rs", "k/a/page.rs", "k/a/deep.rs", "k/b/cache.rs", "k/b/extent.rs"] {
+            assert_ne!(with(path), base, "{path}");
+        }
+        assert_eq!(with("k/c/other.rs"), base);
     }
 
     #[test]

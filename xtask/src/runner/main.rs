@@ -10,12 +10,11 @@ mod process;
 use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::sync::Mutex;
-use std::time::Duration;
 
 use parts::{Kind, PARTS, Run};
-use xtask::results::{self, Item, MANIFEST, Manifest, Outcome, Part, RESULTS, Results};
+use xtask::results::{self, Item, MANIFEST, Machine, Manifest, Outcome, Part, RESULTS, Results};
 
 #[derive(Default)]
 struct Arguments {
@@ -83,25 +82,20 @@ fn command() -> Result<bool, String> {
     std::fs::create_dir_all(&scratch).map_err(|error| format!("{}: {error}", scratch.display()))?;
 
     let log = Log::open(&out.join("log.txt"))?;
-    let mut results = earlier(&out.join(RESULTS), &manifest).unwrap_or(Results {
+    let machine = machine::describe();
+    let mut results = earlier(&out.join(RESULTS), &manifest, &machine).unwrap_or(Results {
         schema: results::SCHEMA,
         bundle: manifest.clone(),
-        machine: Default::default(),
+        machine: machine.clone(),
         parts: BTreeMap::new(),
     });
-    results.machine = machine::describe();
     log.line(&match (&results.machine.device, &results.machine.no_device) {
         (Some(device), _) => format!("{device}, commit {}", manifest.commit),
         (None, reason) => format!("no GPU: {}", reason.as_deref().unwrap_or("unknown reason")),
     });
 
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
-    let site = wheels(&bundle, &scratch).unwrap_or_else(|error| {
-        log.line(&format!("wheels are left out: {error}"));
-        None
-    });
     let mut run = Run {
-        site,
         bundle,
         manifest,
         scratch: scratch.clone(),
@@ -142,28 +136,11 @@ fn command() -> Result<bool, String> {
     Ok(good)
 }
 
-/// Installs the wheels of `gpu-wheels` beside the bundle, if there are any, for the peers; where they went.
-fn wheels(bundle: &Path, scratch: &Path) -> Result<Option<PathBuf>, String> {
-    let folder = bundle.with_file_name("gpu-wheels");
-    let files = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-    let wheels: Vec<PathBuf> = files.filter(|path| path.extension().is_some_and(|e| e == "whl")).collect();
-    if wheels.is_empty() {
-        return Ok(None);
-    }
-    let site = scratch.join("site");
-    let options =
-        ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-cache-dir", "--target"];
-    let python = machine::find("python3").ok_or("there is no python3")?;
-    let mut command = Command::new(python);
-    command.args(options).arg(&site).args(&wheels);
-    let ended = process::run(command, Duration::from_secs(120), &scratch.join("pip"));
-    if ended.end.success() { Ok(Some(site)) } else { Err(ended.output) }
-}
-
-/// Results that an earlier call left for the same bundle.
-fn earlier(path: &Path, manifest: &Manifest) -> Option<Results> {
+/// Results that an earlier call left for the same bundle on the same kind of machine.
+fn earlier(path: &Path, manifest: &Manifest, machine: &Machine) -> Option<Results> {
     let results: Results = results::read(path).ok()?;
-    (results.bundle == *manifest).then_some(results)
+    let same = results.machine.device == machine.device && results.machine.driver == machine.driver;
+    (results.bundle == *manifest && same).then_some(results)
 }
 
 fn summary(name: &str, part: &Part) -> String {

@@ -52,8 +52,6 @@ pub(crate) struct Run {
     pub(crate) scratch: PathBuf,
     /// Only tests and programs whose name contains this.
     pub(crate) filter: String,
-    /// Where Python finds packages that travelled as wheels.
-    pub(crate) site: Option<PathBuf>,
     /// Tests at a time.
     pub(crate) jobs: usize,
     /// Seconds that each test took in the part `tests`, from this run or an earlier one.
@@ -105,21 +103,33 @@ impl Run {
                 self.manifest
                     .benches
                     .iter()
-                    .map(|bench| self.program(bench, &options, seconds(240)))
+                    .map(|bench| self.program(bench, &options, seconds(490)))
                     .collect()
             }
             "peers" => {
                 let python = machine::find("python3").ok_or("there is no python3")?;
                 let peers = self.manifest.peers.iter();
-                peers
-                    .map(|peer| Task {
+                // Packages that travelled as wheels first: a peer that finds none says so itself.
+                let install = self.wheels().into_iter().map(|wheels| {
+                    let options = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-cache-dir"];
+                    let arguments = options.map(OsString::from).into_iter();
+                    let to = ["--target".into(), self.site().into_os_string()];
+                    Task {
+                        name: "wheels".to_string(),
+                        program: python.clone(),
+                        arguments: arguments.chain(to).chain(wheels.into_iter().map(OsString::from)).collect(),
+                        limit: seconds(120),
+                        test: false,
+                    }
+                });
+                let peers = peers.map(|peer| Task {
                         name: peer.name.clone(),
                         program: python.clone(),
                         arguments: vec![self.bundle.join(&peer.file).into()],
                         limit: seconds(300),
                         test: false,
-                    })
-                    .collect()
+                    });
+                install.chain(peers).collect()
             }
             _ => {
                 let tool =
@@ -137,6 +147,19 @@ impl Run {
         };
         tasks.retain(|task| task.name.contains(&self.filter));
         if tasks.is_empty() { Err("nothing to run".to_string()) } else { Ok(tasks) }
+    }
+
+    /// Where Python finds packages that travelled as wheels.
+    fn site(&self) -> PathBuf {
+        self.scratch.join("site")
+    }
+
+    /// The wheels of `gpu-wheels` beside the bundle, if there are any.
+    fn wheels(&self) -> Option<Vec<PathBuf>> {
+        let folder = self.bundle.with_file_name("gpu-wheels");
+        let files = std::fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path());
+        let wheels: Vec<PathBuf> = files.filter(|path| path.extension().is_some_and(|e| e == "whl")).collect();
+        (!wheels.is_empty()).then_some(wheels)
     }
 
     fn program(&self, program: &Executable, options: &[&str], limit: Duration) -> Task {
@@ -219,7 +242,7 @@ impl Run {
 
     fn run_one(&self, part: &str, index: usize, task: &Task, deadline: Instant) -> Finished {
         let left = deadline.saturating_duration_since(Instant::now());
-        // Less would only make a test fail that is not at fault.
+        // A test that the part's end cuts off has shown nothing, so it counts as not run; one that cannot get far is not started.
         if left < Duration::from_secs(2) {
             return Finished::not_run(task);
         }
@@ -235,8 +258,8 @@ impl Run {
             .env("LONGKV_CEILINGS", &ceilings)
             .env("CRITERION_HOME", self.scratch.join("criterion"))
             .env("PYTHONUNBUFFERED", "1");
-        if let Some(site) = &self.site {
-            command.env("PYTHONPATH", site);
+        if part == "peers" {
+            command.env("PYTHONPATH", self.site());
         }
         if part == "jit" {
             // No cache either: every process compiles what it needs.
@@ -247,6 +270,9 @@ impl Run {
                 .env("LONGKV_CACHE_DIR", self.scratch.join("cache"));
         }
         let ended = process::run(command, task.limit.min(left), &file("output"));
+        if ended.end == End::TimedOut && left < task.limit {
+            return Finished::not_run(task);
+        }
         let (outcome, reason) = judge(task, &ended);
         let launched = read_lines(&launches).iter().filter_map(|line| Launch::parse(line)).collect();
         let item = Item { name: task.name.clone(), outcome, seconds: ended.seconds, reason, launched };
@@ -351,7 +377,6 @@ mod tests {
             manifest,
             scratch: folder.path().to_path_buf(),
             filter: String::new(),
-            site: None,
             jobs: 2,
             durations: BTreeMap::new(),
         };
@@ -420,6 +445,14 @@ mod tests {
     fn what_is_not_started_is_not_run() {
         let (_folder, run) = run_script(LIST);
         let kind = Kind { name: "tests", limit_s: 0, what: "" };
+        let part = run.part(&kind, &|_, _| {});
+        assert_eq!(part.items.iter().map(|item| item.outcome).collect::<Vec<_>>(), [Outcome::NotRun]);
+    }
+
+    #[test]
+    fn a_test_that_the_end_of_its_part_cuts_off_is_not_run() {
+        let (_folder, run) = run_script(&format!("{LIST}sleep 30"));
+        let kind = Kind { name: "tests", limit_s: 3, what: "" };
         let part = run.part(&kind, &|_, _| {});
         assert_eq!(part.items.iter().map(|item| item.outcome).collect::<Vec<_>>(), [Outcome::NotRun]);
     }

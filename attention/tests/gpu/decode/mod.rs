@@ -271,4 +271,18 @@ fn plans_refuse_what_no_kernel_can_do() {
             other => panic!("{argument}: {other:?}"),
         }
     }
+    // What only the kernel's table and launch know.
+    let odd = HeadShape::new(4, 1, 80, 64).expect("a valid shape");
+    let k = PageLayout::nhd(16, 1, 80);
+    let wide = CacheLayout::Paged { page_size: 16, pages: 8, max_pages: 4, per_head: false, k, v: layout };
+    let bad = [
+        ("QK_DIM", DecodeConfig { shape: odd, cache: wide, ..good }),
+        ("max_kv_len", DecodeConfig { batch: 1 << 17, max_kv_len: 1 << 20, ..good }),
+    ];
+    for (argument, config) in bad {
+        match DecodePlan::new(config) {
+            Err(Error::Cuda(error)) => assert!(error.to_string().contains(argument), "{argument}: {error}"),
+            other => panic!("{argument}: {other:?}"),
+        }
+    }
 }

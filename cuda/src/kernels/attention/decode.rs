@@ -51,6 +51,10 @@ fn check_params(kernel: &str, params: &DecodeParams) -> Result<(), Error> {
             format_args!("{} tokens in each of {} sequences", params.max_kv_len, params.batch),
         ));
     }
+    // Kernels take the maximum before the factor.
+    if params.scale.is_nan() || params.scale <= 0.0 {
+        return Err(Error::argument(kernel, "scale", "a positive number", params.scale));
+    }
     Ok(())
 }
 
@@ -157,6 +161,29 @@ pub struct DecodeVariant {
 }
 
 impl DecodeVariant {
+    /// Checks, without a device, what a launch would refuse whatever its buffers.
+    ///
+    /// # Errors
+    /// [`Error::Constant`] for a size that the kernel is not written for, [`Error::Argument`] for parameters out of range.
+    pub fn check(&self, params: &DecodeParams) -> Result<(), Error> {
+        self.instance(crate::table::dtype::BF16)?;
+        check_params("decode", params)
+    }
+
+    fn instance(&self, dtype: i64) -> Result<Instance, Error> {
+        Instance::new(
+            "decode",
+            &[
+                ("QK_DIM", self.qk_dim as i64),
+                ("V_DIM", self.v_dim as i64),
+                ("COLUMN_TILES", self.column_tiles as i64),
+                ("KV_DTYPE", dtype),
+                ("PAGED", i64::from(self.paged)),
+                ("SOFT_CAP", i64::from(self.soft_cap)),
+            ],
+        )
+    }
+
     /// Dynamic shared memory of a block, in bytes: the queries, four rings and the tail.
     pub fn shared_bytes(&self) -> usize {
         let columns = columns(self.column_tiles);
@@ -228,17 +255,7 @@ pub fn part_slots(params: &DecodeParams, blocks: u32) -> usize {
 impl<F: Function, E: Storage> Decode<F, E> {
     /// Compiles and loads the kernel for `variant`.
     pub fn prepare<D: Device<Function = F>>(device: &D, variant: DecodeVariant) -> Result<Self, Error> {
-        let instance = Instance::new(
-            "decode",
-            &[
-                ("QK_DIM", variant.qk_dim as i64),
-                ("V_DIM", variant.v_dim as i64),
-                ("COLUMN_TILES", variant.column_tiles as i64),
-                ("KV_DTYPE", E::DTYPE),
-                ("PAGED", i64::from(variant.paged)),
-                ("SOFT_CAP", i64::from(variant.soft_cap)),
-            ],
-        )?;
+        let instance = variant.instance(E::DTYPE)?;
         Ok(Self { function: device.load(&instance)?, variant, _element: PhantomData })
     }
 

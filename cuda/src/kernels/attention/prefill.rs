@@ -54,6 +54,10 @@ fn check_params(kernel: &str, params: &PrefillParams) -> Result<(), Error> {
         let expected = format!("{tiles} to {}", i32::MAX);
         return Err(Error::argument(kernel, "max_tiles", expected, params.max_tiles));
     }
+    // Kernels take the maximum before the factor.
+    if params.scale.is_nan() || params.scale <= 0.0 {
+        return Err(Error::argument(kernel, "scale", "a positive number", params.scale));
+    }
     Ok(())
 }
 
@@ -174,6 +178,29 @@ pub struct PrefillVariant {
 }
 
 impl PrefillVariant {
+    /// Checks, without a device, what a launch would refuse whatever its buffers.
+    ///
+    /// # Errors
+    /// [`Error::Constant`] for a size that the kernel is not written for, [`Error::Argument`] for parameters out of range.
+    pub fn check(&self, params: &PrefillParams) -> Result<(), Error> {
+        self.instance(crate::table::dtype::BF16)?;
+        check_params("prefill", params)
+    }
+
+    fn instance(&self, dtype: i64) -> Result<Instance, Error> {
+        Instance::new(
+            "prefill",
+            &[
+                ("QK_DIM", self.qk_dim as i64),
+                ("V_DIM", self.v_dim as i64),
+                ("KV_DTYPE", dtype),
+                ("PAGED", i64::from(self.paged)),
+                ("SOFT_CAP", i64::from(self.soft_cap)),
+                ("CARRY", i64::from(self.carry)),
+            ],
+        )
+    }
+
     /// Rows (query tokens × query heads of a KV head) that one block works on.
     pub fn rows(&self) -> usize {
         if self.qk_dim <= 128 && self.v_dim <= 128 { 128 } else { 64 }
@@ -245,17 +272,7 @@ pub struct PrefillArgs<'a, E> {
 impl<F: Function, E: Storage> Prefill<F, E> {
     /// Compiles and loads the kernel for `variant`.
     pub fn prepare<D: Device<Function = F>>(device: &D, variant: PrefillVariant) -> Result<Self, Error> {
-        let instance = Instance::new(
-            "prefill",
-            &[
-                ("QK_DIM", variant.qk_dim as i64),
-                ("V_DIM", variant.v_dim as i64),
-                ("KV_DTYPE", E::DTYPE),
-                ("PAGED", i64::from(variant.paged)),
-                ("SOFT_CAP", i64::from(variant.soft_cap)),
-                ("CARRY", i64::from(variant.carry)),
-            ],
-        )?;
+        let instance = variant.instance(E::DTYPE)?;
         Ok(Self { function: device.load(&instance)?, variant, _element: PhantomData })
     }
 
