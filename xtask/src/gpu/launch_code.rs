@@ -69,7 +69,8 @@ fn uses(text: &str, path: &Path, other: &Path) -> bool {
     };
     let (path, other) = (module(path), module(other));
     let Some((name, folder)) = other.split_last() else { return false };
-    let mut imports = text.lines().map(str::trim).filter(|line| line.starts_with("use ") || line.starts_with("pub use "));
+    let mut imports =
+        text.lines().map(str::trim).filter(|line| line.starts_with("use ") || line.starts_with("pub use "));
     let holds_it = path.split_last().is_some_and(|(_, above)| above == other);
     let beside_it = path.starts_with(folder);
     imports.any(|line| {
@@ -128,7 +129,10 @@ mod tests {
         let with = |changed: &str| {
             let body = |path: &str| if path == changed { "fn f() { 1 }" } else { "fn f() {}" };
             let list = [
-                ("k/a/kernel.rs", "use super::{Shared, page::Page};\nuse crate::kernels::b::cache::Cache;\nload(\"k\");"),
+                (
+                    "k/a/kernel.rs",
+                    "use super::{Shared, page::Page};\nuse crate::kernels::b::cache::Cache;\nload(\"k\");",
+                ),
                 ("k/a/mod.rs", "use deep::g;"),
                 ("k/a/page.rs", "use super::deep::g;"),
                 ("k/a/deep.rs", ""),
@@ -140,7 +144,9 @@ mod tests {
             digest(&list.iter().map(text).collect(), "k")
         };
         let base = with("");
-        for path in ["k/a/kernel.rs", "k/a/mod.rs", "k/a/page.rs", "k/a/deep.rs", "k/b/cache.rs", "k/b/extent.rs"] {
+        for path in
+            ["k/a/kernel.rs", "k/a/mod.rs", "k/a/page.rs", "k/a/deep.rs", "k/b/cache.rs", "k/b/extent.rs"]
+        {
             assert_ne!(with(path), base, "{path}");
         }
         assert_eq!(with("k/c/other.rs"), base);

@@ -240,8 +240,7 @@ fn host_link(ceilings: &[Ceiling]) -> Plot {
 
 fn accuracy(text: &mut String, list: &[Accuracy]) {
     if list.is_empty() {
-        *text +=
-            "No evaluation is recorded yet; `cargo run --release` measures the bundled model in a minute or two.\n";
+        *text += "No evaluation is recorded yet; `cargo run --release` measures the bundled model in a minute or two.\n";
         return;
     }
     *text += "Held-out text, decoded token by token through the compressed cache, by the CPU references; `cargo xtask accuracy`.\n\n";

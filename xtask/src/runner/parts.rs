@@ -111,24 +111,28 @@ impl Run {
                 let peers = self.manifest.peers.iter();
                 // Packages that travelled as wheels first: a peer that finds none says so itself.
                 let install = self.wheels().into_iter().map(|wheels| {
-                    let options = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-cache-dir"];
+                    let options =
+                        ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-cache-dir"];
                     let arguments = options.map(OsString::from).into_iter();
                     let to = ["--target".into(), self.site().into_os_string()];
                     Task {
                         name: "wheels".to_string(),
                         program: python.clone(),
-                        arguments: arguments.chain(to).chain(wheels.into_iter().map(OsString::from)).collect(),
+                        arguments: arguments
+                            .chain(to)
+                            .chain(wheels.into_iter().map(OsString::from))
+                            .collect(),
                         limit: seconds(120),
                         test: false,
                     }
                 });
                 let peers = peers.map(|peer| Task {
-                        name: peer.name.clone(),
-                        program: python.clone(),
-                        arguments: vec![self.bundle.join(&peer.file).into()],
-                        limit: seconds(300),
-                        test: false,
-                    });
+                    name: peer.name.clone(),
+                    program: python.clone(),
+                    arguments: vec![self.bundle.join(&peer.file).into()],
+                    limit: seconds(300),
+                    test: false,
+                });
                 install.chain(peers).collect()
             }
             _ => {
@@ -158,7 +162,8 @@ impl Run {
     fn wheels(&self) -> Option<Vec<PathBuf>> {
         let folder = self.bundle.with_file_name("gpu-wheels");
         let files = std::fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path());
-        let wheels: Vec<PathBuf> = files.filter(|path| path.extension().is_some_and(|e| e == "whl")).collect();
+        let wheels: Vec<PathBuf> =
+            files.filter(|path| path.extension().is_some_and(|e| e == "whl")).collect();
         (!wheels.is_empty()).then_some(wheels)
     }
 
