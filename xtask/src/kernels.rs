@@ -4,7 +4,6 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -15,7 +14,7 @@ use cuda::nvrtc::Nvrtc;
 use cuda::prebuilt::PrebuiltWriter;
 use cuda::table::{self, Arch, Instance, Row};
 
-use crate::{Result, toolkit};
+use crate::{Result, sass, toolkit};
 
 /// The NVRTC that cubins ship from.
 const SHIPPED_NVRTC: &str = "13.0";
@@ -27,6 +26,7 @@ struct Arguments {
     all: bool,
     nvrtc: Option<String>,
     sass: bool,
+    loops: bool,
     prebuilt: Option<PathBuf>,
 }
 
@@ -40,6 +40,7 @@ fn parse(arguments: &[String]) -> Result<Arguments> {
             "--all" => parsed.all = true,
             "--nvrtc" => parsed.nvrtc = Some(value()?),
             "--sass" => parsed.sass = true,
+            "--loops" => parsed.loops = true,
             "--prebuilt" => parsed.prebuilt = Some(value()?.into()),
             option if option.starts_with('-') => return Err(format!("there is no option {option}")),
             filter => parsed.filters.push(filter.to_string()),
@@ -96,8 +97,8 @@ pub(crate) fn command(arguments: &[String]) -> Result {
                     }
                     println!("    {}: {fault}", if judged { "FAILED" } else { "note" });
                 }
-                if shown.is_ok() && arguments.sass {
-                    shown = print_sass(&built.cubin);
+                if shown.is_ok() && (arguments.sass || arguments.loops) {
+                    shown = print_code(&built.cubin, &arguments);
                 }
                 if shown.is_ok()
                     && let Some(prebuilt) = &mut prebuilt
@@ -242,26 +243,17 @@ fn over_budget(job: &Job, used: &Resources) -> Vec<String> {
     faults
 }
 
-fn print_sass(cubin: &Cubin) -> Result {
-    let tools = toolkit::DISASSEMBLER.install()?;
-    let file = tempfile::Builder::new().suffix(".cubin").tempfile().map_err(|error| error.to_string())?;
-    std::fs::write(file.path(), &cubin.bytes).map_err(|error| error.to_string())?;
-    // cuobjdump runs nvdisasm by name.
-    let path = std::env::join_paths(
-        std::iter::once(tools.clone())
-            .chain(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())),
-    )
-    .map_err(|error| error.to_string())?;
-    let output = Command::new(tools.join("cuobjdump"))
-        .arg("--dump-sass")
-        .arg(file.path())
-        .env("PATH", path)
-        .output()
-        .map_err(|error| format!("cuobjdump does not start: {error}"))?;
-    if !output.status.success() {
-        return Err(format!("cuobjdump failed:\n{}", String::from_utf8_lossy(&output.stderr)));
+/// Prints what was asked for of the machine code.
+fn print_code(cubin: &Cubin, arguments: &Arguments) -> Result {
+    let text = sass::disassemble(cubin)?;
+    if arguments.loops {
+        for found in sass::tensor_loops(&text) {
+            println!("    loop: {} instructions, {} of tensor cores", found.instructions, found.tensor);
+        }
     }
-    println!("{}", String::from_utf8_lossy(&output.stdout));
+    if arguments.sass {
+        println!("{text}");
+    }
     Ok(())
 }
 
@@ -325,10 +317,11 @@ mod tests {
     fn arguments_are_read() {
         let words = |text: &str| text.split_whitespace().map(str::to_string).collect::<Vec<_>>();
         let parsed =
-            parse(&words("decode --arch sm_90a --all --sass --prebuilt out --nvrtc 12.8 merge")).unwrap();
+            parse(&words("decode --arch sm_90a --all --sass --loops --prebuilt out --nvrtc 12.8 merge"))
+                .unwrap();
         assert_eq!(parsed.filters, ["decode", "merge"]);
         assert_eq!((parsed.arch.as_deref(), parsed.nvrtc.as_deref()), (Some("sm_90a"), Some("12.8")));
-        assert!(parsed.all && parsed.sass && parsed.prebuilt == Some(PathBuf::from("out")));
+        assert!(parsed.all && parsed.sass && parsed.loops && parsed.prebuilt == Some(PathBuf::from("out")));
         for (text, expected) in [("--arch", "--arch needs a value"), ("--fast", "there is no option --fast")]
         {
             assert_eq!(parse(&words(text)).err().as_deref(), Some(expected));

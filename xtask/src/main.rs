@@ -11,6 +11,8 @@ mod kernels;
 mod lint;
 #[cfg(feature = "gpu")]
 mod report;
+#[cfg(feature = "kernels")]
+mod sass;
 mod toolkit;
 
 use std::path::{Path, PathBuf};
@@ -22,13 +24,14 @@ cargo xtask <command>
 toolkit [--nvrtc 12.8]
     Installs NVRTC, the disassembler and libclang from their pinned wheels into target/toolkit.
 
-kernels [FILTER…] [--arch sm_90a] [--all] [--nvrtc 12.8] [--sass] [--prebuilt DIR]
+kernels [FILTER…] [--arch sm_90a] [--all] [--nvrtc 12.8] [--sass] [--loops] [--prebuilt DIR]
     Compiles the shipped rows of the kernel table for every architecture of the gate and holds them to their budgets.
     FILTER       only rows whose label contains one of the texts
     --arch       only this architecture
     --all        every allowed combination of constants, not only the shipped rows
     --nvrtc      another NVRTC than 13.0; architectures that it does not know are skipped
     --sass       prints the machine code of each row
+    --loops      counts the instructions of each row's innermost loops around tensor cores
     --prebuilt   writes the cubins and their manifest to DIR
 
 gpu-bundle

@@ -1,5 +1,10 @@
 //! Balanced decode in the reduced basis, and what it is measured against: equal bytes at uniform ranks, one block per head,
 //! the dense kernel on uncompressed keys and values, and rebuilding these before the dense kernel.
+//!
+//! `reconstruct` rebuilds keys and values in memory, as EigenAttention's released code does with keys at every step (`k_proj_up`, then
+//! RoPE): the published way where attention runs in the full dimension. It is no bound for a kernel that rebuilds keys tile by tile on
+//! chip, as Palu's does (its values stay low-rank): that one reads as few bytes as ours and pays r·d multiply-adds per key and KV
+//! head on the tensor cores instead.
 
 use criterion::{BenchmarkId, Criterion};
 use half::bf16;

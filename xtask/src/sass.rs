@@ -1,0 +1,113 @@
+//! Machine code of cubins: its text, and how many instructions the loops around tensor cores have.
+
+use std::process::Command;
+
+use cuda::compile::Cubin;
+
+use crate::{Result, toolkit};
+
+/// The machine code as text.
+pub(crate) fn disassemble(cubin: &Cubin) -> Result<String> {
+    let tools = toolkit::DISASSEMBLER.install()?;
+    let file = tempfile::Builder::new().suffix(".cubin").tempfile().map_err(|error| error.to_string())?;
+    std::fs::write(file.path(), &cubin.bytes).map_err(|error| error.to_string())?;
+    // cuobjdump runs nvdisasm by name.
+    let path = std::env::join_paths(
+        std::iter::once(tools.clone())
+            .chain(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())),
+    )
+    .map_err(|error| error.to_string())?;
+    let output = Command::new(tools.join("cuobjdump"))
+        .arg("--dump-sass")
+        .arg(file.path())
+        .env("PATH", path)
+        .output()
+        .map_err(|error| format!("cuobjdump does not start: {error}"))?;
+    if !output.status.success() {
+        return Err(format!("cuobjdump failed:\n{}", String::from_utf8_lossy(&output.stderr)));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// A loop around tensor cores. What it counts is static: branches within it may skip a part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Loop {
+    /// From the target of the branch back to that branch.
+    pub(crate) instructions: usize,
+    /// Of them, those of tensor cores.
+    pub(crate) tensor: usize,
+}
+
+/// Matrix instructions of tensor cores.
+const TENSOR: &[&str] = &["HMMA", "IMMA", "DMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA"];
+
+/// The innermost loops with tensor-core work, in the order of their ends.
+pub(crate) fn tensor_loops(sass: &str) -> Vec<Loop> {
+    // (address, words without a predicate)
+    let code: Vec<(u64, Vec<&str>)> = sass.lines().filter_map(instruction).collect();
+    let mut loops: Vec<(usize, usize, Loop)> = Vec::new();
+    for (end, (address, words)) in code.iter().enumerate() {
+        if !words[0].starts_with("BRA") {
+            continue;
+        }
+        let target = words.iter().filter_map(|word| hex(word.strip_prefix("0x")?)).next_back();
+        let Some(begin) = target.filter(|target| target <= address).and_then(|target| {
+            // Absent where the branch leads to no instruction of this listing.
+            code.iter().position(|(address, _)| *address == target)
+        }) else {
+            continue;
+        };
+        let is_tensor = |words: &[&str]| TENSOR.contains(&words[0].split('.').next().unwrap_or_default());
+        let tensor = code[begin..=end].iter().filter(|(_, words)| is_tensor(words)).count();
+        let inner = loops.iter().any(|&(inner, _, _)| inner >= begin);
+        if tensor > 0 && !inner {
+            loops.push((begin, end, Loop { instructions: end + 1 - begin, tensor }));
+        }
+    }
+    // Code that the compiler put out of a loop's way branches back into the loop: that is no loop of its own.
+    let returns = |begin: usize, end: usize| {
+        loops.iter().any(|&(other, other_end, _)| (other + 1..=other_end).contains(&begin) && end > other_end)
+    };
+    loops.iter().filter(|(begin, end, _)| !returns(*begin, *end)).map(|(_, _, found)| *found).collect()
+}
+
+/// Address and words of a line `/*0a30*/ @!P0 BRA 0x120 ;`.
+fn instruction(line: &str) -> Option<(u64, Vec<&str>)> {
+    let (address, rest) = line.trim_start().strip_prefix("/*")?.split_once("*/")?;
+    let (text, _) = rest.split_once(';')?;
+    let words: Vec<&str> = text.split_whitespace().skip_while(|word| word.starts_with('@')).collect();
+    Some((hex(address)?, words)).filter(|(_, words)| !words.is_empty())
+}
+
+fn hex(digits: &str) -> Option<u64> {
+    u64::from_str_radix(digits, 16).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn innermost_loops_are_counted() {
+        // An outer loop around one with tensor cores, one without, a branch ahead, and code out of the way that returns.
+        let sass = "
+            .headerflags    @\"EF_CUDA_SM90\"
+        /*0000*/                   MOV R1, c[0x0][0x28] ;         /* 0x00000a0000017a02 */
+                                                                  /* 0x000fe40000000f00 */
+        /*0010*/                   S2R R0, SR_TID.X ;             /* 0x0 */
+        /*0020*/                   IADD3 R2, R2, 0x1, RZ ;        /* 0x0 */
+        /*0030*/                   @P0 BRA 0x20 ;                 /* 0x0 */
+        /*0040*/                   LDS R4, [R5] ;                 /* 0x0 */
+        /*0050*/               @P1 BRA 0x70 ;                     /* 0x0 */
+        /*0060*/                   IMMA.16832.U8.U8 R4, R4, R8, R4 ; /* 0x0 */
+        /*0070*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ; /* 0x0 */
+        /*0080*/              @!P0 BRA.U UP0, 0x40 ;              /* 0x0 */
+        /*0090*/                   @P2 BRA 0x10 ;                 /* 0x0 */
+        /*00a0*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ; /* 0x0 */
+        /*00b0*/                   BRA 0x60 ;                     /* 0x0 */
+        /*00c0*/                   BRA 0xc0 ;                     /* 0x0 */
+        ";
+        assert_eq!(tensor_loops(sass), [Loop { instructions: 5, tensor: 2 }]);
+        assert_eq!(tensor_loops("no code"), []);
+    }
+}
