@@ -167,6 +167,10 @@ pub enum Error {
     /// The sparse cache refused its arguments.
     #[error(transparent)]
     SparseAttn(Box<sparse_attn::Error>),
+
+    /// Ranks cannot share a prompt in this way, or one of them failed.
+    #[error(transparent)]
+    SeqParallel(Box<seq_parallel::Error>),
 }
 
 /// Errors of the crates are boxed, so that a `Result` of this crate stays small.
@@ -185,7 +189,8 @@ from_boxed!(
     HomomorphicQuant: homomorphic_quant::Error,
     HybridGemm: hybrid_gemm::Error,
     Compress: kv_compress::Error,
-    SparseAttn: sparse_attn::Error
+    SparseAttn: sparse_attn::Error,
+    SeqParallel: seq_parallel::Error
 );
 
 impl Error {

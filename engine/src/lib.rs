@@ -13,6 +13,7 @@
 //! | [`Session`] | one sequence in progress |
 //! | [`tokenizer`], [`generate`] | text in, text out |
 //! | [`compress`] | compression plans for the KV mode `fdc` |
+//! | [`cli`] | the command line, for this package's binary and for those that bring ranks of their own |
 //! | [`eval`], [`retrieval`] | what a mode costs in quality: perplexity, and finding planted values again |
 //!
 //! # Example
@@ -41,6 +42,7 @@
 //! ```
 
 pub mod checkpoint;
+pub mod cli;
 pub mod compress;
 pub mod config;
 mod error;

@@ -1,9 +1,7 @@
 //! The engine's command line. `engine --help` says what it can do.
 
-mod cli;
-
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    cli::main()
+    longkv_engine::cli::main(longkv_engine::ranks::open, true)
 }

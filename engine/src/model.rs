@@ -72,14 +72,35 @@ impl Model {
         self.config.check_context(start + tokens.len())?;
         self.ledger.begin(tokens.len());
         let positions: Vec<u32> = (start as u32..).take(tokens.len()).collect();
-        let mut x = Array2::zeros((tokens.len(), self.config.hidden_size));
-        for (&token, mut row) in tokens.iter().zip(x.rows_mut()) {
-            row.assign(&self.embedding.row(token as usize));
-        }
+        let mut x = self.embed(tokens);
         for layer in &self.layers {
             layer.forward(&mut x, &positions, kv)?;
         }
         Ok(self.norm.apply(x.view()))
+    }
+
+    /// Embeddings of tokens that are in the vocabulary, `[tokens, hidden]`.
+    pub(crate) fn embed(&self, tokens: &[u32]) -> Array2<f32> {
+        let mut x = Array2::zeros((tokens.len(), self.config.hidden_size));
+        for (&token, mut row) in tokens.iter().zip(x.rows_mut()) {
+            row.assign(&self.embedding.row(token as usize));
+        }
+        x
+    }
+
+    /// The decoder layers.
+    pub(crate) fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// The final norm of hidden states `[tokens, hidden]`.
+    pub(crate) fn final_norm(&self, hidden: ArrayView2<'_, f32>) -> Array2<f32> {
+        self.norm.apply(hidden)
+    }
+
+    /// Opens a step of `tokens` tokens in the ledger of weights.
+    pub(crate) fn begin_step(&self, tokens: usize) {
+        self.ledger.begin(tokens);
     }
 
     /// Logits `[tokens, vocab_size]` of hidden states `[tokens, hidden]` that [`forward`](Self::forward) gave.

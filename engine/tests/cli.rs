@@ -136,6 +136,30 @@ fn logits_are_written_for_all_positions() {
 }
 
 #[test]
+fn ranks_share_a_prompt() {
+    let generate = |more: &[&str]| {
+        let prompt = [
+            "generate",
+            "--prompt",
+            "import os\n\ndef main():\n",
+            "--max-tokens",
+            "8",
+            "--kv",
+            "dense,dtype=f32",
+        ];
+        succeed(&[&prompt, more].concat())
+    };
+    let alone = generate(&[]);
+    for more in [
+        &["--ranks", "4"][..],
+        &["--ranks", "3", "--sp", "ring"],
+        &["--sp", "hybrid,ulysses=2", "--ranks", "4"],
+    ] {
+        assert_eq!(generate(more), alone, "{more:?}");
+    }
+}
+
+#[test]
 fn generate_continues_the_prompt() {
     let greedy = |kv: &str| succeed(&["generate", "--prompt", "import ", "--max-tokens", "24", "--kv", kv]);
     let text = greedy("dense");
@@ -230,9 +254,17 @@ fn help_names_every_mode() {
     let help = succeed(&["--help"]);
     assert_eq!(succeed(&["help"]), help);
     assert_eq!(succeed(&["eval", "-h"]), help);
-    for word in
-        ["demo", "eval", "generate", "retrieval", "logits", "--prefill N", "--kv dense", "--ranks single"]
-    {
+    for word in [
+        "demo",
+        "eval",
+        "generate",
+        "retrieval",
+        "logits",
+        "--prefill N",
+        "--kv dense",
+        "--sp single",
+        "--ranks P",
+    ] {
         assert!(help.contains(word), "{word}: {help}");
     }
     assert!(succeed(&["--version"]).starts_with("engine "));
@@ -334,8 +366,8 @@ fn bad_arguments() {
         ("unknown format", &["demo", "--weights", "host:0.5,format=int3"], &["stored, int8 or int4", "int3"]),
         (
             "unknown ranks mode",
-            &["generate", "--prompt", "x", "--ranks", "mob"],
-            &["ranks", "mob", "known: single"],
+            &["generate", "--prompt", "x", "--ranks", "2", "--sp", "mob"],
+            &["ranks", "mob", "known: single, auto"],
         ),
         ("mode without a name", &["generate", "--prompt", "x", "--kv", ",dtype=f16"], &["NAME[:FILE]"]),
         ("unknown option", &["generate", "--prompt", "x", "--kv", "dense,bits=2"], &["bits", "dtype"]),

@@ -6,8 +6,9 @@ use std::fmt::Write;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use longkv_engine::mode::{Method, Mode};
-use longkv_engine::{kv, linear, ranks};
+use crate::mode::{Method, Mode};
+use crate::ranks::Ranks;
+use crate::{Error, kv, linear, ranks};
 
 use super::Failure;
 
@@ -65,9 +66,15 @@ const FLAGS: &[Flag] = &[
     },
     Flag {
         name: "ranks",
+        value: "P",
+        help: "ranks that share a prompt (default: 1)",
+        commands: &[Demo, Eval, Generate, Retrieval],
+    },
+    Flag {
+        name: "sp",
         value: "MODE",
-        help: "who computes a prompt (default: single)",
-        commands: &[Demo, Eval, Generate, Retrieval, Logits],
+        help: "how they share it (default: auto)",
+        commands: &[Demo, Eval, Generate, Retrieval],
     },
     Flag {
         name: "text",
@@ -135,16 +142,21 @@ const FLAGS: &[Flag] = &[
 /// Key of the one argument that stands without a flag: the file of `inspect`.
 pub(super) const FILE: &str = "FILE";
 
+/// Makes the ranks of a mode.
+pub type Open = fn(&Mode) -> Result<Box<dyn Ranks>, Error>;
+
 /// A parsed command line: the command and its flags, whose values are parsed when they are asked for.
 #[derive(Debug)]
 pub(super) struct Args {
     pub(super) command: Command,
+    /// Makes the ranks of a mode.
+    pub(super) open: Open,
     values: BTreeMap<&'static str, OsString>,
 }
 
 impl Args {
     /// Parses a command line, the program's name first.
-    pub(super) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, Failure> {
+    pub(super) fn parse(arguments: impl IntoIterator<Item = OsString>, open: Open) -> Result<Self, Failure> {
         use lexopt::Arg;
         let usage = |error: lexopt::Error| Failure::Usage(format!("{error} (see engine --help)"));
         let mut parser = lexopt::Parser::from_iter(arguments);
@@ -152,9 +164,11 @@ impl Args {
         let mut values = BTreeMap::new();
         while let Some(argument) = parser.next().map_err(usage)? {
             match argument {
-                Arg::Long("help") | Arg::Short('h') => return Ok(Args { command: Command::Help, values }),
+                Arg::Long("help") | Arg::Short('h') => {
+                    return Ok(Args { command: Command::Help, open, values });
+                }
                 Arg::Long("version") | Arg::Short('V') => {
-                    return Ok(Args { command: Command::Version, values });
+                    return Ok(Args { command: Command::Version, open, values });
                 }
                 Arg::Value(name) if command.is_none() && values.is_empty() => {
                     command = Some(Self::command(&name)?);
@@ -178,7 +192,7 @@ impl Args {
                 other => return Err(usage(other.unexpected())),
             }
         }
-        Ok(Args { command: command.unwrap_or(Demo), values })
+        Ok(Args { command: command.unwrap_or(Demo), open, values })
     }
 
     fn command(name: &OsString) -> Result<Command, Failure> {
@@ -252,7 +266,7 @@ pub(super) fn help() -> String {
         }
     }
     text.push_str("\nA MODE is NAME[:FILE][,key=value…][+NAME].\n");
-    for (seam, methods) in [("kv", kv::METHODS), ("weights", linear::METHODS), ("ranks", ranks::METHODS)] {
+    for (seam, methods) in [("kv", kv::METHODS), ("weights", linear::METHODS), ("sp", ranks::METHODS)] {
         for Method { name, summary, .. } in methods {
             let _ = writeln!(text, "  {:<24} {summary}", format!("--{seam} {name}"));
         }

@@ -3,16 +3,16 @@
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-use longkv_engine::eval::{self, Windows};
-use longkv_engine::generate::{self, Sampler, argmax};
-use longkv_engine::mode::Mode;
-use longkv_engine::retrieval::{self, Questions};
-use longkv_engine::tokenizer::Tokenizer;
-use longkv_engine::{Error, Model, Session, kv, linear, ranks};
+use crate::eval::{self, Windows};
+use crate::generate::{self, Sampler, argmax};
+use crate::mode::Mode;
+use crate::retrieval::{self, Questions};
+use crate::tokenizer::Tokenizer;
+use crate::{Error, Model, Session, kv, linear, ranks};
 use serde::Serialize;
 
 use super::Failure;
-use super::args::Args;
+use super::args::{Args, Open};
 use super::output::{self, OutFile};
 use super::progress::Progress;
 use super::traffic;
@@ -31,15 +31,20 @@ pub(super) struct Modes {
     pub(super) kv: Mode,
     linear: Mode,
     ranks: Mode,
+    open: Open,
 }
 
 impl Modes {
     pub(super) fn new(args: &Args, kv: Mode) -> Result<Self, Failure> {
-        let (linear, ranks) = (args.mode("weights", "dense")?, args.mode("ranks", "single")?);
+        let linear = args.mode("weights", "dense")?;
+        let ranks = match args.count("ranks")?.unwrap_or(1) {
+            1 if args.text("sp")?.is_none() => "single".parse()?,
+            count => format!("{},ranks={count}", args.text("sp")?.unwrap_or("auto")).parse()?,
+        };
         kv::check(&kv)?;
         linear::check(&linear)?;
-        ranks.accept("ranks", ranks::METHODS)?;
-        Ok(Modes { kv, linear, ranks })
+        ranks::check(&ranks)?;
+        Ok(Modes { kv, linear, ranks, open: args.open })
     }
 
     /// Loads the model.
@@ -50,7 +55,7 @@ impl Modes {
 
     /// An empty sequence of up to `capacity` tokens.
     pub(super) fn session<'m>(&self, model: &'m Model, capacity: usize) -> Result<Session<'m>, Failure> {
-        Ok(Session::new(model, &self.kv, ranks::open(&self.ranks)?, capacity)?)
+        Ok(Session::new(model, &self.kv, (self.open)(&self.ranks)?, capacity)?)
     }
 }
 

@@ -3,12 +3,12 @@
 use std::fmt::Write;
 use std::path::Path;
 
+use crate::compress::{Allocation, Compressor, Target};
+use crate::kv::read_plan;
+use crate::tokenizer::Tokenizer;
 use kv_compress::CompressionPlan;
 use kv_compress::projection::Projection;
 use kv_compress::rank_plan::{RankPlan, Side};
-use longkv_engine::compress::{Allocation, Compressor, Target};
-use longkv_engine::kv::read_plan;
-use longkv_engine::tokenizer::Tokenizer;
 
 use super::Failure;
 use super::args::{Args, FILE};
@@ -52,7 +52,7 @@ pub(super) fn compress(args: &Args) -> Result<(), Failure> {
     };
     let (dense, nll) = (compressor.dense_nll(), compressor.plan_nll(&plan)?);
     if let Some(out) = out {
-        out.write_bytes(&plan.to_bytes().map_err(longkv_engine::Error::from)?)?;
+        out.write_bytes(&plan.to_bytes().map_err(crate::Error::from)?)?;
     }
     output::print(&format!(
         "{}\nnll per token, on windows of the text that were not calibrated on: {nll:.4}, dense {dense:.4} ({:+.2} %)\n",
@@ -75,7 +75,7 @@ pub(super) fn inspect(args: &Args) -> Result<(), Failure> {
     }
     let mut text = described(&plan);
     let ranks = RankPlan::new(plan.layers().iter().map(|layer| layer.ranks().clone()).collect());
-    let ranks = ranks.map_err(longkv_engine::Error::from)?;
+    let ranks = ranks.map_err(crate::Error::from)?;
     match plan.reasons() {
         [] => {
             let _ = write!(text, "\n{ranks}");

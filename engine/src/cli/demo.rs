@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use longkv_engine::eval::{self, Windows};
-use longkv_engine::generate::{self, Sampler};
-use longkv_engine::retrieval::{self, Questions};
-use longkv_engine::tokenizer::Tokenizer;
-use longkv_engine::{Error, Model, kv};
+use crate::eval::{self, Windows};
+use crate::generate::{self, Sampler};
+use crate::retrieval::{self, Questions};
+use crate::tokenizer::Tokenizer;
+use crate::{Error, Model, kv};
 
 use super::Failure;
 use super::args::Args;

@@ -11,6 +11,7 @@ mod traffic;
 
 use std::process::ExitCode;
 
+pub use args::Open;
 use args::{Args, Command};
 
 /// Why a command stopped.
@@ -18,7 +19,7 @@ use args::{Args, Command};
 enum Failure {
     /// The engine refused its input.
     #[error(transparent)]
-    Engine(#[from] longkv_engine::Error),
+    Engine(#[from] crate::Error),
     /// The command line makes no sense.
     #[error("{0}")]
     Usage(String),
@@ -30,9 +31,11 @@ enum Failure {
     Stdout(#[from] std::io::Error),
 }
 
-/// Runs the command line's command.
-pub(crate) fn main() -> ExitCode {
-    let failure = match Args::parse(std::env::args_os()).and_then(run) {
+/// Runs the command line's command. `open` makes the ranks of a mode: [`ranks::open`](crate::ranks::open), or what a program has whose
+/// processes share prompts. All of them run the same command; only one `speaks` on standard output and writes files.
+pub fn main(open: Open, speaks: bool) -> ExitCode {
+    output::speak(speaks);
+    let failure = match Args::parse(std::env::args_os(), open).and_then(run) {
         Ok(()) => return ExitCode::SUCCESS,
         Err(failure) => failure,
     };
@@ -40,6 +43,9 @@ pub(crate) fn main() -> ExitCode {
         // The reader has seen enough (`engine … | head`).
         Failure::Stdout(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return ExitCode::SUCCESS,
         _ => {}
+    }
+    if !speaks {
+        return ExitCode::from(2);
     }
     // One line, whatever a parser's message looks like.
     let message = failure.to_string();

@@ -3,11 +3,20 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::Serialize;
 use tempfile::NamedTempFile;
 
 use super::Failure;
+
+/// Whether this process writes at all: of several that run the same command, one does.
+static SPEAKS: AtomicBool = AtomicBool::new(true);
+
+/// Says whether this process writes.
+pub(super) fn speak(speaks: bool) {
+    SPEAKS.store(speaks, Ordering::Relaxed);
+}
 
 /// Writes to standard output, at once.
 pub(super) fn print(text: &str) -> Result<(), Failure> {
@@ -16,6 +25,9 @@ pub(super) fn print(text: &str) -> Result<(), Failure> {
 
 /// As [`print`], for text whose characters may come in parts.
 pub(super) fn print_bytes(bytes: &[u8]) -> Result<(), Failure> {
+    if !SPEAKS.load(Ordering::Relaxed) {
+        return Ok(());
+    }
     let mut stdout = std::io::stdout().lock();
     stdout.write_all(bytes)?;
     Ok(stdout.flush()?)
@@ -37,7 +49,7 @@ enum Target {
 impl OutFile {
     /// Checks that the path can be written; `None` stays `None`.
     pub(super) fn open(path: Option<PathBuf>) -> Result<Option<Self>, Failure> {
-        let Some(path) = path else { return Ok(None) };
+        let Some(path) = path.filter(|_| SPEAKS.load(Ordering::Relaxed)) else { return Ok(None) };
         let target = open(&path).map_err(|source| failure(&path, source))?;
         Ok(Some(OutFile { path, target }))
     }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use longkv_engine::eval;
+use crate::eval;
 
 /// A line of the table.
 pub(super) struct Row {

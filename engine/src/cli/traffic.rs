@@ -2,8 +2,8 @@
 
 use std::fmt::Write;
 
+use crate::Model;
 use hybrid_gemm::traffic::Bytes;
-use longkv_engine::Model;
 
 /// A table of the steps so far, with their traffic and predicted times; empty where all weights are in memory.
 pub(super) fn report(model: &Model) -> String {

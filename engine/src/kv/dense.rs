@@ -1,7 +1,7 @@
 //! Every key and value, as they are: the reference of the KV seam.
 
 use attention::rope::Rope;
-use attention::{Element, HeadsView, cpu};
+use attention::{DType, Element, HeadsView, cpu};
 use ndarray::{Array2, ArrayView3};
 
 use super::{Geometry, KvCache, KvMemory, Step};
@@ -88,6 +88,10 @@ impl<T: Element> KvCache for Dense<T> {
         layer.k.extend(k.iter().map(|&x| T::from_f32(x)));
         layer.v.extend(step.v.iter().map(|&x| T::from_f32(x)));
         Ok(())
+    }
+
+    fn stored(&self) -> DType {
+        T::DTYPE
     }
 
     fn len(&self) -> usize {

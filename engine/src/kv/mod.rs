@@ -132,11 +132,17 @@ pub trait KvCache: Send {
     /// Shapes or positions that do not fit the cache.
     fn forward(&mut self, step: &Step<'_>) -> Result<Array2<f32>, Error>;
 
-    /// Stores new tokens of a layer whose attention was computed elsewhere: by ranks that share a prompt.
+    /// Stores new tokens of a layer whose attention was computed elsewhere: by ranks that share a prompt. Queries are not read.
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
     fn append(&mut self, step: &Step<'_>) -> Result<(), Error>;
+
+    /// The type in which ranks that share a prompt attend to its rotated keys and values: what this cache would keep them in, where
+    /// that is all it does to them, so that the prompt's logits do not depend on who computed it. Others attend in f32.
+    fn stored(&self) -> DType {
+        DType::F32
+    }
 
     /// Tokens held.
     fn len(&self) -> usize;

@@ -30,7 +30,7 @@ impl RmsNorm {
 }
 
 /// The weights of one decoder layer.
-pub(super) struct Layer {
+pub(crate) struct Layer {
     index: usize,
     /// q_heads, kv_heads, head_dim
     heads: (usize, usize, usize),
@@ -106,14 +106,40 @@ impl Layer {
         positions: &[u32],
         kv: &mut dyn KvCache,
     ) -> Result<Array2<f32>, Error> {
-        let (q_heads, kv_heads, head_dim) = self.heads;
-        let (mut q, mut k, v) = (self.q.forward(x)?, self.k.forward(x)?, self.v.forward(x)?);
-        if let Some((q_norm, k_norm)) = &self.qk_norm {
-            q = per_head(q_norm, q, head_dim);
-            k = per_head(k_norm, k, head_dim);
-        }
+        let (q_heads, kv_heads, _) = self.heads;
+        let [q, k, v] = self.project(x)?;
         let (q, k, v) = (by_head(&q, q_heads)?, by_head(&k, kv_heads)?, by_head(&v, kv_heads)?);
         kv.forward(&Step { layer: self.index, positions, q, k, v, w_o: &*self.o })
+    }
+
+    /// Queries, keys and values of normed rows, each `[tokens, heads · head_dim]`, before RoPE.
+    fn project(&self, x: ArrayView2<'_, f32>) -> Result<[Array2<f32>; 3], Error> {
+        let (mut q, mut k, v) = (self.q.forward(x)?, self.k.forward(x)?, self.v.forward(x)?);
+        if let Some((q_norm, k_norm)) = &self.qk_norm {
+            q = per_head(q_norm, q, self.heads.2);
+            k = per_head(k_norm, k, self.heads.2);
+        }
+        Ok([q, k, v])
+    }
+
+    /// [`forward`](Self::forward) with attention by somebody else: `attend` gets queries, keys and values, each
+    /// `[tokens, heads · head_dim]` before RoPE, and gives `[tokens, q_heads · head_dim]`, the input of W_O.
+    pub(crate) fn forward_with(
+        &self,
+        x: &mut Array2<f32>,
+        attend: impl FnOnce(Array2<f32>, Array2<f32>, Array2<f32>) -> Result<Array2<f32>, Error>,
+    ) -> Result<(), Error> {
+        let normed = self.attention_norm.apply(x.view());
+        let [q, k, v] = self.project(normed.view())?;
+        *x += &self.o.forward(attend(q, k, v)?.view())?;
+        let normed = self.mlp_norm.apply(x.view());
+        *x += &self.mlp(normed.view())?;
+        Ok(())
+    }
+
+    /// The output projection W_O.
+    pub(crate) fn output(&self) -> &dyn Linear {
+        &*self.o
     }
 
     /// `down(silu(gate(x)) · up(x))`

@@ -4,23 +4,41 @@
 //! that share a prompt, or processes on other machines; afterwards the whole prompt's keys and values are in the KV cache
 //! of the rank that decodes ([`KvCache::append`] takes what other ranks computed).
 
+mod shared;
 mod single;
+mod threads;
 
 use ndarray::Array1;
 
 use crate::kv::KvCache;
 use crate::mode::{Method, Mode};
 use crate::{Error, Model};
+pub use shared::{Scheme, Sharing, prefill_shared};
 pub use single::Single;
+pub use threads::Threads;
 
 /// The methods of this seam.
-pub const METHODS: &[Method] = &[Method {
-    name: "single",
-    summary: "one rank computes the whole prompt",
-    file: false,
-    options: &[],
-    with: &[],
-}];
+pub const METHODS: &[Method] = &[
+    Method {
+        name: "single",
+        summary: "one rank computes the whole prompt",
+        file: false,
+        options: &["ranks"],
+        with: &[],
+    },
+    sharing("auto", "heads dealt as far as they go, a ring over what is left", &["ranks", "placement"]),
+    sharing("ring", "ring attention (placement=zigzag, contiguous or striped)", &["ranks", "placement"]),
+    sharing("ulysses", "heads dealt to all ranks", &["ranks", "placement"]),
+    sharing(
+        "hybrid",
+        "heads dealt to groups of ulysses=2 ranks, a ring over the groups",
+        &["ranks", "placement", "ulysses"],
+    ),
+];
+
+const fn sharing(name: &'static str, summary: &'static str, options: &'static [&'static str]) -> Method {
+    Method { name, summary, file: false, options, with: &[] }
+}
 
 /// Those who compute a prompt together.
 pub trait Ranks: Send {
@@ -35,13 +53,28 @@ pub trait Ranks: Send {
     fn prefill(&mut self, model: &Model, tokens: &[u32], kv: &mut dyn KvCache) -> Result<Array1<f32>, Error>;
 }
 
-/// Makes the ranks of a mode.
+/// Makes the ranks of a mode: as many threads of this process as its option `ranks` says.
 ///
 /// # Errors
 /// An unknown mode, or one that the method refuses.
 pub fn open(mode: &Mode) -> Result<Box<dyn Ranks>, Error> {
-    match mode.accept("ranks", METHODS)?.name {
+    check(mode)?;
+    match mode.name() {
         "single" => Ok(Box::new(Single)),
-        name => unreachable!("method {name} is listed but not built"),
+        _ => Ok(Box::new(Threads::new(Sharing::new(mode)?))),
+    }
+}
+
+/// Checks a mode's name, options and their values, before anything is loaded.
+///
+/// # Errors
+/// As [`open`].
+pub fn check(mode: &Mode) -> Result<(), Error> {
+    match mode.accept("ranks", METHODS)?.name {
+        "single" => match mode.option("ranks", 1, "a whole number")? {
+            1usize => Ok(()),
+            found => Err(mode.refuse(format!("ranks: single is one rank, not {found}"))),
+        },
+        _ => Sharing::new(mode).map(drop),
     }
 }

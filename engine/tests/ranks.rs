@@ -1,0 +1,135 @@
+//! Ranks that share a prompt give the logits of one rank, and decoding goes on from their keys and values.
+
+mod support;
+
+use longkv_engine::{Error, Model, Session, ranks};
+use ndarray::Array1;
+use support::{bundled, golden, load, mode};
+
+fn session<'m>(model: &'m Model, kv: &str, sharing: &str, capacity: usize) -> Session<'m> {
+    Session::new(model, &mode(kv), ranks::open(&mode(sharing)).unwrap(), capacity).unwrap()
+}
+
+fn close(case: &str, found: &Array1<f32>, expected: &Array1<f32>, tolerance: f32) {
+    for (token, (a, b)) in found.iter().zip(expected).enumerate() {
+        assert!((a - b).abs() <= tolerance, "{case}, logit {token}: {a}, not {b}");
+    }
+    assert_eq!(found.len(), expected.len(), "{case}");
+}
+
+/// Every way of sharing, on lengths from a token to more than a few; then two steps of decoding.
+fn check(model: &Model, kv: &str, sharings: &[&str], lens: &[usize], tolerance: f32) {
+    let text = std::fs::read(bundled().join("heldout.txt")).unwrap();
+    for &len in lens {
+        let vocabulary = model.config().vocab_size as u32;
+        let tokens: Vec<u32> = text[..len].iter().map(|&byte| u32::from(byte) % vocabulary).collect();
+        let run = |sharing| {
+            let mut session = session(model, kv, sharing, len + 2);
+            let logits =
+                [session.prefill(&tokens).unwrap(), session.decode(1).unwrap(), session.decode(2).unwrap()];
+            assert_eq!(session.len(), len + 2);
+            logits
+        };
+        let expected = run("single");
+        for sharing in sharings {
+            for (step, (found, expected)) in run(sharing).iter().zip(&expected).enumerate() {
+                close(&format!("{kv}, {sharing}, {len} tokens, step {step}"), found, expected, tolerance);
+            }
+        }
+    }
+}
+
+const SHARINGS: [&str; 9] = [
+    "auto,ranks=1",
+    "auto,ranks=4",
+    "ring,ranks=2",
+    "ring,ranks=4",
+    "ring,ranks=3,placement=striped",
+    "ring,ranks=5,placement=contiguous",
+    "ulysses,ranks=2",
+    "ulysses,ranks=4",
+    "hybrid,ranks=4,ulysses=2",
+];
+
+#[test]
+fn ranks_give_the_logits_of_one() {
+    let model = load(&bundled()).unwrap();
+    // Only the order of sums differs; where keys are rounded to 16 bits, one on a border may round the other way.
+    check(&model, "dense,dtype=f32", &SHARINGS, &[1, 3, 97, 256], 1e-4);
+    check(&model, "dense", &SHARINGS, &[97], 1e-3);
+    check(&model, "dense,dtype=bf16", &["auto,ranks=4"], &[97], 1e-2);
+}
+
+/// Biases, norms of heads, sliding windows.
+#[test]
+fn every_architecture_can_be_shared() {
+    for name in ["mistral", "qwen2", "qwen3"] {
+        let model = load(&golden(name)).unwrap();
+        check(
+            &model,
+            "dense,dtype=f32",
+            &["ring,ranks=4", "ring,ranks=3,placement=striped", "auto,ranks=2"],
+            &[20],
+            1e-4,
+        );
+    }
+}
+
+/// Compressed caches attend to exact keys in a shared prompt, and decode from what they keep of them: each is near its own single rank.
+#[test]
+fn compressed_caches_take_shared_prompts() {
+    let model = load(&bundled()).unwrap();
+    let text = std::fs::read(bundled().join("heldout.txt")).unwrap();
+    let tokens: Vec<u32> = text[..160].iter().map(|&byte| u32::from(byte)).collect();
+    let exact = session(&model, "dense,dtype=f32", "single", 161).prefill(&tokens).unwrap();
+    for kv in ["hack8", "hack4", "fdc-0.5"] {
+        let mut shared = session(&model, kv, "auto,ranks=4", 161);
+        close(&format!("{kv}: a prompt"), &shared.prefill(&tokens).unwrap(), &exact, 1e-4);
+        let mut single = session(&model, kv, "single", 161);
+        single.prefill(&tokens).unwrap();
+        assert_eq!(shared.memory(), single.memory(), "{kv}");
+        let distance = |a: &Array1<f32>, b: &Array1<f32>| (a - b).mapv(|x| x * x).sum().sqrt();
+        let (a, b) = (shared.decode(3).unwrap(), single.decode(3).unwrap());
+        let size = b.mapv(|x| x * x).sum().sqrt();
+        assert!(distance(&a, &b) < 0.15 * size, "{kv}: {} of {size}", distance(&a, &b));
+    }
+}
+
+#[test]
+fn a_shared_prompt_can_be_continued() {
+    let model = load(&bundled()).unwrap();
+    let tokens: Vec<u32> = (0..60).map(|i| 32 + i * 7 % 90).collect();
+    let mut shared = session(&model, "dense,dtype=f32", "ring,ranks=4", 60);
+    shared.prefill(&tokens[..40]).unwrap();
+    let found = shared.prefill(&tokens[40..]).unwrap();
+    close(
+        "in parts",
+        &found,
+        &session(&model, "dense,dtype=f32", "single", 60).prefill(&tokens).unwrap(),
+        1e-4,
+    );
+    shared.clear();
+    assert!(matches!(shared.prefill(&[]), Err(Error::Argument { argument: "prompt", .. })));
+    assert!(matches!(shared.prefill(&[1, 256]), Err(Error::Token { token: 256, .. })));
+    assert!(shared.is_empty(), "nothing was stored");
+}
+
+#[test]
+fn sharings_that_make_no_sense() {
+    for (text, named) in [
+        ("ring,ranks=0", "ranks"),
+        ("ring,ranks=two", "ranks"),
+        ("single,ranks=2", "single is one rank"),
+        ("hybrid,ranks=4,ulysses=3", "divisor of 4"),
+        ("ring,ranks=4,placement=random", "zigzag"),
+        ("ring,ranks=4,ulysses=2", "unknown option ulysses"),
+    ] {
+        let error = ranks::open(&mode(text)).map(drop).expect_err(text).to_string();
+        assert!(error.contains(named), "{text}: {error}");
+    }
+    // Heads that cannot be dealt are only known with a model: 4 query heads and 2 KV heads.
+    let model = load(&bundled()).unwrap();
+    let error = session(&model, "dense", "ulysses,ranks=3", 8).prefill(&[1, 2, 3]).unwrap_err().to_string();
+    assert!(error.contains("q_heads = 4 cannot be dealt to 3 ranks"), "{error}");
+    assert_eq!(ranks::open(&mode("ring,ranks=7")).unwrap().count(), 7);
+}
