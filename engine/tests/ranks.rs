@@ -55,7 +55,7 @@ const SHARINGS: [&str; 9] = [
 fn ranks_give_the_logits_of_one() {
     let model = load(&bundled()).unwrap();
     // Only the order of sums differs; where keys are rounded to 16 bits, one on a border may round the other way.
-    check(&model, "dense,dtype=f32", &SHARINGS, &[1, 3, 97, 256], 1e-4);
+    check(&model, "dense,dtype=f32", &SHARINGS, &[1, 3, 120], 1e-4);
     check(&model, "dense", &SHARINGS, &[97], 1e-3);
     check(&model, "dense,dtype=bf16", &["auto,ranks=4"], &[97], 1e-2);
 }
