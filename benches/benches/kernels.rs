@@ -9,6 +9,7 @@ mod kv_compress;
 mod kv_compress_calibration;
 mod merge_states;
 mod prefill;
+mod sparse_attn;
 
 criterion::criterion_main!(
     append::benches,
@@ -17,5 +18,6 @@ criterion::criterion_main!(
     kv_compress::benches,
     kv_compress_calibration::benches,
     merge_states::benches,
-    prefill::benches
+    prefill::benches,
+    sparse_attn::benches
 );

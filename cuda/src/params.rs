@@ -13,6 +13,8 @@ pub const HEADER_DIGESTS: &[(&str, &str)] = &[
     ("hybrid_gemm_params.h", "14744a47f6ef00a570ee1dba268bbbfa19ec05ee38b31fc99d92efcdec3772bf"),
     ("merge_states_params.h", "a1ca4ca86a37067ead0a7fdbb4a70c68ff2be74458bddc317fa12c2d18667ee8"),
     ("prefill_params.h", "3d61a6398e818b2d2f1de440731d6181a7005a251c83a5fb60c20befdba23406"),
+    ("sparse_gather_params.h", "b28e09e1db8b5a9695c604f481db3990c24d89da35da185ed35edf5b9d0e7aae"),
+    ("sparse_resolve_params.h", "7422bb216265d1570389fa58c81144865407768d63bef62201d653f14dbf7e58"),
     ("status_params.h", "4f7980c429bc31cb21feb31a9a1840964bf406b48721d9a745514ad009959d99"),
 ];
 
@@ -941,6 +943,125 @@ const _: () = {
     ["Offset of field: PrefillParams::resume"][::core::mem::offset_of!(PrefillParams, resume) - 124usize];
     ["Offset of field: PrefillParams::scale"][::core::mem::offset_of!(PrefillParams, scale) - 128usize];
     ["Offset of field: PrefillParams::soft_cap"][::core::mem::offset_of!(PrefillParams, soft_cap) - 132usize];
+};
+#[doc = " Pools and tables of one gather."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SparseGatherParams {
+    #[doc = " (Request, KV head) pairs: row = request * kv_heads + kv_head."]
+    pub rows: u32,
+    #[doc = " KV heads of a request."]
+    pub kv_heads: u32,
+    #[doc = " Misses that a row may have."]
+    pub max_selected: u32,
+    #[doc = " Slots of a row."]
+    pub slots: u32,
+    #[doc = " Pages of a request's host table."]
+    pub max_pages: u32,
+    #[doc = " Pages of host memory, each of kv_heads runs."]
+    pub host_pages: u32,
+    #[doc = " Runs of device memory."]
+    pub device_pages: u32,
+    #[doc = " Bytes of a run, a multiple of 16."]
+    pub run_bytes: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SparseGatherParams"][::core::mem::size_of::<SparseGatherParams>() - 32usize];
+    ["Alignment of SparseGatherParams"][::core::mem::align_of::<SparseGatherParams>() - 4usize];
+    ["Offset of field: SparseGatherParams::rows"][::core::mem::offset_of!(SparseGatherParams, rows) - 0usize];
+    ["Offset of field: SparseGatherParams::kv_heads"]
+        [::core::mem::offset_of!(SparseGatherParams, kv_heads) - 4usize];
+    ["Offset of field: SparseGatherParams::max_selected"]
+        [::core::mem::offset_of!(SparseGatherParams, max_selected) - 8usize];
+    ["Offset of field: SparseGatherParams::slots"]
+        [::core::mem::offset_of!(SparseGatherParams, slots) - 12usize];
+    ["Offset of field: SparseGatherParams::max_pages"]
+        [::core::mem::offset_of!(SparseGatherParams, max_pages) - 16usize];
+    ["Offset of field: SparseGatherParams::host_pages"]
+        [::core::mem::offset_of!(SparseGatherParams, host_pages) - 20usize];
+    ["Offset of field: SparseGatherParams::device_pages"]
+        [::core::mem::offset_of!(SparseGatherParams, device_pages) - 24usize];
+    ["Offset of field: SparseGatherParams::run_bytes"]
+        [::core::mem::offset_of!(SparseGatherParams, run_bytes) - 28usize];
+};
+#[doc = " Shape of one step of bucketed LRU."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SparseResolveParams {
+    #[doc = " (Request, KV head) pairs, each with slots of its own."]
+    pub rows: u32,
+    #[doc = " Pages that a row may select; shorter selections are padded."]
+    pub max_selected: u32,
+    #[doc = " Slots of a row."]
+    pub slots: u32,
+    #[doc = " Ages that replacement tells apart."]
+    pub buckets: u32,
+    #[doc = " Entries of the hash table over the selection: a power of two, at least twice max_selected."]
+    pub hash_entries: u32,
+    #[doc = " Explicit padding, always 0."]
+    pub _pad: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SparseResolveParams"][::core::mem::size_of::<SparseResolveParams>() - 24usize];
+    ["Alignment of SparseResolveParams"][::core::mem::align_of::<SparseResolveParams>() - 4usize];
+    ["Offset of field: SparseResolveParams::rows"]
+        [::core::mem::offset_of!(SparseResolveParams, rows) - 0usize];
+    ["Offset of field: SparseResolveParams::max_selected"]
+        [::core::mem::offset_of!(SparseResolveParams, max_selected) - 4usize];
+    ["Offset of field: SparseResolveParams::slots"]
+        [::core::mem::offset_of!(SparseResolveParams, slots) - 8usize];
+    ["Offset of field: SparseResolveParams::buckets"]
+        [::core::mem::offset_of!(SparseResolveParams, buckets) - 12usize];
+    ["Offset of field: SparseResolveParams::hash_entries"]
+        [::core::mem::offset_of!(SparseResolveParams, hash_entries) - 16usize];
+    ["Offset of field: SparseResolveParams::_pad"]
+        [::core::mem::offset_of!(SparseResolveParams, _pad) - 20usize];
+};
+#[doc = " A page that was not resident, and the slot it got."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SparseMiss {
+    #[doc = " Its place in the selection."]
+    pub place: u32,
+    #[doc = " The page."]
+    pub page: u32,
+    #[doc = " The slot."]
+    pub slot: u32,
+    #[doc = " The page that lost the slot; 0xffffffff if it was free."]
+    pub evicted: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SparseMiss"][::core::mem::size_of::<SparseMiss>() - 16usize];
+    ["Alignment of SparseMiss"][::core::mem::align_of::<SparseMiss>() - 4usize];
+    ["Offset of field: SparseMiss::place"][::core::mem::offset_of!(SparseMiss, place) - 0usize];
+    ["Offset of field: SparseMiss::page"][::core::mem::offset_of!(SparseMiss, page) - 4usize];
+    ["Offset of field: SparseMiss::slot"][::core::mem::offset_of!(SparseMiss, slot) - 8usize];
+    ["Offset of field: SparseMiss::evicted"][::core::mem::offset_of!(SparseMiss, evicted) - 12usize];
+};
+#[doc = " Counts of a row since the caller last cleared them."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SparseCounts {
+    #[doc = " Pages selected."]
+    pub selected: u64,
+    #[doc = " Of these, resident."]
+    pub hits: u64,
+    #[doc = " Of these, not resident."]
+    pub misses: u64,
+    #[doc = " Pages that lost their slot."]
+    pub evicted: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SparseCounts"][::core::mem::size_of::<SparseCounts>() - 32usize];
+    ["Alignment of SparseCounts"][::core::mem::align_of::<SparseCounts>() - 8usize];
+    ["Offset of field: SparseCounts::selected"][::core::mem::offset_of!(SparseCounts, selected) - 0usize];
+    ["Offset of field: SparseCounts::hits"][::core::mem::offset_of!(SparseCounts, hits) - 8usize];
+    ["Offset of field: SparseCounts::misses"][::core::mem::offset_of!(SparseCounts, misses) - 16usize];
+    ["Offset of field: SparseCounts::evicted"][::core::mem::offset_of!(SparseCounts, evicted) - 24usize];
 };
 #[doc = " Nothing is wrong."]
 pub const FAULT_NONE: FaultCode = 0;

@@ -26,6 +26,8 @@ pub const HEADERS: &[(&str, &str)] = headers! {
     "hybrid_gemm_params.h"
     "merge_states_params.h"
     "prefill_params.h"
+    "sparse_gather_params.h"
+    "sparse_resolve_params.h"
     "status_params.h"
     "ptx/bulk_copy.cuh"
     "ptx/convert.cuh"

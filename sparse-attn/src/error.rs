@@ -59,6 +59,11 @@ pub enum Error {
     /// A page pool or an attention argument: see [`attention::Error`].
     #[error(transparent)]
     Attention(Box<attention::Error>),
+
+    /// A kernel could not be prepared or launched.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] cuda::Error),
 }
 
 impl From<attention::Error> for Error {

@@ -52,6 +52,7 @@
 //! | [`host_pool`], [`device_pool`] | the two memories |
 //! | [`Cache`], [`step`] | requests, and the step: select → resolve → gather → attend |
 //! | [`Counters`] | what happened |
+//! | `gpu` (feature `cuda`) | the kernels: replacement, and misses over the link |
 //! | [`Error`] | what a caller can get wrong |
 
 pub mod bucketed_lru;
@@ -60,6 +61,8 @@ pub mod config;
 mod counters;
 pub mod device_pool;
 mod error;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 pub mod host_pool;
 pub mod index;
 pub mod metadata;

@@ -9,3 +9,4 @@ pub mod conformance;
 pub mod homomorphic_quant;
 pub mod hybrid_gemm;
 pub mod kv_compress;
+pub mod sparse_attn;

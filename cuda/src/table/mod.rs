@@ -9,6 +9,7 @@ mod conformance;
 mod homomorphic_quant;
 mod hybrid_gemm;
 mod kv_compress;
+mod sparse_attn;
 
 use std::fmt;
 
@@ -22,6 +23,7 @@ pub const KERNELS: &[&[Kernel]] = &[
     homomorphic_quant::KERNELS,
     hybrid_gemm::KERNELS,
     kv_compress::KERNELS,
+    sparse_attn::KERNELS,
 ];
 
 /// All kernels, one after another.

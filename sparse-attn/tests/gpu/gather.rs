@@ -1,0 +1,180 @@
+//! Misses from host memory into their slots, byte by byte.
+
+use attention::testing::{Rng, shuffled_pages};
+use attention::{DType, FaultCode};
+use cuda::status::Fault;
+use emulator::rig::Rig;
+use sparse_attn::Error;
+use sparse_attn::bucketed_lru::Miss;
+use sparse_attn::gpu::{Gather, GatherArgs, GatherConfig, GatherPlan, ResolveConfig};
+use sparse_attn::metadata::NONE;
+use sparse_attn::page::PageSpec;
+
+emulator::device_test!(runs_arrive_byte_by_byte, bad_entries_are_reported_and_the_others_arrive);
+
+/// Tables and misses of a case; device runs that no miss names keep what they had.
+struct Case {
+    config: GatherConfig,
+    misses: Vec<Miss>,
+    num_misses: Vec<u32>,
+    host_table: Vec<u32>,
+    slot_table: Vec<u32>,
+    host: Vec<u8>,
+}
+
+/// What entries past the misses hold: nobody may read them.
+const POISON: Miss = Miss { place: NONE, page: NONE, slot: NONE, evicted: NONE };
+
+impl Case {
+    fn new(config: GatherConfig, counts: &[u32], seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let ResolveConfig { rows, max_selected, slots, .. } = config.resolve;
+        let requests = rows / config.kv_heads;
+        let mut misses = vec![POISON; rows * max_selected];
+        for (row, &count) in counts.iter().enumerate() {
+            let (pages, to) =
+                (shuffled_pages(config.max_pages, seed), shuffled_pages(slots, seed + row as u64));
+            for (i, miss) in misses[row * max_selected..].iter_mut().take(count as usize).enumerate() {
+                *miss = Miss { place: i as u32, page: pages[i], slot: to[i], evicted: NONE };
+            }
+        }
+        let host_table =
+            (0..requests * config.max_pages).map(|_| rng.below(config.host_pages) as u32).collect();
+        let bytes = config.host_pages * config.kv_heads * config.page.bytes();
+        Case {
+            config,
+            misses,
+            num_misses: counts.to_vec(),
+            host_table,
+            slot_table: shuffled_pages(config.device_pages, seed + 99)[..rows * slots].to_vec(),
+            host: (0..bytes).map(|_| rng.bits() as u8).collect(),
+        }
+    }
+
+    /// The device after the copies, of a device full of 0xff.
+    fn expected(&self) -> Vec<u8> {
+        let run = self.config.page.bytes();
+        let ResolveConfig { max_selected, slots, .. } = self.config.resolve;
+        let mut device = vec![0xff; self.config.device_pages * run];
+        for (row, &count) in self.num_misses.iter().enumerate().filter(|&(_, &n)| n as usize <= max_selected)
+        {
+            for miss in &self.misses[row * max_selected..][..count as usize] {
+                let Some(&to) = self.slot_table[row * slots..][..slots].get(miss.slot as usize) else {
+                    continue;
+                };
+                let Some(to) = device.chunks_exact_mut(run).nth(to as usize) else { continue };
+                let (request, head) = (row / self.config.kv_heads, row % self.config.kv_heads);
+                let pages = &self.host_table[request * self.config.max_pages..][..self.config.max_pages];
+                let page = pages.get(miss.page as usize).map_or(usize::MAX, |&page| page as usize);
+                match page < self.config.host_pages {
+                    true => {
+                        to.copy_from_slice(&self.host[(page * self.config.kv_heads + head) * run..][..run])
+                    }
+                    false => to.fill(0),
+                }
+            }
+        }
+        device
+    }
+
+    fn run<R: Rig>(&self, rig: &R) -> (Vec<u8>, Option<Fault>) {
+        let plan = GatherPlan::new(self.config).expect("a valid plan");
+        let kernel = Gather::prepare(rig.device(), &plan).expect("prepare");
+        let words: Vec<u32> =
+            self.misses.iter().flat_map(|miss| [miss.place, miss.page, miss.slot, miss.evicted]).collect();
+        let (misses, num_misses) = (rig.upload(&words), rig.upload(&self.num_misses));
+        let (host_table, slot_table) = (rig.upload(&self.host_table), rig.upload(&self.slot_table));
+        let host = rig.upload(&self.host);
+        let mut device = rig.poisoned::<u8>(self.config.device_pages * self.config.page.bytes());
+        let mut status = rig.zeroed::<u64>(1);
+        let args = GatherArgs {
+            misses: &rig.view(&misses),
+            num_misses: &rig.view(&num_misses),
+            host_table: &rig.view(&host_table),
+            slot_table: &rig.view(&slot_table),
+            host: &rig.view(&host),
+            device: rig.view_mut(&mut device),
+            status: rig.view_mut(&mut status),
+        };
+        kernel
+            .run(rig.queue(), args)
+            .unwrap_or_else(|error| panic!("{:?} on {}: {error}", self.config, rig.name()));
+        (rig.download(&device), Fault::decode(rig.download(&status)[0]))
+    }
+}
+
+fn config(rows: usize, kv_heads: usize, page: (usize, usize), blocks: usize) -> GatherConfig {
+    let page = PageSpec::new(page.0, page.1, page.1, DType::BF16).expect("a valid page");
+    let resolve = ResolveConfig { rows, max_selected: 20, slots: 24, buckets: 64 };
+    GatherConfig {
+        resolve,
+        kv_heads,
+        page,
+        max_pages: 30,
+        host_pages: 40,
+        device_pages: rows * 24 + 3,
+        blocks,
+    }
+}
+
+fn runs_arrive_byte_by_byte<R: Rig>(rig: &R) {
+    for (seed, (config, counts)) in (1..).zip([
+        // The smallest run, one of a tail of a warp's stride, and pages as models have them.
+        (config(2, 2, (8, 8), 1), vec![20, 3]),
+        (config(4, 2, (8, 72), 3), vec![0, 1, 20, 7]),
+        (config(2, 1, (16, 128), 2), vec![5, 6]),
+        (config(2, 2, (64, 128), 4), vec![2, 1]),
+        // More rows than a warp has lanes, most of them without a miss.
+        (config(70, 2, (8, 16), 2), (0..70).map(|row| u32::from(row % 9 == 4) * (row / 8)).collect()),
+        (config(3, 3, (8, 64), 2), vec![0, 0, 0]),
+    ]) {
+        let case = Case::new(config, &counts, seed);
+        let (device, fault) = case.run(rig);
+        let wrong = device.iter().zip(&case.expected()).position(|(a, b)| a != b);
+        assert_eq!(wrong, None, "{config:?}, seed {seed} on {}: first wrong byte", rig.name());
+        assert_eq!(fault, None, "{config:?}, seed {seed} on {}", rig.name());
+    }
+}
+
+fn bad_entries_are_reported_and_the_others_arrive<R: Rig>(rig: &R) {
+    type Spoil = fn(&mut Case);
+    let cases: [(&str, Spoil, FaultCode); 5] = [
+        ("too many misses", |case| case.num_misses[1] = 21, FaultCode::BadLength),
+        ("slot out of range", |case| case.misses[20 + 2].slot = 24, FaultCode::BadIndex),
+        ("run out of range", |case| case.slot_table[24..48].fill(1000), FaultCode::BadIndex),
+        ("page out of range", |case| case.misses[20 + 4].page = 30, FaultCode::BadPage),
+        (
+            "host page out of range",
+            |case| {
+                let page = case.misses[20].page as usize;
+                case.host_table[30 + page] = 40;
+            },
+            FaultCode::BadPage,
+        ),
+    ];
+    for (name, spoil, code) in cases {
+        let mut case = Case::new(config(3, 1, (8, 64), 2), &[4, 6, 20], 5);
+        spoil(&mut case);
+        let (device, fault) = case.run(rig);
+        assert!(device == case.expected(), "{name} on {}", rig.name());
+        let fault = fault.unwrap_or_else(|| panic!("{name} on {}: nothing reported", rig.name()));
+        assert_eq!((fault.code, fault.index), (code as u32, 1), "{name} on {}", rig.name());
+    }
+}
+
+#[test]
+fn refused_plans_name_the_argument() {
+    let good = config(4, 2, (16, 128), 8);
+    assert_eq!(GatherPlan::new(good).map(|plan| plan.bytes_moved(10)).ok(), Some(10 * 16 * 128 * 4));
+    for (config, named) in [
+        (GatherConfig { kv_heads: 3, ..good }, "rows"),
+        (GatherConfig { kv_heads: 0, ..good }, "kv_heads"),
+        (GatherConfig { blocks: 0, ..good }, "blocks"),
+        (GatherConfig { host_pages: 1 << 31, ..good }, "host_pages"),
+    ] {
+        match GatherPlan::new(config) {
+            Err(Error::Argument { argument, .. }) => assert_eq!(argument, named),
+            other => panic!("{named}: {other:?}"),
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! The kernels against the CPU semantics: on the emulator in every order of warps and lanes, and on a GPU.
+#![cfg(feature = "cuda")]
+
+mod gather;
+mod resolve;
