@@ -87,6 +87,25 @@ impl Checkpoint {
     }
 }
 
+impl Checkpoint {
+    /// Checks that nothing is left of decoder layers past the first `layers`, which the configuration would leave out.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the number of layers that there are weights of.
+    pub fn check_layers(&self, layers: usize) -> Result<(), Error> {
+        let layer = |name: &String| -> Option<usize> {
+            name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
+        };
+        match self.tensors.keys().filter_map(layer).max() {
+            Some(last) if last >= layers => {
+                let expected = format!("{}, the layers of the weights", last.saturating_add(1));
+                Err(Error::config("num_hidden_layers", expected, layers))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     let index = folder.join("model.safetensors.index.json");
     if index.exists() {

@@ -27,6 +27,24 @@ pub enum Target {
     KeepAccuracy(f64),
 }
 
+impl Target {
+    /// Checks the number.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when it is out of range or NaN.
+    pub fn check(self) -> Result<(), Error> {
+        let (argument, value, expected, fits) = match self {
+            Target::Ratio(ratio) => {
+                ("ratio", ratio, "a number above 0 and at most 1", ratio > 0.0 && ratio <= 1.0)
+            }
+            Target::KeepAccuracy(part) => {
+                ("keep-accuracy", part, "a number above 0 and below 1", part > 0.0 && part < 1.0)
+            }
+        };
+        if fits { Ok(()) } else { Err(Error::argument(argument, expected, value)) }
+    }
+}
+
 /// How bytes are spread over heads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Allocation {
@@ -118,16 +136,7 @@ impl<'m> Compressor<'m> {
         allocation: Allocation,
         target: Target,
     ) -> Result<CompressionPlan, Error> {
-        let (argument, value) = match target {
-            Target::Ratio(ratio) => ("ratio", ratio),
-            Target::KeepAccuracy(part) => ("keep-accuracy", part),
-        };
-        let below_one = matches!(target, Target::KeepAccuracy(_));
-        if !(value > 0.0 && (value < 1.0 || (value == 1.0 && !below_one))) {
-            let expected =
-                if below_one { "a number above 0 and below 1" } else { "a number above 0 and at most 1" };
-            return Err(Error::argument(argument, expected, value));
-        }
+        target.check()?;
         let shapes: Vec<HeadShape> = self.geometry.layers.iter().map(|spec| spec.shape).collect();
         let layers = self.calibration.layers().iter().enumerate();
         let bases = layers
@@ -191,6 +200,7 @@ fn nll(model: &Model, windows: &[Vec<u32>], cache: &mut dyn KvCache) -> Result<f
         cache.clear();
         let hidden = model.forward(window, 0, cache)?;
         let logits = model.logits(hidden.view())?;
+        Model::check_logits(logits.view(), 0)?;
         for (logits, &next) in logits.axis_iter(Axis(0)).zip(&window[1..]) {
             sum += negative_log_likelihood(logits, next)?;
             scored += 1;

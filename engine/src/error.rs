@@ -104,6 +104,19 @@ pub enum Error {
         vocab_size: usize,
     },
 
+    /// The model gives infinities or NaN: its weights, or what a cache stores in 16 bits, overflow.
+    #[error(
+        "the logits after position {position} are not finite (token {token}: {value}): the model overflows"
+    )]
+    Logits {
+        /// Position in the sequence, from 0.
+        position: usize,
+        /// The first token whose logit is not finite.
+        token: usize,
+        /// That logit.
+        value: f32,
+    },
+
     /// A sequence is longer than the model was made for.
     #[error("a context of {asked} tokens is over the model's maximum of {maximum}")]
     Context {

@@ -40,7 +40,10 @@ pub struct Report {
     pub tokens: usize,
     /// Mean negative log likelihood of a scored token, in nats.
     pub nll_per_token: f64,
-    /// `exp(nll_per_token)`
+    /// Negative log likelihood of each, in order: differences between modes are paired token by token.
+    #[serde(skip)]
+    pub nlls: Vec<f64>,
+    /// `exp(nll_per_token)`; infinite, which JSON writes as null, from 710 nats on.
     pub perplexity: f64,
     /// Bytes that the cache held on the device at the end of a window, metadata included, per token.
     pub kv_bytes_per_token: f64,
@@ -82,9 +85,24 @@ impl Windows {
         Ok(Windows { context, prefill, count })
     }
 
-    /// The default prefill: a quarter of the context.
-    pub fn default_prefill(context: usize) -> usize {
-        (context / 4).max(1)
+    /// What is given, and defaults for the rest: a context of `longest` tokens, less where the model or the text has fewer
+    /// (a short text is one short window); a quarter of it prefilled; up to `most` windows.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new) and [`check`](Self::check).
+    pub fn fitting(
+        config: &crate::Config,
+        tokens: usize,
+        [context, prefill, count]: [Option<usize>; 3],
+        longest: usize,
+        most: usize,
+    ) -> Result<Self, Error> {
+        let context = context.unwrap_or_else(|| tokens.max(4).min(longest.min(config.max_positions)));
+        let prefill = prefill.unwrap_or((context / 4).max(1));
+        let count = count.unwrap_or_else(|| (tokens / context.max(1)).clamp(1, most.max(1)));
+        let windows = Windows::new(context, prefill, count)?;
+        windows.check(config, tokens)?;
+        Ok(windows)
     }
 
     /// Checks that a text has enough tokens, and a model enough context.
@@ -106,8 +124,7 @@ impl Windows {
 /// Sums over the windows so far.
 #[derive(Debug, Default)]
 struct Totals {
-    nll: f64,
-    scored: usize,
+    nlls: Vec<f64>,
     prefill: (usize, Duration),
     decode: (usize, Duration),
 }
@@ -159,15 +176,14 @@ pub fn evaluate_with(
             totals.decode.0 += 1;
             totals.decode.1 += begin.elapsed();
             if let Some(&next) = text.get(at + 1) {
-                totals.nll += negative_log_likelihood(logits.view(), next)?;
-                totals.scored += 1;
+                totals.nlls.push(negative_log_likelihood(logits.view(), next)?);
             }
             progress(at + 1, all);
         }
     }
 
     let (memory, traffic, held) = (session.memory(), session.traffic(), session.len() as f64);
-    let nll_per_token = totals.nll / totals.scored as f64;
+    let nll_per_token = mean(&totals.nlls);
     let speed = |(tokens, time): (usize, Duration)| tokens as f64 / time.as_secs_f64().max(f64::MIN_POSITIVE);
     let model = session.model();
     Ok(Report {
@@ -175,8 +191,9 @@ pub fn evaluate_with(
         kv: kv_name.to_string(),
         context: windows.context,
         prefill: windows.prefill,
-        tokens: totals.scored,
+        tokens: totals.nlls.len(),
         nll_per_token,
+        nlls: totals.nlls,
         perplexity: nll_per_token.exp(),
         kv_bytes_per_token: memory.device as f64 / held,
         dense_kv_bytes_per_token: kv::dense_bytes_per_token(model.config()) as f64,
@@ -187,6 +204,29 @@ pub fn evaluate_with(
         prefill_tokens_per_s: speed(totals.prefill),
         decode_tokens_per_s: speed(totals.decode),
     })
+}
+
+impl Report {
+    /// Nats per token above another mode's on the same tokens, and the standard error of this mean of paired differences
+    /// (tokens taken as independent).
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the other scored another number of tokens.
+    pub fn above(&self, other: &Report) -> Result<(f64, f64), Error> {
+        if self.nlls.len() != other.nlls.len() {
+            let expected = format!("{} scored tokens", self.nlls.len());
+            return Err(Error::argument("other", expected, other.nlls.len()));
+        }
+        let differences: Vec<f64> = self.nlls.iter().zip(&other.nlls).map(|(a, b)| a - b).collect();
+        let difference = mean(&differences);
+        let squares: f64 = differences.iter().map(|d| (d - difference).powi(2)).sum();
+        let count = differences.len() as f64;
+        Ok((difference, (squares / (count - 1.0).max(1.0) / count).sqrt()))
+    }
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
 }
 
 /// `-ln softmax(logits)[token]`, in nats.

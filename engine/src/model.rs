@@ -49,6 +49,7 @@ impl Model {
         } else {
             weights.linear("lm_head", Role::Output, shape, false)?
         };
+        weights.checkpoint.check_layers(config.layers)?;
         Ok(Model { path: path.to_path_buf(), config, embedding, layers, norm, output, ledger })
     }
 
@@ -109,6 +110,17 @@ impl Model {
     /// [`Error::Argument`] when the hidden states have another width.
     pub fn logits(&self, hidden: ArrayView2<'_, f32>) -> Result<Array2<f32>, Error> {
         self.output.forward(hidden)
+    }
+
+    /// Checks logits `[tokens, vocab_size]` of the tokens at positions `start..`.
+    ///
+    /// # Errors
+    /// [`Error::Logits`] for the first that is not finite.
+    pub fn check_logits(logits: ArrayView2<'_, f32>, start: usize) -> Result<(), Error> {
+        match logits.indexed_iter().find(|(_, logit)| !logit.is_finite()) {
+            Some(((row, token), &value)) => Err(Error::Logits { position: start + row, token, value }),
+            None => Ok(()),
+        }
     }
 
     /// What the weights moved in the steps so far, by number of tokens; empty where the linear mode does not count. Products of

@@ -14,6 +14,9 @@ use crate::generate::argmax;
 use crate::tokenizer::{Piece, Tokenizer};
 use crate::{Error, Session};
 
+/// Most documents of one test: all are planted before the first is asked about.
+pub const MOST_DOCUMENTS: usize = 10_000;
+
 /// Documents with planted pairs, and the questions about them.
 pub struct Questions {
     context: usize,
@@ -24,10 +27,10 @@ impl Questions {
     /// Plants `documents` documents of up to `context` tokens, each with its own keys and values.
     ///
     /// # Errors
-    /// A context that holds no question, or no documents.
+    /// A context that holds no question, no documents, or more than [`MOST_DOCUMENTS`].
     pub fn plant(tokenizer: &Tokenizer, context: usize, documents: usize, seed: u64) -> Result<Self, Error> {
-        if documents == 0 {
-            return Err(Error::argument("documents", "at least 1", 0));
+        if !(1..=MOST_DOCUMENTS).contains(&documents) {
+            return Err(Error::argument("documents", format!("1 to {MOST_DOCUMENTS}"), documents));
         }
         let documents = (0..documents)
             .map(|number| Document::fitting(context, tokenizer, seed.wrapping_add(number as u64)))

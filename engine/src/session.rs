@@ -31,7 +31,7 @@ impl<'m> Session<'m> {
     /// Runs a prompt, or its continuation, at once. Gives the logits after its last token, `[vocab_size]`.
     ///
     /// # Errors
-    /// An empty prompt, tokens out of range, or a sequence that grows too long.
+    /// An empty prompt, tokens out of range, a sequence that grows too long, or logits that are not finite.
     pub fn prefill(&mut self, tokens: &[u32]) -> Result<Array1<f32>, Error> {
         let hidden = self.ranks.prefill(self.model, tokens, &mut *self.kv)?;
         self.logits(hidden)
@@ -40,7 +40,7 @@ impl<'m> Session<'m> {
     /// Runs one token through the KV mode's decode path. Gives the logits after it, `[vocab_size]`.
     ///
     /// # Errors
-    /// A token out of range, or a sequence that grows too long.
+    /// A token out of range, a sequence that grows too long, or logits that are not finite.
     pub fn decode(&mut self, token: u32) -> Result<Array1<f32>, Error> {
         let hidden = self.model.forward(&[token], self.kv.len(), &mut *self.kv)?;
         self.logits(hidden.index_axis_move(Axis(0), 0))
@@ -78,6 +78,7 @@ impl<'m> Session<'m> {
 
     fn logits(&self, hidden: Array1<f32>) -> Result<Array1<f32>, Error> {
         let logits = self.model.logits(hidden.view().insert_axis(Axis(0)))?;
+        Model::check_logits(logits.view(), self.len().saturating_sub(1))?;
         Ok(logits.index_axis_move(Axis(0), 0))
     }
 }

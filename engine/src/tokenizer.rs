@@ -33,7 +33,12 @@ impl Tokenizer {
         match std::fs::read_to_string(&path) {
             // `from_bytes` does the same, but is generic and would be compiled here a second time, for half a minute.
             Ok(text) => match text.parse::<tokenizers::Tokenizer>() {
-                Ok(tokenizer) => Ok(Tokenizer(Kind::HuggingFace(Box::new(tokenizer)))),
+                Ok(mut tokenizer) => {
+                    // What a file says about lengths was meant for batches in training: here every text is read as it is.
+                    let plain = tokenizer.with_truncation(None).map(|tokenizer| tokenizer.with_padding(None));
+                    plain.map_err(|error| Error::malformed(&path, error))?;
+                    Ok(Tokenizer(Kind::HuggingFace(Box::new(tokenizer))))
+                }
                 Err(error) => Err(Error::malformed(&path, error)),
             },
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && config.vocab_size == 256 => {
@@ -80,53 +85,72 @@ impl Tokenizer {
     pub fn decode(&self, tokens: &[u32]) -> Result<Vec<u8>, Error> {
         match &self.0 {
             Kind::Bytes => Ok(tokens.iter().map(|&token| token as u8).collect()),
-            Kind::HuggingFace(tokenizer) => {
-                let text =
-                    tokenizer.decode(tokens, true).map_err(|error| Error::Tokenizer(error.to_string()))?;
-                Ok(text.into_bytes())
-            }
+            Kind::HuggingFace(tokenizer) => Ok(decode(tokenizer, tokens)?.into_bytes()),
         }
     }
 
     /// A stream that turns tokens into text one by one.
     pub fn stream(&self) -> Stream<'_> {
-        Stream { tokenizer: self, tokens: Vec::new(), written: 0 }
+        Stream { tokenizer: self, tokens: Vec::new(), written: String::new() }
     }
 }
 
+/// The text of a sequence of tokens, without special tokens.
+fn decode(tokenizer: &tokenizers::Tokenizer, tokens: &[u32]) -> Result<String, Error> {
+    tokenizer.decode(tokens, true).map_err(|error| Error::Tokenizer(error.to_string()))
+}
+
 /// Turns tokens into text as they come: a token may end in the middle of a character, and its text may depend on the
-/// tokens before it.
+/// tokens before and after it. From a `tokenizer.json`, all bytes together are UTF-8.
 pub struct Stream<'t> {
     tokenizer: &'t Tokenizer,
     /// Tokens since the last line break that was written out.
     tokens: Vec<u32>,
-    /// Bytes of their text that were given out.
-    written: usize,
+    /// Their text as far as it was given out.
+    written: String,
 }
 
 impl Stream<'_> {
-    /// Adds a token and gives the bytes that are certain now.
+    /// Adds a token and gives the bytes that are certain now, as far as a decoder can tell; [`finish`](Self::finish) gives
+    /// the others.
     ///
     /// # Errors
     /// Whatever the tokenizer refuses.
     pub fn push(&mut self, token: u32) -> Result<Vec<u8>, Error> {
-        if matches!(self.tokenizer.0, Kind::Bytes) {
-            return Ok(vec![token as u8]);
-        }
+        let whole: &Tokenizer = self.tokenizer;
+        let Kind::HuggingFace(tokenizer) = &whole.0 else { return Ok(vec![token as u8]) };
         self.tokens.push(token);
-        let text = self.tokenizer.decode(&self.tokens)?;
+        let text = decode(tokenizer, &self.tokens)?;
         // U+FFFD at the end is a character whose last bytes are still to come.
-        if text.ends_with("\u{fffd}".as_bytes()) {
+        if text.ends_with('\u{fffd}') {
             return Ok(Vec::new());
         }
-        let new = text.get(self.written..).unwrap_or_default().to_vec();
-        self.written = text.len();
+        let new = self.advance(text);
         // Decoding all again and again would take quadratic time. The last token stays: it decides, for instance,
         // whether the next one's leading space shows.
         if new.ends_with(b"\n") {
             self.tokens = vec![token];
-            self.written = self.tokenizer.decode(&self.tokens)?.len();
+            self.written = decode(tokenizer, &self.tokens)?;
         }
         Ok(new)
+    }
+
+    /// The bytes that were held back: a character that never got its last bytes.
+    ///
+    /// # Errors
+    /// Whatever the tokenizer refuses.
+    pub fn finish(mut self) -> Result<Vec<u8>, Error> {
+        let Kind::HuggingFace(tokenizer) = &self.tokenizer.0 else { return Ok(Vec::new()) };
+        let text = decode(tokenizer, &self.tokens)?;
+        Ok(self.advance(text))
+    }
+
+    /// What `text` has past what was given out. A decoder may take characters back: "é" as two bytes, with a third that fits
+    /// neither, becomes three times U+FFFD. What went out stays then, and the next whole character follows.
+    fn advance(&mut self, text: String) -> Vec<u8> {
+        let start = text.ceil_char_boundary(self.written.len());
+        let new = text.as_bytes()[start..].to_vec();
+        self.written = text;
+        new
     }
 }

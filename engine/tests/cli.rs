@@ -5,6 +5,7 @@ mod support;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use longkv_engine::{kv, linear, ranks};
 use serde_json::{Value, json};
 use support::{bundled, copy, golden, set_config};
 
@@ -249,23 +250,106 @@ fn weights_in_host_memory() {
     assert!(!plain.contains("Weights per step"), "{plain}");
 }
 
+/// The demo asks for less where model and text have less.
+#[test]
+fn the_demo_of_a_small_model_and_a_short_text() {
+    let model = copy(&bundled());
+    set_config(model.path(), json!({"max_position_embeddings": 128}));
+    let text = model.path().join("text");
+    std::fs::write(&text, &std::fs::read(heldout()).unwrap()[..240]).unwrap();
+    let stdout = succeed(&["demo", "--model", path(model.path()), "--text", path(&text)]);
+    for word in ["contexts up to 128", "1 windows of 128 held-out tokens"] {
+        assert!(stdout.contains(word), "{word}: {stdout}");
+    }
+    // No plans lie beside this model.
+    for mode in ["dense", "dense,dtype=bf16", "hack2"] {
+        assert!(stdout.lines().any(|line| line.split_whitespace().next() == Some(mode)), "{mode}: {stdout}");
+    }
+}
+
+/// Nobody has to read stderr.
+#[test]
+fn a_closed_stderr_stops_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, text) = (folder.path().join("text"), folder.path().join("report.json"));
+    std::fs::write(&file, "import sys\n\nsys.exit(0)\n").unwrap();
+    let run = |arguments: &[&str]| {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_engine"));
+        command.args(arguments).stderr(writer).stdout(std::process::Stdio::null()).status().unwrap().code()
+    };
+    assert_eq!(run(&["eval", "--text", path(&file), "--json", path(&text)]), Some(0));
+    assert!(read_json(&text)["nll_per_token"].is_f64());
+    assert_eq!(run(&["evaluate"]), Some(2), "a usage error");
+}
+
+/// Weights in range whose products are not: no result, rather than one that is NaN.
+#[test]
+fn a_model_that_overflows_is_refused() {
+    let model = copy(&golden("yarn"));
+    let file = model.path().join("model.safetensors");
+    let bytes = std::fs::read(&file).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let huge: Vec<(String, safetensors::Dtype, Vec<usize>, Vec<u8>)> = tensors
+        .iter()
+        .map(|(name, view)| {
+            let elements: usize = view.shape().iter().product();
+            let (dtype, data) = match name.contains("norm") {
+                true => (safetensors::Dtype::F32, 1e30f32.to_le_bytes().repeat(elements)),
+                false => (view.dtype(), view.data().to_vec()),
+            };
+            (name.to_string(), dtype, view.shape().to_vec(), data)
+        })
+        .collect();
+    let views = huge.iter().map(|(name, dtype, shape, data)| {
+        (name, safetensors::tensor::TensorView::new(*dtype, shape.clone(), data).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, &file).unwrap();
+    let json = model.path().join("logits.json");
+    let arguments = ["logits", "--tokens", "1,2", "--model", path(model.path()), "--json", path(&json)];
+    refuse("logits", &arguments, &["position 0", "not finite"]);
+    assert!(!json.exists());
+
+    let loaded = support::load(model.path()).unwrap();
+    let mut session = support::session(&loaded, "dense,dtype=f32", 8);
+    let tokens: Vec<u32> = (0..8).collect();
+    let windows = longkv_engine::eval::Windows::new(8, 3, 1).unwrap();
+    let error =
+        longkv_engine::eval::evaluate(&mut session, "dense", &tokens, windows, |_, _| {}).unwrap_err();
+    assert!(error.to_string().contains("position 2"), "{error}");
+}
+
+/// What the command line has wrong is found before a minute of calibration: here, before the text is read.
+#[test]
+fn compress_checks_its_target_first() {
+    for (flag, value) in
+        [("ratio", "0"), ("ratio", "nan"), ("ratio", "1.5"), ("keep-accuracy", "1"), ("keep-accuracy", "-1")]
+    {
+        let arguments =
+            ["compress", &format!("--{flag}"), value, "--text", "/nonexistent", "--out", "/nonexistent/plan"];
+        refuse(value, &arguments, &[flag, "expected a number above 0"]);
+    }
+}
+
 #[test]
 fn help_names_every_mode() {
     let help = succeed(&["--help"]);
     assert_eq!(succeed(&["help"]), help);
     assert_eq!(succeed(&["eval", "-h"]), help);
-    for word in [
-        "demo",
-        "eval",
-        "generate",
-        "retrieval",
-        "logits",
-        "--prefill N",
-        "--kv dense",
-        "--sp single",
-        "--ranks P",
-    ] {
+    for word in
+        ["demo", "eval", "generate", "retrieval", "logits", "compress", "inspect", "--prefill N", "--ranks P"]
+    {
         assert!(help.contains(word), "{word}: {help}");
+    }
+    for (seam, methods) in [("kv", kv::METHODS), ("weights", linear::METHODS), ("sp", ranks::METHODS)] {
+        for method in methods {
+            let line = format!("--{seam} {}", method.name);
+            let found = help.lines().any(|found| {
+                found.trim_start().strip_prefix(&line).is_some_and(|rest| rest.trim() == method.summary)
+            });
+            assert!(found, "{line}: {help}");
+        }
     }
     assert!(succeed(&["--version"]).starts_with("engine "));
 }
@@ -337,6 +421,11 @@ fn bad_arguments() {
         ),
         ("context over the maximum", &["eval", "--text", &text, "--context", "2049"], &["2049", "2048"]),
         ("retrieval over the maximum", &["retrieval", "--context", "4096"], &["4096", "2048"]),
+        (
+            "documents without end",
+            &["retrieval", "--documents", "18446744073709551615"],
+            &["documents", "10000", "18446744073709551615"],
+        ),
         ("retrieval too short", &["retrieval", "--context", "20"], &["context", "20"]),
         (
             "generation over the maximum",
@@ -407,6 +496,27 @@ fn an_unwritable_json_path_stops_the_command_before_its_work() {
     assert!(!new.exists());
     assert_eq!(std::fs::read_to_string(&old).unwrap(), "kept");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "a temporary file is left");
+}
+
+/// A command that is broken off while it works leaves nothing beside its output.
+#[test]
+fn nothing_is_written_before_the_end() {
+    use std::io::{BufRead, BufReader};
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("report.json");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_engine"))
+        .args(["eval", "--text", &heldout(), "--json", path(&file)])
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    // The first line says that work begins; it takes many seconds.
+    let mut line = String::new();
+    BufReader::new(child.stderr.take().unwrap()).read_line(&mut line).unwrap();
+    child.kill().unwrap();
+    assert!(!child.wait().unwrap().success(), "it was over before it was broken off");
+    assert!(line.contains("1024 tokens"), "{line}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "a file is left");
 }
 
 /// A link stays a link, and a device a device: a rename would put a file in their place.
@@ -499,6 +609,12 @@ fn damaged_checkpoints() {
                 .unwrap();
             },
             &["../x.safetensors"],
+        ),
+        (
+            "fewer layers than weights",
+            "yarn",
+            |f| set_config(f, json!({"num_hidden_layers": 1})),
+            &["num_hidden_layers", "expected 2", "found 1"],
         ),
         (
             "a tensor is missing",

@@ -72,14 +72,76 @@ fn text_survives_encoding_decoding_and_streaming() {
             let tokens = tokenizer.encode(text.as_bytes()).unwrap();
             let decoded = tokenizer.decode(&tokens).unwrap();
             assert_eq!(String::from_utf8_lossy(&decoded), text, "{kind}");
-            let mut stream = tokenizer.stream();
-            let mut streamed = Vec::new();
-            for &token in &tokens {
-                streamed.extend(stream.push(token).unwrap());
-            }
-            assert_eq!(String::from_utf8_lossy(&streamed), text, "{kind}, streamed");
+            assert_eq!(String::from_utf8_lossy(&streamed(&tokenizer, &tokens)), text, "{kind}, streamed");
         }
         assert!(tokenizer.encode(b"").unwrap().len() <= 1, "{kind}: at most a BOS");
+    }
+}
+
+/// Lengths that a file sets were meant for batches in training.
+#[test]
+fn a_files_truncation_and_padding_are_left_out() {
+    let text = "set abc = 12345 ".repeat(8);
+    let [_, (_, plain)] = both();
+    let expected = plain.pieces(text.as_bytes()).unwrap();
+    assert!(expected.len() > 64);
+    let truncation = json!({"direction": "Right", "max_length": 40, "strategy": "LongestFirst", "stride": 0});
+    let padding = |strategy: Value| {
+        json!({"strategy": strategy, "direction": "Right", "pad_to_multiple_of": 64, "pad_id": 0, "pad_type_id": 0,
+               "pad_token": "<unk>"})
+    };
+    for (case, key, value) in [
+        ("truncation", "truncation", truncation),
+        ("fixed padding", "padding", padding(json!({"Fixed": 1000}))),
+        ("padding of a batch", "padding", padding(json!("BatchLongest"))),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut file = llama_like();
+        file[key] = value;
+        std::fs::write(folder.path().join("tokenizer.json"), file.to_string()).unwrap();
+        let tokenizer = Tokenizer::read(folder.path(), &config(32_000)).unwrap();
+        assert_eq!(tokenizer.pieces(text.as_bytes()).unwrap(), expected, "{case}");
+    }
+}
+
+fn streamed(tokenizer: &Tokenizer, tokens: &[u32]) -> Vec<u8> {
+    let mut stream = tokenizer.stream();
+    let mut bytes = Vec::new();
+    for &token in tokens {
+        bytes.extend(stream.push(token).unwrap());
+    }
+    bytes.extend(stream.finish().unwrap());
+    bytes
+}
+
+/// A model may choose any tokens, bytes that make no characters among them.
+#[test]
+fn streamed_tokens_are_utf8_and_none_is_lost() {
+    let [_, (_, tokenizer)] = both();
+    let byte = |byte: u32| byte + 2;
+    let letter = tokenizer.encode(b"a").unwrap()[2];
+    let [c3, a9, bd] = [0xc3, 0xa9, 0xbd].map(byte);
+    for (case, tokens, expected) in [
+        ("whole", vec![letter, c3, a9, letter], "aéa"),
+        ("cut at the end", vec![letter, c3], "a\u{fffd}"),
+        ("bytes alone", vec![bd, bd], "\u{fffd}\u{fffd}"),
+        ("a third byte after two that fit", vec![letter, c3, a9, bd, letter], "aé\u{fffd}\u{fffd}a"),
+        ("several, and the end", vec![letter, c3, a9, bd, bd], "aé\u{fffd}\u{fffd}\u{fffd}"),
+        ("a line break among them", vec![byte(10), bd, letter, c3, a9], "\n\u{fffd}aé"),
+    ] {
+        let found =
+            String::from_utf8(streamed(&tokenizer, &tokens)).unwrap_or_else(|e| panic!("{case}: {e}"));
+        assert_eq!(found, expected, "{case}");
+    }
+    for seed in 0..50 {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let tokens: Vec<u32> = (0..200).map(|_| rng.u32(2..302)).collect();
+        let found = streamed(&tokenizer, &tokens);
+        let found = String::from_utf8(found).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        // What is no byte comes through as it is, whatever stands around it.
+        let letters = |text: &str| text.matches(|c: char| c.is_ascii_lowercase()).count();
+        let decoded = String::from_utf8(tokenizer.decode(&tokens).unwrap()).unwrap();
+        assert!(letters(&found) >= letters(&decoded), "seed {seed}: {found:?}, not {decoded:?}");
     }
 }
 

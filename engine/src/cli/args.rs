@@ -86,7 +86,7 @@ const FLAGS: &[Flag] = &[
     Flag {
         name: "context",
         value: "N",
-        help: "tokens of a window (default: 1024) or of a retrieval document (default: 512), at most the model's",
+        help: "tokens of a window (default: 1024; demo: 512) or of a retrieval document (default: 512), at most the model's",
         commands: &[Demo, Eval, Retrieval, Compress],
     },
     Flag {
@@ -96,7 +96,12 @@ const FLAGS: &[Flag] = &[
         commands: &[Eval],
     },
     Flag { name: "windows", value: "N", help: "windows to evaluate (default: up to 4)", commands: &[Eval] },
-    Flag { name: "documents", value: "N", help: "retrieval documents (default: 8)", commands: &[Retrieval] },
+    Flag {
+        name: "documents",
+        value: "N",
+        help: "retrieval documents, at most 10000 (default: 8)",
+        commands: &[Retrieval],
+    },
     Flag { name: "tokens", value: "1,2,3", help: "tokens to run", commands: &[Logits] },
     Flag { name: "max-tokens", value: "N", help: "tokens to generate (default: 128)", commands: &[Generate] },
     Flag {

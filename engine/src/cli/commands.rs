@@ -21,6 +21,8 @@ use super::traffic;
 pub(super) const BUNDLED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/model");
 /// Window of an evaluation, in tokens, where the model and the text are long enough.
 pub(super) const CONTEXT: usize = 1024;
+/// Windows of an evaluation, where the text has so many.
+pub(super) const WINDOWS: usize = 4;
 /// Length of a retrieval document, in tokens, where the model allows it.
 pub(super) const RETRIEVAL_CONTEXT: usize = 512;
 /// Retrieval documents.
@@ -89,13 +91,8 @@ pub(super) fn eval(args: &Args) -> Result<(), Failure> {
     let text = read_text(&args.path("text").ok_or_else(|| args.missing("text"))?)?;
     let model = modes.load(args)?;
     let text = Tokenizer::read(model.path(), model.config())?.encode(&text)?;
-    // A short text is one short window, unless a length is asked for.
-    let longest = CONTEXT.min(model.config().max_positions);
-    let context = context.unwrap_or_else(|| text.len().max(4).min(longest));
-    let prefill = prefill.unwrap_or_else(|| Windows::default_prefill(context));
-    let count = count.unwrap_or_else(|| (text.len() / context).clamp(1, 4));
-    let windows = Windows::new(context, prefill, count)?;
-    windows.check(model.config(), text.len())?;
+    let windows = Windows::fitting(model.config(), text.len(), [context, prefill, count], CONTEXT, WINDOWS)?;
+    let Windows { context, count, .. } = windows;
 
     let mut session = modes.session(&model, context)?;
     let kv = modes.kv.to_string();
@@ -150,6 +147,7 @@ pub(super) fn generate(args: &Args) -> Result<(), Failure> {
     generate::generate(&mut session, &tokens, max_tokens, &mut sampler, |token| {
         output::print_bytes(&stream.push(token)?)
     })?;
+    output::print_bytes(&stream.finish()?)?;
     output::print("\n")?;
     output::print(&traffic::report(&model))
 }
@@ -207,6 +205,7 @@ pub(super) fn logits(args: &Args) -> Result<(), Failure> {
     let mut cache = kv::open(&modes.kv, &model, tokens.len())?;
     let hidden = model.forward(&tokens, 0, &mut *cache)?;
     let logits = model.logits(hidden.view())?;
+    Model::check_logits(logits.view(), 0)?;
     let mut text = String::from("position  token  likeliest next  its logit\n");
     for (position, (token, row)) in tokens.iter().zip(logits.rows()).enumerate() {
         let best = argmax(row);

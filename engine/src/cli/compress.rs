@@ -25,6 +25,7 @@ pub(super) fn compress(args: &Args) -> Result<(), Failure> {
         (None, Some(part)) => Target::KeepAccuracy(part),
         _ => return Err(Failure::Usage("compress needs one of --ratio and --keep-accuracy".into())),
     };
+    target.check()?;
     let projection = match args.text("projection")?.unwrap_or("optimal") {
         "optimal" => Projection::Optimal,
         "joint" => Projection::JointSvd,

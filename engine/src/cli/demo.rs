@@ -10,7 +10,7 @@ use crate::{Error, Model, kv};
 
 use super::Failure;
 use super::args::Args;
-use super::commands::{BUNDLED, CONTEXT, DOCUMENTS, Modes, RETRIEVAL_CONTEXT, read_text};
+use super::commands::{BUNDLED, DOCUMENTS, Modes, RETRIEVAL_CONTEXT, WINDOWS, read_text};
 use super::output;
 use super::progress::Progress;
 use super::table::{Row, table};
@@ -19,7 +19,8 @@ use super::traffic;
 const PROMPT: &str = "def merge(first, second):\n    \"\"\"Merge two sorted lists.\"\"\"\n";
 const GENERATED: usize = 200;
 const TEMPERATURE: f32 = 0.6;
-const WINDOWS: usize = 2;
+/// Shorter windows than eval's, in the time of two of those: the order of the modes settles with the number of texts.
+const CONTEXT: usize = 512;
 /// Share of answers that the model must get right with a dense cache for other modes to be asked: below, an answer says
 /// nothing about the cache.
 const KNOWS_RETRIEVAL: f64 = 0.5;
@@ -35,23 +36,25 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let tokenizer = Tokenizer::read(model.path(), model.config())?;
     let prompt = args.text("prompt")?.unwrap_or(PROMPT);
     let prompt_tokens = tokenizer.encode(prompt.as_bytes())?;
-    let capacity = prompt_tokens.len() + GENERATED;
     if prompt_tokens.is_empty() {
         return Err(Error::argument("prompt", "some text", "nothing").into());
     }
+    // At least one token; less than GENERATED where the model has no room for more.
+    let room = model.config().max_positions.saturating_sub(prompt_tokens.len());
+    let generated = GENERATED.min(room).max(1);
+    let capacity = prompt_tokens.len() + generated;
     model.config().check_context(capacity)?;
     let text = tokenizer.encode(&text)?;
-    let context = context.unwrap_or(CONTEXT.min(model.config().max_positions));
-    let windows = Windows::new(context, Windows::default_prefill(context), WINDOWS)?;
-    windows.check(model.config(), text.len())?;
+    let windows = Windows::fitting(model.config(), text.len(), [context, None, None], CONTEXT, WINDOWS)?;
 
     output::print(&format!("Model: {}\n\n{prompt}", describe(&model)))?;
     let mut session = dense.session(&model, capacity)?;
     let mut stream = tokenizer.stream();
     let mut sampler = Sampler::new(TEMPERATURE, 1)?;
-    generate::generate(&mut session, &prompt_tokens, GENERATED, &mut sampler, |token| {
+    generate::generate(&mut session, &prompt_tokens, generated, &mut sampler, |token| {
         output::print_bytes(&stream.push(token)?)
     })?;
+    output::print_bytes(&stream.finish()?)?;
     output::print("\n\n")?;
 
     let (modes, left_out): (Vec<_>, Vec<_>) = modes
@@ -67,7 +70,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     for (mode, _) in modes {
         let name = mode.kv.to_string();
         let report = {
-            let mut session = mode.session(&model, context)?;
+            let mut session = mode.session(&model, windows.context)?;
             let progress = Progress::new(&format!("{name}: perplexity"));
             eval::evaluate(&mut session, &name, &text, windows, |done, all| progress.update(done, all))?
         };
@@ -84,7 +87,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         };
         rows.push(Row { report, retrieval });
     }
-    output::print(&table(&rows, WINDOWS))?;
+    output::print(&table(&rows, windows.count)?)?;
     output::print(&traffic::report(&model))
 }
 

@@ -9,6 +9,7 @@ mod progress;
 mod table;
 mod traffic;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 pub use args::Open;
@@ -49,7 +50,9 @@ pub fn main(open: Open, speaks: bool) -> ExitCode {
     }
     // One line, whatever a parser's message looks like.
     let message = failure.to_string();
-    eprintln!("error: {}", message.lines().map(str::trim).collect::<Vec<_>>().join(" "));
+    let message = message.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+    // The exit code tells it where nobody reads stderr.
+    let _ = writeln!(std::io::stderr(), "error: {message}");
     match failure {
         Failure::Stdout(_) => ExitCode::FAILURE,
         _ => ExitCode::from(2),

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::Serialize;
-use tempfile::NamedTempFile;
 
 use super::Failure;
 
@@ -33,15 +32,16 @@ pub(super) fn print_bytes(bytes: &[u8]) -> Result<(), Failure> {
     Ok(stdout.flush()?)
 }
 
-/// A file to be, JSON or other. Opening it, before any work, proves that it can be written; dropping it unwritten leaves nothing.
+/// A file to be, JSON or other. Opening it, before any work, proves that it can be written. Nothing new stands on the disk until
+/// it is written, not even when the work is broken off.
 pub(super) struct OutFile {
     path: PathBuf,
     target: Target,
 }
 
 enum Target {
-    /// Written beside the path, then renamed.
-    Rename(NamedTempFile),
+    /// Written beside the path, in this folder, then renamed.
+    Rename(PathBuf),
     /// A link, pipe or device (`/dev/stdout` is one), which a rename would replace: written where it is.
     InPlace(File),
 }
@@ -66,9 +66,10 @@ impl OutFile {
         let OutFile { path, target } = self;
         let written = match target {
             Target::InPlace(mut file) => truncate(&file).and_then(|()| file.write_all(bytes)),
-            Target::Rename(mut file) => file
-                .write_all(bytes)
-                .and_then(|()| file.persist(&path).map(drop).map_err(|error| error.error)),
+            Target::Rename(folder) => temporary(&folder).and_then(|mut file| {
+                file.write_all(bytes)?;
+                file.persist(&path).map(drop).map_err(|error| error.error)
+            }),
         };
         written.map_err(|source| failure(&path, source))
     }
@@ -104,9 +105,15 @@ fn open(path: &Path) -> std::io::Result<Target> {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
+    // Gone at once: only that it can be made matters yet.
+    drop(temporary(folder)?);
+    Ok(Target::Rename(folder.to_path_buf()))
+}
+
+fn temporary(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     // The permissions of any new file, not those of a secret one.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    Ok(Target::Rename(builder.prefix(".engine-").tempfile_in(folder)?))
+    builder.prefix(".engine-").tempfile_in(folder)
 }

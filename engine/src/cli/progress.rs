@@ -1,6 +1,6 @@
 //! Progress on stderr: a bar on a terminal, one plain line in a pipe.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -13,7 +13,8 @@ impl Progress {
     /// A task that begins.
     pub(super) fn new(task: &str) -> Self {
         if !std::io::stderr().is_terminal() {
-            eprintln!("{task} …");
+            // A reader who left is no reason to stop.
+            let _ = writeln!(std::io::stderr(), "{task} …");
             return Progress { bar: None };
         }
         let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} ({eta})");

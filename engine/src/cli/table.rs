@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::eval;
+use crate::{Error, eval};
 
 /// A line of the table.
 pub(super) struct Row {
@@ -11,9 +11,9 @@ pub(super) struct Row {
     pub(super) retrieval: Option<f64>,
 }
 
-/// A difference with its sign, but no "-0.0000".
-fn delta(nll: f64) -> String {
-    format!("{:+.4}", (nll * 1e4).round() / 1e4 + 0.0)
+/// A difference with its sign, but no "-0.0000", and its standard error.
+fn delta((nll, error): (f64, f64)) -> String {
+    format!("{:+.4}±{error:.4}", (nll * 1e4).round() / 1e4 + 0.0)
 }
 
 fn percent(share: f64) -> String {
@@ -21,8 +21,8 @@ fn percent(share: f64) -> String {
 }
 
 /// Prints the rows, the first of which is dense, after `windows` windows each.
-pub(super) fn table(rows: &[Row], windows: usize) -> String {
-    let Some(dense) = rows.first().map(|row| &row.report) else { return String::new() };
+pub(super) fn table(rows: &[Row], windows: usize) -> Result<String, Error> {
+    let Some(dense) = rows.first().map(|row| &row.report) else { return Ok(String::new()) };
     let header = [
         "mode",
         "nll/token",
@@ -42,7 +42,7 @@ pub(super) fn table(rows: &[Row], windows: usize) -> String {
             report.kv.clone(),
             format!("{:.4}", report.nll_per_token),
             format!("{:.4}", report.perplexity),
-            delta(report.nll_per_token - dense.nll_per_token),
+            delta(report.above(dense)?),
             format!("{:.1}", report.kv_bytes_per_token),
             format!("{:.2}×", dense.kv_bytes_per_token / report.kv_bytes_per_token),
             retrieval.map_or("–".into(), percent),
@@ -69,7 +69,8 @@ pub(super) fn table(rows: &[Row], windows: usize) -> String {
         text,
         "\n\
          {} windows of {} held-out tokens: the first {} of each prefilled, the others decoded one by one and scored, in nats.\n\
-         Δ and ratio are to dense, whose cache is stored in f16. KV bytes are what the device holds, metadata included.\n\
+         Δ and ratio are to dense, whose cache is stored in f16. After ± is the standard error of Δ over the scored tokens:\n\
+         modes whose Δ are closer than that are not told apart here. KV bytes are what the device holds, metadata included.\n\
          Retrieval: planted values found again; – where the model itself, with a dense cache, finds less than half.\n\
          On device: share of the tokens' keys and values at the end of a window, the rest is in host memory; hits: share of the pages\n\
          that a decoded token read which were there already. A sparse mode reads at most its budget of tokens, sinks and recent ones\n\
@@ -77,5 +78,5 @@ pub(super) fn table(rows: &[Row], windows: usize) -> String {
          Speeds are tokens per second of the CPU reference, not kernel speed.\n",
         windows, dense.context, dense.prefill,
     );
-    text
+    Ok(text)
 }

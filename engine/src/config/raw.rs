@@ -1,13 +1,14 @@
 //! The keys of `config.json` as they stand there, and the rules that turn them into a [`Config`].
 
 use attention::HeadShape;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
 use super::{Architecture, Config};
 use crate::Error;
 
-/// The keys that matter, all optional: each architecture has its own defaults.
+/// The keys that matter, all optional: each architecture has its own defaults, those of its configuration class in
+/// transformers. Sizes without which nothing runs (layers, heads, vocabulary, positions) must be there.
 #[derive(Debug, Deserialize)]
 pub(super) struct RawConfig {
     architectures: Option<Vec<String>>,
@@ -17,15 +18,18 @@ pub(super) struct RawConfig {
     intermediate_size: Option<usize>,
     num_hidden_layers: Option<usize>,
     num_attention_heads: Option<usize>,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
+    #[serde(default, deserialize_with = "given")]
+    num_key_value_heads: Key<usize>,
+    #[serde(default, deserialize_with = "given")]
+    head_dim: Key<usize>,
     hidden_act: Option<String>,
     rms_norm_eps: Option<f64>,
     pub(super) max_position_embeddings: Option<usize>,
     tie_word_embeddings: Option<bool>,
     attention_bias: Option<bool>,
     mlp_bias: Option<bool>,
-    sliding_window: Option<usize>,
+    #[serde(default, deserialize_with = "given")]
+    sliding_window: Key<usize>,
     use_sliding_window: Option<bool>,
     max_window_layers: Option<usize>,
     layer_types: Option<Vec<String>>,
@@ -33,8 +37,16 @@ pub(super) struct RawConfig {
     pub(super) rope_scaling: Option<Map<String, Value>>,
     pub(super) rope_parameters: Option<Map<String, Value>>,
     pub(super) partial_rotary_factor: Option<f64>,
-    eos_token_id: Option<OneOrMany>,
+    #[serde(default, deserialize_with = "given")]
+    eos_token_id: Key<OneOrMany>,
     quantization_config: Option<Value>,
+}
+
+/// A key that transformers gives a default where it is absent, and none where it is null.
+type Key<T> = Option<Option<T>>;
+
+fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Key<T>, D::Error> {
+    Option::deserialize(deserializer).map(Some)
 }
 
 #[derive(Debug, Deserialize)]
@@ -73,8 +85,15 @@ impl RawConfig {
         }
         let hidden_size = size("hidden_size", self.hidden_size)?;
         let q_heads = size("num_attention_heads", self.num_attention_heads)?;
-        let kv_heads = size("num_key_value_heads", self.num_key_value_heads.or(Some(q_heads)))?;
-        let head_dim = match self.head_dim {
+        let kv_heads = match architecture {
+            Architecture::Llama => q_heads,
+            Architecture::Mistral => 8,
+            Architecture::Qwen2 | Architecture::Qwen3 => 32,
+        };
+        let kv_heads = self.num_key_value_heads.unwrap_or(Some(kv_heads)).unwrap_or(q_heads);
+        let kv_heads = size("num_key_value_heads", Some(kv_heads))?;
+        let head_dim = match self.head_dim.flatten() {
+            None if architecture == Architecture::Qwen3 => 128,
             Some(given) => size("head_dim", Some(given))?,
             None if hidden_size.is_multiple_of(q_heads) => hidden_size / q_heads,
             None => {
@@ -112,10 +131,11 @@ impl RawConfig {
             mlp_bias: architecture == Architecture::Llama && self.mlp_bias.unwrap_or(false),
             qk_norm: architecture == Architecture::Qwen3,
             sliding_windows: self.sliding_windows(architecture, layers)?,
-            eos_tokens: match self.eos_token_id {
-                None => Vec::new(),
-                Some(OneOrMany::One(token)) => vec![token],
-                Some(OneOrMany::Many(tokens)) => tokens,
+            eos_tokens: match (self.eos_token_id, architecture) {
+                (Some(Some(OneOrMany::One(token))), _) => vec![token],
+                (Some(Some(OneOrMany::Many(tokens))), _) => tokens,
+                (None, Architecture::Llama | Architecture::Mistral) => vec![2],
+                (None | Some(None), _) => Vec::new(),
             },
         })
     }
@@ -142,7 +162,7 @@ impl RawConfig {
             Architecture::Mistral => true,
             Architecture::Qwen2 | Architecture::Qwen3 => self.use_sliding_window.unwrap_or(false),
         };
-        let window = self.sliding_window.filter(|_| on);
+        let window = self.sliding_window.unwrap_or(Some(4096)).filter(|_| on);
         if window == Some(0) {
             return Err(Error::config("sliding_window", "at least 1 token", 0));
         }
@@ -170,5 +190,68 @@ impl RawConfig {
                 other => Err(Error::config("layer_types", "full_attention or sliding_attention", other)),
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn parse(architecture: &str, changes: &Value) -> Result<Config, Error> {
+        let mut keys = json!({
+            "architectures": [architecture], "vocab_size": 40, "hidden_size": 2048, "intermediate_size": 64,
+            "num_hidden_layers": 30, "num_attention_heads": 32, "max_position_embeddings": 8192
+        });
+        keys.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        Config::parse(&keys.to_string())
+    }
+
+    /// KV heads, head_dim, windows of the first and the last layer, ends of text.
+    type Defaults<'a> = (usize, usize, [Option<usize>; 2], &'a [u32]);
+
+    /// As the configuration classes of transformers have them.
+    #[test]
+    fn absent_keys_have_the_architectures_defaults_and_null_has_none() {
+        let none = [None, None];
+        let null = json!({
+            "num_key_value_heads": null, "head_dim": null, "sliding_window": null, "eos_token_id": null,
+            "use_sliding_window": true
+        });
+        let cases: &[(&str, &str, Value, Defaults<'_>)] = &[
+            ("absent", "LlamaForCausalLM", json!({}), (32, 64, none, &[2])),
+            ("absent", "MistralForCausalLM", json!({}), (8, 64, [Some(4096); 2], &[2])),
+            ("absent", "Qwen2ForCausalLM", json!({}), (32, 64, none, &[])),
+            ("absent", "Qwen3ForCausalLM", json!({}), (32, 128, none, &[])),
+            (
+                "a window in use",
+                "Qwen2ForCausalLM",
+                json!({"use_sliding_window": true}),
+                (32, 64, [None, Some(4096)], &[]),
+            ),
+            (
+                "a window in use",
+                "Qwen3ForCausalLM",
+                json!({"use_sliding_window": true, "max_window_layers": 0}),
+                (32, 128, [Some(4096); 2], &[]),
+            ),
+            ("null", "LlamaForCausalLM", null.clone(), (32, 64, none, &[])),
+            ("null", "MistralForCausalLM", null.clone(), (32, 64, none, &[])),
+            ("null", "Qwen2ForCausalLM", null, (32, 64, none, &[])),
+            (
+                "given",
+                "MistralForCausalLM",
+                json!({"num_key_value_heads": 4, "head_dim": 16, "sliding_window": 7, "eos_token_id": [3, 5]}),
+                (4, 16, [Some(7); 2], &[3, 5]),
+            ),
+        ];
+        for (case, architecture, changes, expected) in cases {
+            let config =
+                parse(architecture, changes).unwrap_or_else(|e| panic!("{architecture}, {case}: {e}"));
+            let windows = [config.sliding_windows[0], config.sliding_windows[29]];
+            let found: Defaults<'_> =
+                (config.heads.kv_heads(), config.heads.qk_dim(), windows, &config.eos_tokens);
+            assert_eq!(found, *expected, "{architecture}, {case}");
+        }
     }
 }

@@ -135,3 +135,36 @@ impl Keys<'_> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::Config;
+    use serde_json::json;
+
+    /// Dynamic NTK scaling (transformers, `_compute_dynamic_ntk_parameters`) leaves the base as it is up to the trained
+    /// context, and the engine stays within it: frequencies are θ^(-2i/d), whatever the factor.
+    #[test]
+    fn dynamic_scaling_is_none_within_the_trained_context() {
+        for (case, original, longest) in [
+            ("trained on all positions", None, 4096),
+            ("extended", Some(1024), 1024),
+            ("short", Some(9000), 4096),
+        ] {
+            let config = json!({
+                "architectures": ["LlamaForCausalLM"], "vocab_size": 40, "hidden_size": 64, "intermediate_size": 64,
+                "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 4096, "rope_theta": 500.0,
+                "rope_scaling":
+                    {"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": original}
+            });
+            let config = Config::parse(&config.to_string()).unwrap_or_else(|error| panic!("{case}: {error}"));
+            assert_eq!(config.max_positions, longest, "{case}");
+            assert!(config.check_context(longest + 1).is_err(), "{case}");
+            let (frequencies, factor) = config.rope.frequencies().unwrap();
+            assert_eq!((frequencies.len(), factor), (8, 1.0), "{case}");
+            for (i, found) in frequencies.iter().enumerate() {
+                let expected = 500f64.powf(-2.0 * i as f64 / 16.0);
+                assert!((found / expected - 1.0).abs() < 1e-12, "{case}, plane {i}: {found}, not {expected}");
+            }
+        }
+    }
+}

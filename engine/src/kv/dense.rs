@@ -27,17 +27,8 @@ impl<T: Element> Dense<T> {
     /// A rotary embedding out of range.
     pub fn new(geometry: Geometry) -> Result<Self, Error> {
         let rope = Rope::new(geometry.rope.clone(), geometry.capacity)?;
-        let layers = geometry
-            .layers
-            .iter()
-            .map(|spec| {
-                let token = spec.shape.kv_heads();
-                Layer {
-                    k: Vec::with_capacity(geometry.capacity * token * spec.shape.qk_dim()),
-                    v: Vec::with_capacity(geometry.capacity * token * spec.shape.v_dim()),
-                }
-            })
-            .collect();
+        // Memory is taken as tokens come: a capacity may be far more than a sequence ever fills.
+        let layers = geometry.layers.iter().map(|_| Layer { k: Vec::new(), v: Vec::new() }).collect();
         Ok(Dense { geometry, rope, layers })
     }
 
@@ -85,6 +76,10 @@ impl<T: Element> KvCache for Dense<T> {
         }
         let k = self.rotated(step.k, step.positions)?;
         let layer = &mut self.layers[step.layer];
+        for (held, new) in [(&mut layer.k, k.len()), (&mut layer.v, step.v.len())] {
+            held.try_reserve(new)
+                .map_err(|error| Error::argument("tokens", "keys and values that fit memory", error))?;
+        }
         layer.k.extend(k.iter().map(|&x| T::from_f32(x)));
         layer.v.extend(step.v.iter().map(|&x| T::from_f32(x)));
         Ok(())
@@ -118,6 +113,27 @@ impl<T: Element> KvCache for Dense<T> {
             // Uniform in ±a has a mean square of a² / 3.
             let amplitude = (3.0 * mean_square).sqrt();
             values.fill_with(|| T::from_f32(amplitude * (2.0 * rng.f32() - 1.0)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use attention::rope::RopeConfig;
+    use attention::{AttentionSpec, HeadShape, Mask, Score};
+
+    #[test]
+    fn an_empty_cache_takes_no_memory_for_its_capacity() {
+        let spec = AttentionSpec {
+            shape: HeadShape::new(4, 2, 8, 8).unwrap(),
+            score: Score::new(1.0).unwrap(),
+            mask: Mask::Causal,
+        };
+        let geometry = Geometry { layers: vec![spec; 3], rope: RopeConfig::new(8, 1e4), capacity: 1000 };
+        let cache = Dense::<f32>::new(geometry).unwrap();
+        for (l, layer) in cache.layers.iter().enumerate() {
+            assert_eq!((layer.k.capacity(), layer.v.capacity()), (0, 0), "layer {l}");
         }
     }
 }
