@@ -5,6 +5,7 @@
 mod append;
 mod decode;
 mod homomorphic_quant;
+mod hybrid_gemm;
 mod kv_compress;
 mod kv_compress_calibration;
 mod merge_states;
@@ -15,6 +16,7 @@ criterion::criterion_main!(
     append::benches,
     decode::benches,
     homomorphic_quant::benches,
+    hybrid_gemm::benches,
     kv_compress::benches,
     kv_compress_calibration::benches,
     merge_states::benches,

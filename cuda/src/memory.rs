@@ -92,6 +92,18 @@ macro_rules! common {
                 self.len * size_of::<T>()
             }
 
+            /// The same bytes as elements of another plain type: as many as fit. A launch checks the alignment.
+            pub fn cast<U: Pod>(self) -> $View<'a, U> {
+                $View {
+                    address: self.address,
+                    len: self.bytes() / size_of::<U>().max(1),
+                    space: self.space,
+                    stream: self.stream,
+                    _guard: self._guard,
+                    _borrow: PhantomData,
+                }
+            }
+
             /// Where the memory lies.
             pub fn space(&self) -> Space {
                 self.space

@@ -67,7 +67,13 @@ pub struct GemmArgs<'a, X, O> {
 pub struct Gemm<F, X> {
     plan: Plan,
     params: HybridGemmParams,
-    kernel: kernels::HybridSmallM<F, X>,
+    kernel: Kernel<F, X>,
+}
+
+#[derive(Debug, Clone)]
+enum Kernel<F, X> {
+    Small(kernels::HybridSmallM<F, X>),
+    Large(kernels::HybridLargeM<F, X>),
 }
 
 impl<F: Function, X: Storage> Gemm<F, X> {
@@ -88,7 +94,11 @@ impl<F: Function, X: Storage> Gemm<F, X> {
         if X::DTYPE != number(config.x) {
             return Err(Error::argument("x", format!("{}, as planned", config.x), X::NAME));
         }
-        let kernel = kernels::HybridSmallM::prepare(device, plan.format(), config.max_tokens)?;
+        let format = plan.format();
+        let kernel = match plan.is_large() {
+            true => Kernel::Large(kernels::HybridLargeM::prepare(device, format)?),
+            false => Kernel::Small(kernels::HybridSmallM::prepare(device, format, config.max_tokens)?),
+        };
         Ok(Self { params: params(plan), plan: plan.clone(), kernel })
     }
 
@@ -141,7 +151,11 @@ impl<F: Function, X: Storage> Gemm<F, X> {
             traffic: args.traffic,
             status: args.status,
         };
-        Ok(self.kernel.launch(queue, args)?)
+        match &self.kernel {
+            Kernel::Small(kernel) => kernel.launch(queue, args)?,
+            Kernel::Large(kernel) => kernel.launch(queue, args)?,
+        }
+        Ok(())
     }
 }
 
@@ -164,7 +178,7 @@ fn params(plan: &Plan) -> HybridGemmParams {
         out_stride: columns,
         residual_stride: columns,
         column_bytes: tiling.column_bytes() as u64,
-        partial_len: 0,
+        partial_len: plan.partials().len() as u64,
         max_tokens: config.max_tokens as u32,
         n: tiling.n() as u32,
         k: tiling.k() as u32,

@@ -8,15 +8,18 @@
 //!
 //! - [`Plan`], [`Gemm`]: one matrix.
 //! - [`DeviceWeights`]: where its columns lie; [`ResidentWeights`] pins the host part and copies the rest to HBM.
+//! - [`DeviceSchedule`], [`DeviceReceipt`]: the schedule and the counters in device memory.
 //! - The receipt: [`Plan::traffic`] turns the counters of a launch into [`Traffic`](crate::Traffic), to hold against
 //!   [`Plan::predict`].
 //!
-//! Everything but [`ResidentWeights`] is generic over [`Device`](cuda::launch::Device), so the emulator runs the same plans.
+//! Everything but what owns device memory is generic over [`Device`](cuda::launch::Device), so the emulator runs the same plans.
 
 mod gemm;
+mod on_device;
 mod plan;
 mod resident;
 
 pub use gemm::{DeviceWeights, Gemm, GemmArgs, Strides};
+pub use on_device::{DeviceReceipt, DeviceSchedule};
 pub use plan::Plan;
 pub use resident::ResidentWeights;

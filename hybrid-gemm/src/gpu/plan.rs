@@ -1,10 +1,10 @@
 //! Grid, schedules and workspace of products on a GPU.
 
-use cuda::kernels::hybrid_gemm::WeightFormat;
-use cuda::params::{HYBRID_SMALL_PANEL, HybridGemmSchedule, HybridGemmTraffic};
+use cuda::kernels::hybrid_gemm::{WeightFormat, large_m_supports};
+use cuda::params::{HYBRID_LARGE_PANEL, HYBRID_SMALL_PANEL, HybridGemmSchedule, HybridGemmTraffic};
 use cuda::workspace::{Layout, Region};
 
-use crate::pack::TILE_ROWS;
+use crate::pack::{TILE_ROWS, slab_elements};
 use crate::schedule::TileSchedule;
 use crate::weights::Placement;
 use crate::{
@@ -26,6 +26,8 @@ pub struct Plan {
     /// What schedules come from: panels of the kernel, and a budget of as many blocks as the grid is wide.
     gemm: GemmPlan,
     format: WeightFormat,
+    /// Whether the kernel of large panels serves it.
+    large: bool,
     k_splits: usize,
     layout: Layout,
     partials: Region<f32>,
@@ -62,24 +64,31 @@ impl Plan {
             }
             _ => 1,
         };
-        let path = match path {
-            // Panels of 64 tokens are output-stationary.
-            PathChoice::Only(Path::Direct { alpha }) if alpha < 1.0 => {
-                return Err(Error::NoPath("weight-stationary has no kernel".into()));
+        // Weight-stationary columns need the kernel of large panels; panels of 64 tokens are output-stationary.
+        let slabs = tiling.tile_k() / slab_elements(tiling.format());
+        let large = config.max_tokens > HYBRID_SMALL_PANEL as usize && large_m_supports(format, slabs);
+        let (panel, config) = match (large, path) {
+            (true, _) => (HYBRID_LARGE_PANEL, GemmConfig { path, ..config }),
+            (false, PathChoice::Only(Path::Direct { alpha })) if alpha < 1.0 => {
+                return Err(Error::NoPath(format!(
+                    "{} has no kernel for {format:?}",
+                    Path::Direct { alpha }
+                )));
             }
-            path => path,
+            (false, _) => (HYBRID_SMALL_PANEL, GemmConfig { path, alpha: Alpha::Fixed(1.0), ..config }),
         };
-        let config = GemmConfig { path, alpha: Alpha::Fixed(1.0), ..config };
-        let panel = HYBRID_SMALL_PANEL as usize;
-        let gemm = GemmPlan::with_panel(placement, config, panel, budget / k_splits)?;
+        let gemm = GemmPlan::with_panel(placement, config, panel as usize, budget / k_splits)?;
 
         let (tokens, columns) = (gemm.config().max_tokens, tiling.column_tiles());
         let (mut layout, too_large) = (Layout::new(), usize::MAX);
-        let sums = if k_splits > 1 { k_splits } else { 0 };
-        let sums = sums.checked_mul(columns).and_then(|sums| sums.checked_mul(tokens * TILE_ROWS));
+        let sums = match k_splits {
+            1 if large => Some(gemm.workspace_len(tokens)),
+            1 => Some(0),
+            _ => k_splits.checked_mul(columns).and_then(|sums| sums.checked_mul(tokens * TILE_ROWS)),
+        };
         let partials = layout.scratch(sums.unwrap_or(too_large))?;
         let arrivals = layout.counters(if k_splits > 1 { columns } else { 0 })?;
-        Ok(Plan { gemm, format, k_splits, layout, partials, arrivals })
+        Ok(Plan { gemm, format, large, k_splits, layout, partials, arrivals })
     }
 
     /// Where the weights lie.
@@ -90,6 +99,20 @@ impl Plan {
     /// What the plan was made for, with the paths that have kernels.
     pub fn config(&self) -> &GemmConfig {
         self.gemm.config()
+    }
+
+    /// Whether `hybrid_large_m` serves it, in panels of 256 tokens; else `hybrid_small_m` does, in panels of 64.
+    pub fn is_large(&self) -> bool {
+        self.large
+    }
+
+    /// Sets alpha for the schedules that follow; everything that is prepared stays.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for an alpha outside 0..=1.
+    pub fn set_alpha(&mut self, alpha: Alpha) -> Result<(), Error> {
+        *self = Plan::new(*self.placement(), GemmConfig { alpha, ..self.config().clone() })?;
+        Ok(())
     }
 
     /// Parts that the K tiles of a column are dealt to.

@@ -4,6 +4,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;
+mod large_m;
 mod layouts;
 mod product;
+mod resident;
 mod small_m;

@@ -1,0 +1,101 @@
+//! Products of many tokens: `hybrid_large_m`, both dataflows.
+
+use emulator::rig::Rig;
+use half::{bf16, f16};
+use hybrid_gemm::epilogue::Activation;
+use hybrid_gemm::gpu::Plan;
+use hybrid_gemm::{
+    Alpha, DType, Element, EpilogueSpec, Format, GemmConfig, GemmPlan, Path, Residency, Tiling,
+    simulate::simulate,
+};
+
+use crate::common::device;
+use crate::product::{Operands, check, launch_each, verify, weights};
+
+emulator::device_test!(shapes_and_formats, every_alpha_gives_the_same_bits, epilogues);
+
+fn config(max_tokens: usize, x: DType, out: DType) -> GemmConfig {
+    let epilogue = EpilogueSpec::plain(out);
+    GemmConfig { epilogue, ..GemmConfig::new(max_tokens, x, device(5)) }
+}
+
+fn shape<R: Rig, X: cuda::storage::Storage + Element>(
+    rig: &R,
+    format: Format,
+    (max_tokens, tokens): (usize, usize),
+    (n, k): (usize, usize),
+    residency: Residency,
+    alpha: f64,
+) {
+    let tiling = Tiling::new(n, k, format).expect("a tiling");
+    let operands = Operands::<X, f32>::new(
+        2,
+        max_tokens,
+        weights::<X>(1, tiling, residency),
+        EpilogueSpec::plain(DType::F32),
+    );
+    let config =
+        GemmConfig { alpha: Alpha::Fixed(alpha), ..config(max_tokens, <X as Element>::DTYPE, DType::F32) };
+    let plan = Plan::new(*operands.weights.placement(), config.clone()).expect("a plan");
+    assert!(plan.is_large(), "[{n}, {k}] of {format}");
+    let case = format!("[{n}, {k}] of {format}, {residency:?}, alpha {alpha}, seeds 1 and 2");
+    check(rig, &case, config, &operands, tokens);
+}
+
+fn shapes_and_formats<R: Rig>(rig: &R) {
+    let [host, half] = [Residency::Host, Residency::HbmFraction(0.5)];
+    let float = [DType::F16, DType::BF16].map(Format::Float);
+    shape::<R, bf16>(rig, float[1], (65, 65), (72, 80), half, 1.0);
+    shape::<R, bf16>(rig, float[1], (257, 257), (70, 330), host, 0.0);
+    shape::<R, bf16>(rig, float[1], (300, 7), (130, 200), half, 0.5);
+    shape::<R, f16>(rig, float[0], (260, 260), (129, 77), half, 0.0);
+    shape::<R, bf16>(rig, Format::Int8, (258, 258), (72, 700), half, 0.0);
+    shape::<R, bf16>(rig, Format::Int8, (130, 128), (64, 136), host, 1.0);
+}
+
+/// Output-stationary, weight-stationary and both, on the same plan: the schedule alone differs, as when a controller moves alpha
+/// under a captured graph. Fetches are those of the simulation.
+fn every_alpha_gives_the_same_bits<R: Rig>(rig: &R) {
+    let tokens = 513;
+    // Tiles of two slabs, so that sums pass through memory more than once.
+    let tiling = Tiling::with_tile_k(196, 260, Format::Float(DType::BF16), 128).expect("a tiling");
+    let operands = Operands::<bf16, bf16>::new(
+        4,
+        tokens,
+        weights::<bf16>(3, tiling, Residency::HbmFraction(0.2)),
+        EpilogueSpec::plain(DType::BF16),
+    );
+    let placement = *operands.weights.placement();
+    let alphas = [1.0, 0.0, 0.5];
+    let mut plan = Plan::new(placement, config(tokens, DType::BF16, DType::BF16)).expect("a plan");
+    let mut schedules = Vec::new();
+    for alpha in alphas {
+        plan.set_alpha(Alpha::Fixed(alpha)).expect("an alpha");
+        schedules.push(plan.schedule(tokens).expect("a schedule"));
+    }
+    let outcomes = launch_each(rig, &plan, &operands, &schedules, false).expect("launches");
+    for (alpha, outcome) in alphas.into_iter().zip(&outcomes) {
+        let case = format!("alpha {alpha}, {tokens} tokens, on {}", rig.name());
+        plan.set_alpha(Alpha::Fixed(alpha)).expect("an alpha");
+        let found = verify(&case, &plan, &operands, tokens, outcome);
+        assert!(found == outcomes[0].out, "{case}: other bits");
+        let planned = GemmPlan::new(placement, plan.config().clone()).expect("a plan");
+        let simulated = simulate(&planned, Path::Direct { alpha }, tokens).expect("a simulation");
+        assert_eq!(outcome.traffic, simulated.traffic, "{case}");
+    }
+    let [os, ws] = [&outcomes[0], &outcomes[1]].map(|outcome| outcome.traffic.link_bytes);
+    assert_eq!((os, ws), (3 * placement.host_bytes(), placement.host_bytes()), "three panels, or one read");
+}
+
+fn epilogues<R: Rig>(rig: &R) {
+    let all = EpilogueSpec { bias: true, residual: true, ..EpilogueSpec::plain(DType::F16) };
+    for (case, spec) in
+        [("bias and residual", all), ("SwiGLU", EpilogueSpec { activation: Activation::SwiGlu, ..all })]
+    {
+        let tiling = Tiling::new(80, 72, Format::Float(DType::F16)).expect("a tiling");
+        let weights = weights::<f16>(11, tiling, Residency::HbmFraction(0.5));
+        let operands = Operands::<f16, f16>::new(12, 140, weights, spec);
+        let config = GemmConfig { epilogue: spec, ..config(140, DType::F16, DType::F16) };
+        check(rig, case, config, &operands, 140);
+    }
+}
