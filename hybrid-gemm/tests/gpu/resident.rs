@@ -63,7 +63,8 @@ mod pinned_weights {
             assert_eq!(status.read(&stream).expect("the status"), None, "{case}");
             let view = MatrixView::new(&x, tokens, k).expect("x");
             let exact = reference::gemm::<bf16, f32>(view, &host, &epilogue, None, None).expect("the oracle");
-            compare(&case, &found, &exact, 100.0 * k as f64);
+            // Norms of rows of such values are about 66.
+            compare(&case, &found, &exact, 66.0 * 66.0);
             let counted = receipt.read(&stream, &plan).expect("the receipt");
             assert_eq!(counted, plan.predict(tokens).expect("a prediction").traffic, "{case}");
             assert!(counted.link_bytes >= host.placement().host_bytes(), "{case}");
