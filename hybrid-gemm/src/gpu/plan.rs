@@ -233,7 +233,7 @@ mod tests {
     fn splits_fill_the_last_wave() {
         for (case, n, k, tokens, budget, expected) in [
             ("64 columns on 132 SMs", 4096, 4096, 8, 132, 2),
-            ("448 columns, 3.4 waves", 28672, 4096, 8, 132, 4),
+            ("448 columns, 3.4 waves", 28672, 4096, 8, 132, 2),
             ("one K tile", 4096, 256, 8, 132, 1),
             ("as many columns as SMs", 132 * 64, 4096, 64, 132, 1),
             ("one SM", 4096, 4096, 8, 1, 1),
