@@ -148,8 +148,8 @@ proptest! {
     }
 }
 
-/// Planning is formulas: 1024 ranks and 256 packed sequences take no time to speak of. The bound is generous, for busy machines; the
-/// bench `seq-parallel/plan` has the figure.
+/// Planning is formulas: 1024 ranks and 256 packed sequences take no time to speak of. The bound is generous, for busy
+/// machines.
 #[test]
 fn planning_for_a_thousand_ranks_is_quick() {
     let start = Instant::now();

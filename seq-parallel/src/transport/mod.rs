@@ -9,7 +9,6 @@
 //! |---|---|---|
 //! | [`local`] | threads of this process | one machine, tests |
 //! | [`sim`] | any of the others, with modelled links and compute on a clock of their own | planning, tests of overlap |
-//! | package `seq-parallel-mpi` | processes | several machines |
 //!
 //! # Faults
 //!
