@@ -25,6 +25,7 @@ pub struct GpuBench {
     flush: CudaSlice<u8>,
     flush_out: CudaSlice<u32>,
     read_gb_s: f64,
+    bf16_tflops: f64,
 }
 
 /// Groups of one kernel on the GPU.
@@ -59,9 +60,15 @@ impl GpuBench {
         let reader = StreamRead::prepare(&gpu).expect("prepare");
         let flush = ceilings::random_bytes(&stream, FLUSH_BYTES);
         let flush_out = stream.alloc_zeros(gpu.sm_count() as usize * 4 * 8).expect("allocate");
-        let mut bench = GpuBench { gpu, stream, timer, reader, flush, flush_out, read_gb_s: 0.0 };
+        let mut bench =
+            GpuBench { gpu, stream, timer, reader, flush, flush_out, read_gb_s: 0.0, bf16_tflops: 0.0 };
         bench.read_gb_s = ceilings::read_bandwidth(&bench, 1 << 30).median;
-        println!("{}: reads {:.0} GB/s", bench.gpu.device().name, bench.read_gb_s);
+        bench.bf16_tflops = ceilings::bf16_rate(&bench).median;
+        let name = &bench.gpu.device().name;
+        println!(
+            "{name}: reads {:.0} GB/s, {:.0} bf16 TFLOP/s by mma.sync",
+            bench.read_gb_s, bench.bf16_tflops
+        );
         Some(bench)
     }
 
@@ -122,6 +129,7 @@ impl GpuBench {
             "bytes": bytes,
             "flops": flops,
             "read_gb_s": self.read_gb_s,
+            "bf16_tflops": self.bf16_tflops,
             "kernels": kernels,
         });
         figure::append(FIGURES_VARIABLE, &line);

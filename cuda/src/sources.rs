@@ -42,6 +42,7 @@ pub const HEADERS: &[(&str, &str)] = headers! {
     "ptx/sync.cuh"
     "ptx/tma.cuh"
     "ptx/wgmma.cuh"
+    "tile/block_scan.cuh"
     "tile/cache_check.cuh"
     "tile/codes.cuh"
     "tile/copy_ring.cuh"

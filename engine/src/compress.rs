@@ -14,7 +14,8 @@ use crate::{Error, Model};
 const CALIBRATION_WINDOWS: usize = 24;
 /// Windows to measure on, none of them calibrated on.
 const MEASURED_WINDOWS: usize = 4;
-/// Sides of heads up to which each is weighed by measuring the model: every one takes a pass over the measured windows.
+/// Sides of heads up to which each is weighed by measuring the model, for every one takes a pass over the measured windows; of
+/// more heads those of a layer are weighed together.
 const WEIGHED_SIDES: usize = 64;
 
 /// What ranks are chosen for.
@@ -167,10 +168,14 @@ impl<'m> Compressor<'m> {
                 let smallest =
                     shapes.iter().map(|shape| shape.qk_dim().min(shape.v_dim())).min().unwrap_or(0);
                 let probe = (smallest / 64 * 16).max(16);
-                let weigh = allocation == Allocation::Adaptive && sides <= WEIGHED_SIDES && probe < smallest;
-                let weights = match weigh {
-                    true => Weights::measured(&profile, probe, measure)?,
-                    false => Weights::equal(&profile),
+                let weights = match allocation {
+                    Allocation::Adaptive if probe < smallest && sides <= WEIGHED_SIDES => {
+                        Weights::measured(&profile, probe, measure)?
+                    }
+                    Allocation::Adaptive if probe < smallest => {
+                        Weights::measured_by_layer(&profile, probe, measure)?
+                    }
+                    _ => Weights::equal(&profile),
                 };
                 let planner = Planner::new(&profile, &weights)?;
                 match target {

@@ -33,7 +33,7 @@ fn the_models_own_plans_keep_their_promises() {
     assert_eq!(half_bytes, dense_bytes / 2.0);
     assert!(auto_bytes < dense_bytes, "{auto_bytes} bytes of {dense_bytes}");
     assert!(auto <= 1.01 * dense, "fdc-auto: {auto} nats, dense {dense}");
-    assert!(half < 1.5 * dense, "fdc-0.5: {half} nats, dense {dense}");
+    assert!(half < 1.05 * dense, "fdc-0.5: {half} nats, dense {dense}");
     // The plans are those of this model and were not planned on this text.
     for (name, bytes) in [("fdc-0.5", half_bytes), ("fdc-auto", auto_bytes)] {
         let plan = read_plan(&plan_path(&mode(name), &bundled()).unwrap()).unwrap();

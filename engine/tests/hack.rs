@@ -3,6 +3,7 @@
 mod support;
 
 use longkv_engine::eval::{Report, Windows, evaluate};
+use longkv_engine::kv::{Geometry, Hack, HackOptions, KvCache};
 use longkv_engine::{Error, kv};
 use support::{bundled, load, mode, session};
 
@@ -49,6 +50,39 @@ fn per_channel_keys_lose_less_than_per_token_keys() {
         ["dense", "hack2,sinks=4", "hack2,layout=token"].map(|kv| eval(kv, windows).nll_per_token);
     println!("dense {dense}, per channel {channel}, per token {token}");
     assert!(dense < channel && channel < token, "dense {dense}, per channel {channel}, per token {token}");
+}
+
+/// Wherever a stream is cut, the receiver is empty and takes the next one.
+#[test]
+fn a_cut_stream_leaves_an_empty_cache() {
+    let model = load(&bundled()).unwrap();
+    let geometry = Geometry::new(model.config(), 160).unwrap();
+    let cache = || Hack::new(&geometry, &HackOptions::new(&mode("hack4"), 4).unwrap()).unwrap();
+    let tokens: Vec<u32> = (0..150).map(|i| 32 + i * 7 % 90).collect();
+    let mut sender = cache();
+    let last = model.forward(&tokens, 0, &mut sender).unwrap();
+    let mut stream = Vec::new();
+    sender.send(&mut stream, 7).unwrap();
+    let mut receiver = cache();
+    // The end closely, the rest in steps that meet every kind of frame.
+    let cuts = (0..stream.len()).step_by(stream.len() / 23).chain(stream.len() - 40..stream.len());
+    for cut in cuts {
+        receiver.receive(&stream[..cut], 7, 160).expect_err("a cut stream");
+        assert_eq!(receiver.len(), 0, "cut at {cut} of {}", stream.len());
+    }
+    let mut damaged = stream.clone();
+    *damaged.last_mut().unwrap() ^= 1;
+    receiver.receive(&damaged[..], 7, 160).expect_err("a damaged end");
+    receiver.receive(&stream[..], 7, 160).unwrap();
+    assert_eq!(receiver.len(), 150);
+    let next = [65];
+    let there = model.forward(&next, 150, &mut receiver).unwrap();
+    assert_eq!(
+        there,
+        model.forward(&next, 150, &mut sender).unwrap(),
+        "one more token, after {:?}",
+        last.dim()
+    );
 }
 
 #[test]

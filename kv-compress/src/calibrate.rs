@@ -12,7 +12,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
-use crate::error::{check_finite, check_len};
+use crate::error::{at_least_1, check_finite, check_len};
 use crate::format::Format;
 use crate::linalg::{Matrix, add_gram, from_rows, to_rows};
 
@@ -88,7 +88,7 @@ impl LayerCalibration {
             let start = head * shape.v_dim();
             add_gram(&mut grams.v, v.chunks_exact(v_row).map(|row| &row[start..start + shape.v_dim()]));
         });
-        self.tokens += tokens as u64;
+        self.tokens = self.tokens.saturating_add(tokens as u64);
         Ok(())
     }
 
@@ -98,7 +98,7 @@ impl LayerCalibration {
     /// [`Error::Argument`] for a length that does not fit, [`Error::NotFinite`] for a NaN or an infinity.
     pub fn set_w_o(&mut self, w_o: &[f32], hidden: usize) -> Result<(), Error> {
         let shape = self.shape;
-        check_len("w_o", w_o.len(), &[hidden, shape.q_heads(), shape.v_dim()])?;
+        check_len("w_o", w_o.len(), &[at_least_1("hidden", hidden)?, shape.q_heads(), shape.v_dim()])?;
         check_finite("w_o", w_o)?;
         let row_len = shape.q_heads() * shape.v_dim();
         self.heads.par_iter_mut().enumerate().for_each(|(head, grams)| {
@@ -139,7 +139,7 @@ impl LayerCalibration {
                 mine.w_o.copy_from(&others.w_o);
             }
         }
-        self.tokens += other.tokens;
+        self.tokens = self.tokens.saturating_add(other.tokens);
         self.has_w_o |= other.has_w_o;
         Ok(())
     }
@@ -254,7 +254,8 @@ impl Calibration {
     /// Reads what [`to_bytes`](Self::to_bytes) wrote.
     ///
     /// # Errors
-    /// [`Error::Malformed`] for anything else, another version included; [`Error::NotFinite`] for NaN and infinities.
+    /// [`Error::Malformed`] for anything else, another version included; [`Error::Attention`] for heads that make no shape;
+    /// [`Error::NotFinite`] for NaN and infinities.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
         let fail = |reason: String| Error::Malformed { what: "calibration", reason };
         let headers: Vec<LayerHeader> = FORMAT.read(bytes)?;
@@ -262,6 +263,19 @@ impl Calibration {
         let mut layers = Vec::new();
         for (l, header) in headers.iter().enumerate() {
             let shape = HeadShape::new(header.q_heads, header.kv_heads, header.qk_dim, header.v_dim)?;
+            // Before anything is allocated: the shape is what the file says, its tensors are what it holds.
+            let sides =
+                [("q", shape.qk_dim()), ("k", shape.qk_dim()), ("v", shape.v_dim()), ("w_o", shape.v_dim())];
+            for h in 0..shape.kv_heads() {
+                for (name, dim) in sides {
+                    let name = format!("layers.{l}.heads.{h}.{name}");
+                    let tensor = file.tensor(&name).map_err(|error| fail(format!("{name}: {error}")))?;
+                    if tensor.dtype() != Dtype::F64 || tensor.shape() != [dim, dim] {
+                        let found = format!("{:?} {:?}", tensor.dtype(), tensor.shape());
+                        return Err(fail(format!("{name}: expected F64 [{dim}, {dim}], found {found}")));
+                    }
+                }
+            }
             let mut layer = LayerCalibration::new(shape);
             for (h, grams) in layer.heads.iter_mut().enumerate() {
                 for (name, gram) in
@@ -270,10 +284,6 @@ impl Calibration {
                     let name = format!("layers.{l}.heads.{h}.{name}");
                     let tensor = file.tensor(&name).map_err(|error| fail(format!("{name}: {error}")))?;
                     let dim = gram.nrows();
-                    if tensor.dtype() != Dtype::F64 || tensor.shape() != [dim, dim] {
-                        let found = format!("{:?} {:?}", tensor.dtype(), tensor.shape());
-                        return Err(fail(format!("{name}: expected F64 [{dim}, {dim}], found {found}")));
-                    }
                     let elements: Vec<f64> =
                         tensor.data().as_chunks().0.iter().copied().map(f64::from_le_bytes).collect();
                     if let Some(index) = elements.iter().position(|x| !x.is_finite()) {

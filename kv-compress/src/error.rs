@@ -107,6 +107,11 @@ pub(crate) fn check_len(argument: &'static str, found: usize, shape: &[usize]) -
     }
 }
 
+/// Checks a size that something is divided by.
+pub(crate) fn at_least_1(argument: &'static str, value: usize) -> Result<usize, Error> {
+    if value == 0 { Err(Error::argument(argument, "at least 1", 0)) } else { Ok(value) }
+}
+
 /// Checks that every element is a finite number.
 pub(crate) fn check_finite(argument: &'static str, values: &[f32]) -> Result<(), Error> {
     match values.iter().position(|x| !x.is_finite()) {

@@ -8,7 +8,7 @@
 //!
 //! Weights are row-major `[out_features, in_features]`, as checkpoints hold them.
 
-use crate::error::{check_finite, check_len};
+use crate::error::{at_least_1, check_finite, check_len};
 use crate::maps::LayerProjection;
 use crate::{Error, HeadRanks};
 
@@ -85,7 +85,7 @@ pub fn fold_keys(
 /// [`Error::Argument`] for a length that does not fit, [`Error::NotFinite`].
 pub fn fold_output(projection: &LayerProjection, w_o: &[f32], hidden: usize) -> Result<Vec<f32>, Error> {
     let shape = projection.shape();
-    check_len("w_o", w_o.len(), &[hidden, shape.q_heads(), shape.v_dim()])?;
+    check_len("w_o", w_o.len(), &[at_least_1("hidden", hidden)?, shape.q_heads(), shape.v_dim()])?;
     check_finite("w_o", w_o)?;
     let mut folded = Vec::new();
     for row in w_o.chunks_exact(shape.q_heads() * shape.v_dim()) {
@@ -118,7 +118,7 @@ fn fold_rows<'a>(
     columns: usize,
 ) -> Result<Folded, Error> {
     let maps: Vec<&[f32]> = maps.collect();
-    check_len(argument, weight.len(), &[maps.len(), dim, columns])?;
+    check_len(argument, weight.len(), &[maps.len(), dim, at_least_1("hidden", columns)?])?;
     check_finite(argument, weight)?;
     if let Some(bias) = bias {
         check_len("bias", bias.len(), &[maps.len(), dim])?;

@@ -194,6 +194,20 @@ fn measured_weights_follow_the_model() {
     let plan = Planner::new(&profile, &right).unwrap().within(FULL).unwrap();
     assert!(plan.reasons().iter().all(|reason| (reason.weight - 5.0).abs() < 1e-9), "{plan}");
 
+    // All heads of a layer at once: fewer calls, and the same where the profile is right.
+    let mut calls = 0;
+    let by_layer = Weights::measured_by_layer(&profile, 16, |plan| {
+        calls += 1;
+        Ok(2.0 + 5.0 * lost(&profile, plan))
+    });
+    assert_eq!(calls, 2 * 2 + 1);
+    let plan = Planner::new(&profile, &by_layer.unwrap()).unwrap().within(FULL).unwrap();
+    assert!(plan.reasons().iter().all(|reason| (reason.weight - 5.0).abs() < 1e-9), "{plan}");
+
+    // A measure that shows no harm at all says nothing.
+    let deaf = Weights::measured(&profile, 16, |_| Ok(2.0)).unwrap();
+    assert_eq!(deaf, Weights::equal(&profile));
+
     let failing = Weights::measured(&profile, 32, |_| Err("the model is gone".into()));
     assert!(matches!(failing, Err(Error::Measure(_))));
     for rank in [0, 8, 112] {

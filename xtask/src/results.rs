@@ -191,6 +191,8 @@ pub struct Figure {
     pub flops: u64,
     /// Read bandwidth measured in the same process, in GB/s.
     pub read_gb_s: Option<f64>,
+    /// Rate of bf16 products through `mma.sync` measured in the same process, in TFLOP/s.
+    pub bf16_tflops: Option<f64>,
     /// Kernels launched, for our own.
     pub kernels: Vec<Launch>,
     /// What the time covers, where that is not plain.

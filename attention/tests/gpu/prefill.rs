@@ -190,14 +190,14 @@ fn equals_the_oracle<R: Rig>(rig: &R) {
     check::<R, f16>(rig, &Case::new((3, 1), (64, 64), &[(50, 70)], Cache::Contiguous, Mask::Full), 2);
     check::<R, bf16>(
         rig,
-        &Case::new((4, 2), (128, 128), &[(70, 70), (5, 200), (0, 0)], Cache::Nhd(16), Mask::Causal),
+        &Case::new((8, 2), (128, 128), &[(70, 70), (5, 200), (0, 0)], Cache::Nhd(16), Mask::Causal),
         3,
     );
     check::<R, bf16>(rig, &Case::new((5, 1), (128, 128), &[(30, 230)], Cache::Hnd(8), window(40, 0)), 4);
     check::<R, bf16>(rig, &Case::new((8, 1), (128, 128), &[(20, 300)], Cache::Nhd(64), window(33, 70)), 5);
     check::<R, bf16>(
         rig,
-        &Case::new((2, 1), (128, 128), &[(90, 90), (10, 4)], Cache::Hnd(128), Mask::Prefix { prefix: 40 }),
+        &Case::new((16, 1), (128, 128), &[(30, 90), (10, 4)], Cache::Hnd(128), Mask::Prefix { prefix: 40 }),
         6,
     );
     check::<R, f16>(

@@ -20,6 +20,7 @@ use serde_json::Value;
 use crate::GpuBench;
 use crate::figure::{self, CEILINGS_VARIABLE, Summary};
 
+pub use matrix::bf16_rate;
 pub use memory::read_bandwidth;
 
 /// Measures everything, prints it and writes it down.

@@ -25,6 +25,7 @@
 #include "ptx/shuffle.cuh"
 #include "ptx/sync.cuh"
 #include "status_params.h"
+#include "tile/block_scan.cuh"
 #include "tile/cache_check.cuh"
 #include "tile/last_arriver.cuh"
 #include "tile/prefill_tiles.cuh"
@@ -67,20 +68,6 @@ DEVICE uint32_t block_max_before(uint32_t x, Shared& shared) {
     const uint32_t below = __shfl_up_sync(FULL_WARP, x, 1);
     uint32_t before = lane_index() == 0 ? 0 : below;
     for (uint32_t warp = 0; warp < warp_index(); warp++) before = max(before, shared.of_warp[warp]);
-    return before;
-}
-
-// The sum of x over the threads before this one; `total` is that over all. The whole block calls.
-DEVICE uint32_t block_sum_before(uint32_t x, uint32_t& total, Shared& shared) {
-    uint32_t before = warp_prefix_sum(x);
-    __syncthreads();  // the array may still be read from before
-    if (lane_index() == WARP_SIZE - 1) shared.of_warp[warp_index()] = before + x;
-    __syncthreads();
-    total = 0;
-    for (uint32_t warp = 0; warp < WARPS; warp++) {
-        if (warp == warp_index()) before += total;
-        total += shared.of_warp[warp];
-    }
     return before;
 }
 
@@ -152,8 +139,8 @@ prefill_plan(const uint32_t* cu_queries, const uint32_t* kv_len, const uint32_t*
         before = own.end;
     }
     uint32_t all_tiles, all_gaps;
-    block_sum_before(sum, all_tiles, shared);
-    uint32_t place = all_tiles + block_sum_before(gaps, all_gaps, shared);
+    block_sum_before(sum, all_tiles, shared.of_warp);
+    uint32_t place = all_tiles + block_sum_before(gaps, all_gaps, shared.of_warp);
     for (uint32_t s = begin; s < end; s++) {
         if (count[s] == 0) continue;
         const Queries own = queries_of(cu_queries, s);

@@ -22,7 +22,7 @@
 //          open block. K, then V go through one tile in shared memory: threads find the groups' ranges, then each warp packs
 //          units of tile/codes.cuh, 16 bytes per lane.
 // Budget:  168 registers; a tile of PARTITION vectors and tables of the groups.
-// Limit:   bytes: every new vector read once, 4768 bytes per token and head pair at 2 bits, 128 channels.
+// Limit:   bytes: every new vector read once, 4768 bytes per token over 8 KV heads at 2 bits, 128 channels.
 #include "core.cuh"
 #include "hack_append_params.h"
 #include "ptx/memory.cuh"

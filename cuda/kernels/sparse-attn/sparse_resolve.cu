@@ -24,6 +24,7 @@
 #include "ptx/sync.cuh"
 #include "sparse_resolve_params.h"
 #include "status_params.h"
+#include "tile/block_scan.cuh"
 #include "tile/status.cuh"
 
 constexpr uint32_t THREADS = 256;
@@ -46,20 +47,6 @@ struct Shared {
     uint32_t repeated;  // whether a page is selected twice
     uint32_t evicted;
 };
-
-// The sum of x over the threads before this one; `total` is that over all. The whole block calls.
-DEVICE uint32_t block_sum_before(uint32_t x, uint32_t& total, Shared& shared) {
-    uint32_t before = warp_prefix_sum(x);
-    __syncthreads();  // the array may still be read from before
-    if (lane_index() == WARP_SIZE - 1) shared.of_warp[warp_index()] = before + x;
-    __syncthreads();
-    total = 0;
-    for (uint32_t warp = 0; warp < WARPS; warp++) {
-        if (warp == warp_index()) before += total;
-        total += shared.of_warp[warp];
-    }
-    return before;
-}
 
 // Pages of the selection and their places: open addressing, at most half full.
 struct PageTable {
@@ -183,7 +170,7 @@ sparse_resolve(const uint32_t* selected, const uint32_t* active, uint32_t* owner
             mine += (miss ? 1u : 0u) + (real ? 1u << 16 : 0u);
         }
         uint32_t total;
-        uint32_t rank = block_sum_before(mine, total, shared) & 0xffffu;
+        uint32_t rank = block_sum_before(mine, total, shared.of_warp) & 0xffffu;
         need = total & 0xffffu;
         wanted = total >> 16;
         for (uint32_t place = begin; place < end; place++) {
@@ -214,7 +201,7 @@ sparse_resolve(const uint32_t* selected, const uint32_t* active, uint32_t* owner
             mine += (of != HIT && of > threshold ? 1u << 16 : 0u) + (of == threshold ? 1u : 0u);
         }
         uint32_t total;
-        const uint32_t before = block_sum_before(mine, total, shared);
+        const uint32_t before = block_sum_before(mine, total, shared.of_warp);
         uint32_t older = before >> 16;
         uint32_t ties = before & 0xffffu;
         for (uint32_t slot = begin; slot < end; slot++) {

@@ -56,7 +56,7 @@ pub(super) fn compress(args: &Args) -> Result<(), Failure> {
         out.write_bytes(&plan.to_bytes().map_err(crate::Error::from)?)?;
     }
     output::print(&format!(
-        "{}\nnll per token, on windows of the text that were not calibrated on: {nll:.4}, dense {dense:.4} ({:+.2} %)\n",
+        "{}\nnll per token, on the windows of the text that ranks were chosen by, none of them calibrated on: {nll:.4}, dense {dense:.4} ({:+.2} %)\n",
         described(&plan),
         100.0 * (nll / dense - 1.0)
     ))

@@ -12,7 +12,8 @@
 //! [`SidePage`](crate::page::SidePage)s.
 //!
 //! A NaN or infinity among new keys or values is not an error here, since nobody would read one back: the group of values that
-//! share its scale becomes NaN, and so does whatever is computed from it.
+//! share its scale becomes NaN, and so may every query whose tile of queries or keys loads it, those that do not see it included.
+//! Values beyond about f32::MAX / 3Π in magnitude may overflow in sums and count as such.
 //!
 //! Everything here is generic over [`Device`](cuda::launch::Device), so the emulator runs the same plans as a GPU.
 

@@ -124,6 +124,7 @@ pub struct Places<'a> {
     pub block_table: &'a View<'a, u32>,
     /// Page of each sequence's sinks `[batch]`.
     pub sink_page: &'a View<'a, u32>,
-    /// Page of each sequence's open block `[batch]`.
+    /// Page of each sequence's open block `[batch]`. An append asks for a valid one of every sequence that gets tokens, also
+    /// where all of them go to the sinks or complete blocks.
     pub open_page: &'a View<'a, u32>,
 }

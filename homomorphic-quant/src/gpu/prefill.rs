@@ -16,7 +16,7 @@ use crate::{Error, reference};
 pub struct PrefillConfig {
     /// Whether the cache holds the new tokens when it runs ([`Codes`](reference::Prefill::Codes)), or all that it holds comes before
     /// them ([`Exact`](reference::Prefill::Exact)): then the new tokens see each other by dense attention, whose state is
-    /// continued here.
+    /// continued here. That dense attention has no sinks: with a window that keeps sinks, the cache holds all of them already.
     pub mode: reference::Prefill,
     /// The cache.
     pub pools: Pools,

@@ -65,8 +65,10 @@ impl Header {
         let sinks = self.tokens - tokens;
         let partition = self.config.partition() as u64;
         let side = 2 * (head.qk_dim + head.v_dim) as u64;
-        let blocks = tokens / partition * self.page_layout.segment_bytes(&head) as u64;
-        Ok(blocks + (sinks + tokens % partition) * side)
+        let blocks = (tokens / partition).checked_mul(self.page_layout.segment_bytes(&head) as u64);
+        let rest = (sinks + tokens % partition).checked_mul(side);
+        let bytes = blocks.zip(rest).and_then(|(blocks, rest)| blocks.checked_add(rest));
+        bytes.ok_or_else(|| Error::argument("tokens", "a number whose bytes fit 64 bits", self.tokens))
     }
 
     /// The widths of one layer, as bytes.

@@ -105,7 +105,7 @@ impl AppendPlan {
     /// [`Error::Argument`] for a shape, rotation, stride or pool that the kernel does not support.
     pub fn new(config: AppendConfig) -> Result<Self, Error> {
         let shape = config.shape;
-        let head_dim = head_dim(shape)?;
+        let head_dim = head_dim("fdc_append", shape)?;
         let (rotary, rotary_dim, positions) = match config.rotary {
             None => (Rotary::None, 0, 0),
             Some((layout, rotary_dim, positions)) => {

@@ -117,7 +117,7 @@ impl DecodePlan {
     /// [`Error::Argument`] for a shape, mask, cache or size that the kernels do not support.
     pub fn new(config: DecodeConfig) -> Result<Self, Error> {
         let shape = config.shape;
-        let head_dim = head_dim(shape)?;
+        let head_dim = head_dim("fdc_decode", shape)?;
         if !(1..=8).contains(&config.q_len) {
             return Err(Error::argument("q_len", "1 to 8 queries", config.q_len));
         }

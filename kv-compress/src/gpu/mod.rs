@@ -28,10 +28,16 @@ use cuda::params::FdcHeads;
 use crate::cache::PageLayout;
 use crate::{Error, LayerRanks};
 
-/// The dimension of a head before the reduction, one for keys and values.
-fn head_dim(shape: HeadShape) -> Result<usize, Error> {
+/// The dimension of a head before the reduction, one for keys and values, which `kernel` is written for.
+fn head_dim(kernel: &str, shape: HeadShape) -> Result<usize, Error> {
+    let constants = cuda::table::kernel(kernel).map_or(&[][..], |kernel| kernel.constants);
+    let allowed =
+        constants.iter().find(|constant| constant.name == "HEAD_DIM").map_or(&[][..], |dim| dim.allowed);
     match (shape.qk_dim(), shape.v_dim()) {
-        (qk_dim, v_dim) if qk_dim == v_dim => Ok(qk_dim),
+        (qk_dim, v_dim) if qk_dim == v_dim && allowed.contains(&(qk_dim as i64)) => Ok(qk_dim),
+        (qk_dim, v_dim) if qk_dim == v_dim => {
+            Err(Error::argument("shape", format!("heads of {allowed:?} dimensions"), qk_dim))
+        }
         (qk_dim, v_dim) => {
             let expected = format!("keys and values of one dimension, {qk_dim}");
             Err(Error::argument("shape", expected, format!("values of {v_dim}")))

@@ -31,7 +31,7 @@ impl ReconstructPlan {
             page_shift: page_shift(layout),
             heads: heads(shape, layout.ranks())?,
         };
-        Ok(Self { head_dim: head_dim(shape)?, params })
+        Ok(Self { head_dim: head_dim("fdc_reconstruct", shape)?, params })
     }
 
     /// Elements of the keys, and of the values, that a run writes: `[pages, kv_heads, page_size, head_dim]`.

@@ -9,6 +9,7 @@
 mod per_layer;
 
 use std::fmt::Write;
+use std::ops::Range;
 
 use attention::HeadShape;
 use serde::{Deserialize, Serialize};
@@ -78,6 +79,16 @@ impl Profile {
             }
             // Ranks of such heads would end between steps.
             LayerRanks::full(&shape)?;
+            if !scale.is_finite() {
+                return Err(Error::argument("scales", "finite numbers", format!("{scale} of layer {l}")));
+            }
+            let dims = [shape.qk_dim(), shape.v_dim()];
+            if let Some(basis) = bases.iter().find(|basis| [basis.scores.dim(), basis.values.dim()] != dims) {
+                let found = format!("{} and {}", basis.scores.dim(), basis.values.dim());
+                let expected =
+                    format!("keys of {} and values of {} dimensions in layer {l}", dims[0], dims[1]);
+                return Err(Error::argument("bases", expected, found));
+            }
             let tokens = layer.tokens() as f64;
             let output: f64 = bases.iter().map(|basis| basis.values.lost_energy()[0] / tokens).sum();
             let share = |energy: f64| if output > 0.0 { energy / output } else { 0.0 };
@@ -188,7 +199,7 @@ impl Weights {
     /// A measure is noisy where a side loses little, so slopes are drawn to the common slope of their kind, keys or values:
     /// with w̄ = Σ rise / Σ loss of the kind and ρ the mean of its losses squared, a side's weight is
     /// `(rise · loss + w̄ · ρ) / (loss² + ρ)`, and at least a tenth of w̄. A kind that did not suffer counts a hundredth of the
-    /// other, so that no head is worth nothing.
+    /// other, so that no head is worth nothing; where neither did, the measure says nothing and all weigh the same.
     ///
     /// # Errors
     /// [`Error::Measure`] carries what `measure` said, also when it is not a finite number; [`Error::Argument`] for a rank
@@ -196,32 +207,68 @@ impl Weights {
     pub fn measured(
         profile: &Profile,
         rank: usize,
+        measure: impl FnMut(&RankPlan) -> Result<f64, Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Result<Self, Error> {
+        let head =
+            |(layer, heads): (usize, usize)| (0..heads).map(move |head| (layer, head..head + 1)).collect();
+        Weights::measured_over(profile, rank, head, measure)
+    }
+
+    /// [`measured`](Self::measured) with all heads of a layer cut together, for models of many heads: the keys, then the values
+    /// of each layer. `2 · layers + 1` calls.
+    ///
+    /// # Errors
+    /// As [`measured`](Self::measured).
+    pub fn measured_by_layer(
+        profile: &Profile,
+        rank: usize,
+        measure: impl FnMut(&RankPlan) -> Result<f64, Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Result<Self, Error> {
+        Weights::measured_over(profile, rank, |(layer, heads)| vec![(layer, 0..heads)], measure)
+    }
+
+    /// Cuts the heads of each group together; `groups` tells those of a (layer, number of heads).
+    fn measured_over(
+        profile: &Profile,
+        rank: usize,
+        groups: impl Fn((usize, usize)) -> Vec<(usize, Range<usize>)>,
         mut measure: impl FnMut(&RankPlan) -> Result<f64, Box<dyn std::error::Error + Send + Sync>>,
     ) -> Result<Self, Error> {
         let whole = RankPlan::full(&profile.shapes)?;
         let dense = finite(measure(&whole))?;
-        // (rise, loss) of keys and of values, in the order of heads.
+        let heads_of = profile.layers.iter().map(Vec::len).enumerate();
+        let groups: Vec<(usize, Range<usize>)> = heads_of.flat_map(groups).collect();
+        // (rise, loss) of keys and of values, in the order of groups.
         let mut seen = [Vec::new(), Vec::new()];
-        for (layer, head, side) in sides(profile) {
-            let mut heads = whole.layers[layer].heads().to_vec();
-            match side {
-                Side::Keys => heads[head].k = rank,
-                Side::Values => heads[head].v = rank,
+        for ((layer, heads), side) in
+            groups.iter().flat_map(|group| [Side::Keys, Side::Values].map(|side| (group, side)))
+        {
+            let mut ranks = whole.layers[*layer].heads().to_vec();
+            for ranks in &mut ranks[heads.clone()] {
+                match side {
+                    Side::Keys => ranks.k = rank,
+                    Side::Values => ranks.v = rank,
+                }
             }
             let mut layers = whole.layers.clone();
-            layers[layer] = LayerRanks::new(&profile.shapes[layer], heads)?;
+            layers[*layer] = LayerRanks::new(&profile.shapes[*layer], ranks)?;
             let cut = RankPlan { rule: Rule::Given, layers, reasons: Vec::new() };
             if cut.layers == whole.layers {
                 return Err(Error::argument("rank", "less than every dimension", rank));
             }
             let rise = finite(measure(&cut))? - dense;
-            seen[side as usize].push((rise, profile.losses(layer, head, side)[rank / RANK_STEP]));
+            let loss =
+                heads.clone().map(|head| profile.losses(*layer, head, side)[rank / RANK_STEP]).sum::<f64>();
+            seen[side as usize].push((rise, loss));
         }
         let common = seen.each_ref().map(|seen| {
             let (rise, loss) = seen.iter().fold((0.0, 0.0), |(a, b), (rise, loss)| (a + rise, b + loss));
             if rise > 0.0 && loss > 0.0 { rise / loss } else { 0.0 }
         });
         let least = 0.01 * common[0].max(common[1]);
+        if least == 0.0 {
+            return Ok(Weights::equal(profile));
+        }
         let [keys, values] = [0, 1].map(|kind| {
             let spread =
                 seen[kind].iter().map(|(_, loss)| loss * loss).sum::<f64>() / seen[kind].len().max(1) as f64;
@@ -232,9 +279,11 @@ impl Weights {
             };
             seen[kind].iter().map(weight).collect::<Vec<f64>>()
         });
-        let mut pairs = keys.into_iter().zip(values).map(|(keys, values)| HeadWeight { keys, values });
-        let weights = profile.layers.iter().map(|heads| pairs.by_ref().take(heads.len()).collect());
-        Ok(Weights(weights.collect()))
+        let mut weights = vec![Vec::new(); profile.layers.len()];
+        for ((layer, heads), (keys, values)) in groups.into_iter().zip(keys.into_iter().zip(values)) {
+            weights[layer].extend(heads.map(|_| HeadWeight { keys, values }));
+        }
+        Ok(Weights(weights))
     }
 
     fn of(&self, layer: usize, head: usize, side: Side) -> f64 {

@@ -136,7 +136,7 @@ fn table(text: &mut String, figures: &[&Figure]) {
     peers.sort_unstable();
     peers.dedup();
     peers.retain(|name| *name != OURS);
-    let mut head = vec!["shape", "ours", "GB/s", "of read bandwidth", "TFLOP/s"];
+    let mut head = vec!["shape", "ours", "GB/s", "of read bandwidth", "TFLOP/s", "of bf16 mma.sync"];
     head.extend(&peers);
     heading(text, &head);
     let mut remarks = Vec::new();
@@ -145,15 +145,20 @@ fn table(text: &mut String, figures: &[&Figure]) {
         let mut cells = vec![shape.to_string()];
         match ours {
             None => {
-                cells.extend(vec!["not measured".to_string(); 1].into_iter().chain(vec![String::new(); 3]))
+                cells.extend(vec!["not measured".to_string(); 1].into_iter().chain(vec![String::new(); 4]))
             }
             Some(ours) => {
                 let gb_s = ours.bytes as f64 / ours.median_us / 1e3;
                 let share =
                     ours.read_gb_s.map_or(String::new(), |read| format!("{:.0} %", gb_s / read * 100.0));
-                let tflops = ours.flops as f64 / ours.median_us / 1e6;
-                let tflops = if ours.flops == 0 { String::new() } else { digits(tflops) };
-                cells.extend([time(ours), digits(gb_s), share, tflops]);
+                let mut rates = [String::new(), String::new()];
+                if ours.flops > 0 {
+                    let tflops = ours.flops as f64 / ours.median_us / 1e6;
+                    let share = |rate: f64| format!("{:.0} %", tflops / rate * 100.0);
+                    rates = [digits(tflops), ours.bf16_tflops.map_or(String::new(), share)];
+                }
+                cells.extend([time(ours), digits(gb_s), share]);
+                cells.extend(rates);
             }
         }
         for peer in &peers {
@@ -296,6 +301,7 @@ mod tests {
             bytes,
             flops: 2 * bytes,
             read_gb_s: (implementation == OURS).then_some(4000.0),
+            bf16_tflops: (implementation == OURS).then_some(16.0),
             ..Figure::default()
         }
     }
@@ -347,8 +353,8 @@ mod tests {
             skipped,
         ];
         let report = report(&[], &[device(figures)], &[]);
-        // 4 MB in 2 us are 2000 GB/s, half of 4000, and 8 MFLOP in 2 us are 4 TFLOP/s.
-        let large = "| large | 2.00 us (2.00 to 2.00) | 2000 | 50 % | 4.00 | did not run | 3.00 us (3.00 to 3.00), 1.50× |";
+        // 4 MB in 2 us are 2000 GB/s, half of 4000, and 8 MFLOP in 2 us are 4 TFLOP/s of 16.
+        let large = "| large | 2.00 us (2.00 to 2.00) | 2000 | 50 % | 4.00 | 25 % | did not run | 3.00 us (3.00 to 3.00), 1.50× |";
         assert!(report.text.contains(large), "{}", report.text);
         assert!(report.text.contains("0.75×"), "a loss is shown: {}", report.text);
         assert!(report.text.contains("flashinfer on large: no kernel"), "{}", report.text);

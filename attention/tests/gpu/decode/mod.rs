@@ -17,6 +17,7 @@ use crate::cache::{Cache, KeysValues};
 
 mod caches;
 mod numbers;
+mod refusals;
 mod replay;
 
 #[derive(Debug, Clone)]

@@ -62,9 +62,15 @@ impl Hack {
                 }
                 Ok(())
             }
-            (result, unfinished) => {
-                if let Err(receiver) = unfinished {
-                    receiver.abort(&mut caches)?;
+            (result, received) => {
+                match received {
+                    // Every segment came, but not the end of the stream, which vouches for them.
+                    Ok(sequences) => {
+                        for (cache, sequence) in caches.iter_mut().zip(sequences) {
+                            cache.release(sequence)?;
+                        }
+                    }
+                    Err(receiver) => receiver.abort(&mut caches)?,
                 }
                 result?;
                 Err(Error::argument("stream", "every layer and KV head", "fewer"))
