@@ -74,6 +74,11 @@ pub(in crate::kernels) fn table_len(strides: [i64; 2], heads: u32, batch: u32, m
     last(heads, strides[0]).saturating_add(last(batch, strides[1])).saturating_add(max_pages as usize)
 }
 
+/// Checks the factor of scores: kernels take the maximum before it.
+pub(super) fn check_scale(kernel: &str, scale: f32) -> Result<(), Error> {
+    if scale > 0.0 { Ok(()) } else { Err(Error::argument(kernel, "scale", "a positive number", scale)) }
+}
+
 /// Elements of a dense tensor; `usize::MAX`, which no view has, where no memory can hold them.
 pub(in crate::kernels) fn elements(extents: &[usize]) -> usize {
     if extents.contains(&0) {

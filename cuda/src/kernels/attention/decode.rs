@@ -9,7 +9,7 @@ use crate::params::{DECODE_TILE, DecodeParams};
 use crate::storage::Storage;
 use crate::table::Instance;
 
-use super::cache::{CacheExtent, check_cache, elements, table_len};
+use super::cache::{CacheExtent, check_cache, check_scale, elements, table_len};
 
 const THREADS: u32 = 128;
 const WARPS: usize = 4;
@@ -50,10 +50,6 @@ fn check_params(kernel: &str, params: &DecodeParams) -> Result<(), Error> {
             format_args!("at most {} tiles of {DECODE_TILE} tokens over the batch", i32::MAX),
             format_args!("{} tokens in each of {} sequences", params.max_kv_len, params.batch),
         ));
-    }
-    // Kernels take the maximum before the factor.
-    if params.scale.is_nan() || params.scale <= 0.0 {
-        return Err(Error::argument(kernel, "scale", "a positive number", params.scale));
     }
     Ok(())
 }
@@ -167,7 +163,8 @@ impl DecodeVariant {
     /// [`Error::Constant`] for a size that the kernel is not written for, [`Error::Argument`] for parameters out of range.
     pub fn check(&self, params: &DecodeParams) -> Result<(), Error> {
         self.instance(crate::table::dtype::BF16)?;
-        check_params("decode", params)
+        check_params("decode", params)?;
+        check_scale("decode", params.scale)
     }
 
     fn instance(&self, dtype: i64) -> Result<Instance, Error> {
@@ -272,6 +269,7 @@ impl<F: Function, E: Storage> Decode<F, E> {
         let params = args.params;
         let DecodeVariant { qk_dim, v_dim, column_tiles, paged, soft_cap } = self.variant;
         check_params(KERNEL, params)?;
+        check_scale(KERNEL, params.scale)?;
         let columns = columns(column_tiles);
         let queries = params.q_len as usize * params.group as usize;
         if params.column_blocks as usize != queries.div_ceil(columns) {

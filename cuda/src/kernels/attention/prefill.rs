@@ -9,7 +9,7 @@ use crate::params::{PrefillParams, PrefillTile};
 use crate::storage::Storage;
 use crate::table::Instance;
 
-use super::cache::{CacheExtent, check_cache, elements, table_len};
+use super::cache::{CacheExtent, check_cache, check_scale, elements, table_len};
 
 const KEYS: usize = 64;
 
@@ -53,10 +53,6 @@ fn check_params(kernel: &str, params: &PrefillParams) -> Result<(), Error> {
     if (params.max_tiles as usize) < tiles || params.max_tiles > i32::MAX as u32 {
         let expected = format!("{tiles} to {}", i32::MAX);
         return Err(Error::argument(kernel, "max_tiles", expected, params.max_tiles));
-    }
-    // Kernels take the maximum before the factor.
-    if params.scale.is_nan() || params.scale <= 0.0 {
-        return Err(Error::argument(kernel, "scale", "a positive number", params.scale));
     }
     Ok(())
 }
@@ -184,7 +180,8 @@ impl PrefillVariant {
     /// [`Error::Constant`] for a size that the kernel is not written for, [`Error::Argument`] for parameters out of range.
     pub fn check(&self, params: &PrefillParams) -> Result<(), Error> {
         self.instance(crate::table::dtype::BF16)?;
-        check_params("prefill", params)
+        check_params("prefill", params)?;
+        check_scale("prefill", params.scale)
     }
 
     fn instance(&self, dtype: i64) -> Result<Instance, Error> {
@@ -291,6 +288,7 @@ impl<F: Function, E: Storage> Prefill<F, E> {
         let params = args.params;
         let PrefillVariant { qk_dim, v_dim, paged, soft_cap, carry } = self.variant;
         check_params(KERNEL, params)?;
+        check_scale(KERNEL, params.scale)?;
         if params.tile_rows as usize != self.variant.rows() {
             return Err(Error::argument(KERNEL, "tile_rows", self.variant.rows(), params.tile_rows));
         }
