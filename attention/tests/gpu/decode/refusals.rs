@@ -21,10 +21,11 @@ fn arguments_that_do_not_fit_are_named() {
     let step = |kv_len: usize, table: Option<usize>, bytes: usize, workspace: &mut HostWorkspace| {
         let kv_len = rig.upload(&lens(&case)[..kv_len]);
         let table = table.map(|len| rig.upload(&tensors.kv.block_table[..len]));
+        let table = table.as_ref().map(|table| rig.view(table));
         let mut status = rig.zeroed::<u64>(1);
         let args = DecodeStepArgs {
             kv_len: &rig.view(&kv_len),
-            block_table: table.as_ref().map(|table| rig.view(table)).as_ref(),
+            block_table: table.as_ref(),
             kv_start: None,
             status: rig.view_mut(&mut status),
         };
@@ -59,11 +60,12 @@ fn arguments_that_do_not_fit_are_named() {
     let run = |len: [usize; 5], table: Option<&_>, bytes: usize| {
         let [q, k, v] = [len[0], len[1], len[2]].map(|len| rig.zeroed::<f16>(len));
         let (mut out, mut lse) = (rig.zeroed::<f16>(len[3]), rig.zeroed::<f32>(len[4]));
+        let table = table.map(|table| rig.view(table));
         let args = DecodeArgs {
             q: &rig.view(&q),
             k: &rig.view(&k),
             v: &rig.view(&v),
-            block_table: table.map(|table| rig.view(table)).as_ref(),
+            block_table: table.as_ref(),
             kv_start: None,
             out: rig.view_mut(&mut out),
             lse: rig.view_mut(&mut lse),

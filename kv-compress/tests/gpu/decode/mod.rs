@@ -451,7 +451,9 @@ fn plans_refuse_what_no_kernel_can_do() {
     let bad = [
         ("shape", DecodeConfig { shape: shape(4, 2, 128, 64), ..good.clone() }),
         ("ranks", DecodeConfig { shape: shape(4, 4, 64, 64), ..good.clone() }),
-        ("r_k", DecodeConfig { shape: shape(4, 2, 48, 48), ..good.clone() }),
+        ("shape", DecodeConfig { shape: shape(4, 2, 48, 48), ..good.clone() }),
+        ("shape", DecodeConfig { shape: shape(4, 2, 256, 256), ..good.clone() }),
+        ("r_k", DecodeConfig { shape: shape(4, 2, 32, 32), ..good.clone() }),
         ("q_len", DecodeConfig { q_len: 0, ..good.clone() }),
         ("q_len", DecodeConfig { q_len: 9, ..good.clone() }),
         ("batch", DecodeConfig { batch: 0, ..good.clone() }),
