@@ -66,12 +66,13 @@ def relative_error(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def compare(bench, variants, *, nbytes, flops, expected=None, tolerance=2e-2):
-    """Times variants of one problem and writes a line for each.
+def compare(benches, variants, *, nbytes, flops, expected=None, tolerance=2e-2):
+    """Times variants of one problem and writes a line for each, under the name of every bench of ours that solves it.
 
     `variants` maps a name to `make`, which builds inputs of its own and returns a function that runs once and returns its
     result. A variant that cannot run here, or whose result is wrong, gets a line with the reason instead of a time.
     """
+    benches = [benches] if isinstance(benches, str) else benches
     ready = {}
     for name, make in variants.items():
         try:
@@ -84,7 +85,7 @@ def compare(bench, variants, *, nbytes, flops, expected=None, tolerance=2e-2):
                     raise RuntimeError(f"wrong result: relative error {error:.1e}")
             ready[name] = graphed(run)
         except Exception as error:  # a peer that fails is reported, not fatal
-            write({"bench": bench, "implementation": name, "skipped": first_line(error)})
+            write_all(benches, {"implementation": name, "skipped": first_line(error)})
     samples = {name: [] for name in ready}
     names = list(ready)
     for round_ in range(WARM_UP + ROUNDS):
@@ -97,7 +98,6 @@ def compare(bench, variants, *, nbytes, flops, expected=None, tolerance=2e-2):
         times.sort()
         at = lambda part: times[round((len(times) - 1) * part)]
         line = {
-            "bench": bench,
             "implementation": name,
             "median_us": at(0.5),
             "p10_us": at(0.1),
@@ -108,7 +108,12 @@ def compare(bench, variants, *, nbytes, flops, expected=None, tolerance=2e-2):
         }
         if ready[name][1]:
             line["note"] = ready[name][1]
-        write(line)
+        write_all(benches, line)
+
+
+def write_all(benches, line):
+    for bench in benches:
+        write({"bench": bench} | line)
 
 
 def write(line):

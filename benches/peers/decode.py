@@ -1,145 +1,24 @@
-"""Decode attention: PyTorch SDPA with its flash and cuDNN back ends forced, two Triton kernels of our own, JAX, FlashInfer."""
+"""Decode attention: PyTorch SDPA with its flash and cuDNN back ends forced, two Triton kernels of our own, FlashInfer."""
 
-import torch
-import triton
-import triton.language as tl
-from triton.language.extra import libdevice
-
-from _attention import BACKENDS, DIM, KV_HEADS, Q_HEADS, inputs, reference, sdpa
+from _attention import decode_peers, inputs, reference
 from _measure import compare, require_gpu
+from _split_kv import split_kv
 
-GROUP = Q_HEADS // KV_HEADS
 # (name, batch, keys): the uniform cases of benches/benches/decode.rs; PyTorch takes no ragged batch at this call.
 CASES = [("1x4096", 1, 4096), ("1x32768", 1, 32768), ("1x131072", 1, 131072), ("16x4096", 16, 4096), ("64x4096", 64, 4096)]
-
-
-@triton.jit
-def split_kernel(q, k, v, k_scale, v_scale, partial_out, partial_lse, keys, per_split, scale: tl.constexpr,
-                 GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
-                 INT8: tl.constexpr):
-    """One split of the keys of one sequence and KV head, for all query heads of the group.
-
-    q [batch, kv_heads, group, dim], k and v [batch, kv_heads, keys, dim] as bf16 or, with one scale per token, int8.
-    """
-    pair, split = tl.program_id(0), tl.program_id(1)
-    splits = tl.num_programs(1)
-    rows, channels = tl.arange(0, ROWS), tl.arange(0, DIM)
-    row_mask = rows[:, None] < GROUP
-    query = tl.load(q + (pair * GROUP + rows[:, None]) * DIM + channels[None, :], mask=row_mask, other=0.0)
-    first = split * per_split
-    last = tl.minimum(first + per_split, keys)
-    k += pair.to(tl.int64) * keys * DIM
-    v += pair.to(tl.int64) * keys * DIM
-    k_scale += pair.to(tl.int64) * keys
-    v_scale += pair.to(tl.int64) * keys
-    if INT8:
-        # Queries are quantized per row, so that scores are integer products.
-        q_scale = tl.max(tl.abs(query.to(tl.float32)), 1) / 127.0 + 1e-12
-        query = libdevice.rint(query.to(tl.float32) / q_scale[:, None]).to(tl.int8)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    out = tl.zeros((ROWS, DIM), tl.float32)
-    for start in range(first, last, TILE):
-        tokens = start + tl.arange(0, TILE)
-        seen = tokens < last
-        key = tl.load(k + tokens[:, None].to(tl.int64) * DIM + channels[None, :], mask=seen[:, None], other=0)
-        if INT8:
-            products = tl.dot(query, tl.trans(key), out_dtype=tl.int32).to(tl.float32)
-            scores = products * q_scale[:, None] * tl.load(k_scale + tokens, mask=seen, other=0.0)[None, :] * scale
-        else:
-            scores = tl.dot(query, tl.trans(key)) * scale
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        shrink = tl.exp(top - new_top)
-        weights = tl.exp(scores - new_top[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        value = tl.load(v + tokens[:, None].to(tl.int64) * DIM + channels[None, :], mask=seen[:, None], other=0)
-        if INT8:
-            # The value's scale goes into the weights, which then go back to 8 bits by their own maximum.
-            weights *= tl.load(v_scale + tokens, mask=seen, other=0.0)[None, :]
-            w_scale = tl.max(weights, 1) / 127.0 + 1e-30
-            codes = libdevice.rint(weights / w_scale[:, None]).to(tl.int8)
-            out = out * shrink[:, None] + tl.dot(codes, value, out_dtype=tl.int32).to(tl.float32) * w_scale[:, None]
-        else:
-            out = out * shrink[:, None] + tl.dot(weights.to(tl.bfloat16), value)
-        top = new_top
-    at = (pair * splits + split) * GROUP + rows
-    tl.store(partial_out + at[:, None] * DIM + channels[None, :], out / total[:, None], mask=row_mask)
-    tl.store(partial_lse + at, top + tl.log(total), mask=rows < GROUP)
-
-
-@triton.jit
-def merge_kernel(partial_out, partial_lse, out, splits, GROUP: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr):
-    """Merges the splits of one query head by their log-sum-exps."""
-    pair, row = tl.program_id(0), tl.program_id(1)
-    split, channels = tl.arange(0, SPLITS), tl.arange(0, DIM)
-    at = (pair * splits + split) * GROUP + row
-    lse = tl.load(partial_lse + at, mask=split < splits, other=float("-inf"))
-    weights = tl.exp(lse - tl.max(lse, 0))
-    states = tl.load(partial_out + at[:, None] * DIM + channels[None, :], mask=split[:, None] < splits, other=0.0)
-    merged = tl.sum(states * weights[:, None], 0) / tl.sum(weights, 0)
-    tl.store(out + (pair * GROUP + row) * DIM + channels, merged)
-
-
-def quantized(x):
-    """int8 codes and one f32 scale per token."""
-    scale = x.float().abs().amax(-1) / 127.0 + 1e-12
-    return (x.float() / scale[..., None]).round().to(torch.int8), scale
-
-
-def split_kv(q, k, v, int8, tile=64):
-    """Ours in Triton: a grid of about two blocks per SM, then a merge."""
-    batch, keys = k.shape[0], k.shape[2]
-    pairs = batch * KV_HEADS
-    wanted = max(1, 2 * torch.cuda.get_device_properties(0).multi_processor_count // pairs)
-    per_split = triton.cdiv(triton.cdiv(keys, wanted), tile) * tile
-    splits = triton.cdiv(keys, per_split)
-    (k, k_scale), (v, v_scale) = (quantized(k), quantized(v)) if int8 else ((k, k), (v, v))
-    partial_out = torch.empty(pairs, splits, GROUP, DIM, dtype=torch.float32, device="cuda")
-    partial_lse = torch.empty(pairs, splits, GROUP, dtype=torch.float32, device="cuda")
-    out = torch.empty(batch, Q_HEADS, 1, DIM, dtype=torch.bfloat16, device="cuda")
-
-    def run():
-        split_kernel[(pairs, splits)](q, k, v, k_scale, v_scale, partial_out, partial_lse, keys, per_split, DIM**-0.5,
-                                      GROUP, 16, DIM, tile, int8, num_warps=4, num_stages=3)
-        merge_kernel[(pairs, GROUP)](partial_out, partial_lse, out, splits, GROUP, DIM, triton.next_power_of_2(splits))
-        return out
-
-    return run
-
-
-def flashinfer_decode(q, k, v):
-    """FlashInfer's paged decode with tensor cores, pages of 64 tokens, planned once."""
-    import flashinfer
-
-    batch, keys, page = k.shape[0], k.shape[2], 64
-    pages = batch * keys // page
-    paged = lambda x: x.reshape(batch, KV_HEADS, keys // page, page, DIM).transpose(1, 2).reshape(pages, KV_HEADS, page, DIM)
-    cache = torch.stack([paged(k), paged(v)], dim=1).contiguous()
-    workspace = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
-    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * (keys // page)
-    indices = torch.arange(pages, dtype=torch.int32, device="cuda")
-    last = torch.full((batch,), page, dtype=torch.int32, device="cuda")
-    wrapper.plan(starts, indices, last, Q_HEADS, KV_HEADS, DIM, page, q_data_type=q.dtype, kv_data_type=k.dtype)
-    flat = q.reshape(batch, Q_HEADS, DIM)
-    return lambda: wrapper.run(flat, cache)
 
 
 def main():
     require_gpu()
     for name, batch, keys in CASES:
         q, k, v = inputs(batch, 1, keys)
-        variants = {peer: lambda backend=backend: sdpa(backend, q, k, v, causal=False) for peer, backend in BACKENDS.items()}
-        variants["triton-split-kv"] = lambda: split_kv(q, k, v, int8=False)
-        variants["flashinfer"] = lambda: flashinfer_decode(q, k, v)
         nbytes = 2 * k.numel() * k.element_size()
-        flops = 4 * batch * keys * Q_HEADS * DIM
+        flops = 4 * keys * q.numel()
         expected = reference(q, k, v, causal=False)
-        compare(f"attention/decode/bf16/{name}", variants, nbytes=nbytes, flops=flops, expected=expected)
+        compare(f"attention/decode/bf16/{name}", decode_peers(q, k, v), nbytes=nbytes, flops=flops, expected=expected)
         # Lossy by design, so held to a looser bound; bytes are codes and scales.
         int8 = {"triton-int8": lambda: split_kv(q, k, v, int8=True)}
-        nbytes = 2 * k.numel() + 2 * 4 * k.numel() // DIM
+        nbytes = 2 * k.numel() + 2 * 4 * k.numel() // k.shape[-1]
         compare(f"attention/decode/int8/{name}", int8, nbytes=nbytes, flops=flops, expected=expected, tolerance=5e-2)
 
 
