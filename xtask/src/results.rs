@@ -36,6 +36,9 @@ pub struct Manifest {
     pub ceilings: Option<Executable>,
     /// Python programs that time other people's kernels.
     pub peers: Vec<Executable>,
+    /// The Python program that trains a model, if the bundle has one.
+    #[serde(default)]
+    pub trainer: Option<Executable>,
 }
 
 /// What a row of the kernel table was when the bundle was built.

@@ -7,6 +7,7 @@
 //!   bin/           the runner, test executables without the emulator, benches
 //!   cubins/        sm_90a cubins, the ones that the ledger hashes
 //!   peers/         Python programs that time other people's kernels
+//!   model/         the Python program that trains a larger model for the engine, and the text that it must not see
 //! ```
 
 use std::collections::BTreeSet;
@@ -77,6 +78,7 @@ pub(crate) fn command(arguments: &[String]) -> Result {
         benches: Vec::new(),
         ceilings: None,
         peers: peers(&folder)?,
+        trainer: Some(trainer(&folder)?),
     };
     built.sort_by(|a, b| a.name.cmp(&b.name));
     let mut tests = 0;
@@ -279,6 +281,17 @@ fn peers(bundle: &Path) -> Result<Vec<Executable>> {
     }
     peers.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(peers)
+}
+
+/// Copies what trains a model: the program and the text that is held out.
+fn trainer(bundle: &Path) -> Result<Executable> {
+    let to = bundle.join("model");
+    std::fs::create_dir_all(&to).map_err(|error| format!("{}: {error}", to.display()))?;
+    for name in ["train_gpu.py", "heldout.txt"] {
+        let from = workspace().join("engine/model").join(name);
+        std::fs::copy(&from, to.join(name)).map_err(|error| format!("{}: {error}", from.display()))?;
+    }
+    Ok(Executable { name: "model/train_gpu".to_string(), file: "model/train_gpu.py".to_string() })
 }
 
 fn commit() -> Result<String> {

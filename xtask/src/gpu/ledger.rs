@@ -281,6 +281,7 @@ pub(crate) mod tests {
                 benches: Vec::new(),
                 ceilings: None,
                 peers: Vec::new(),
+                trainer: None,
             },
             machine: Machine { device: Some("Made-up GPU".to_string()), ..Machine::default() },
             parts: parts.iter().map(|(name, part)| (name.to_string(), part.clone())).collect(),

@@ -5,8 +5,7 @@ use std::fmt::Write as _;
 
 use xtask::results::{Ceiling, Figure};
 
-use super::svg::{Plot, Series};
-use super::{Accuracy, Device};
+use super::{Accuracy, Device, plots};
 use crate::gpu::ledger::Status;
 use crate::gpu::status::{self, RowStatus};
 
@@ -17,7 +16,7 @@ pub(super) struct Report {
 }
 
 /// The name of our own kernels among the implementations.
-const OURS: &str = "longkv";
+pub(super) const OURS: &str = "longkv";
 
 pub(super) fn report(rows: &[RowStatus], devices: &[Device], accuracy: &[Accuracy]) -> Report {
     let mut report = Report { text: String::new(), plots: BTreeMap::new() };
@@ -78,23 +77,25 @@ fn device(report: &mut Report, device: &Device) {
     if let Some(ceilings) = &device.ceilings {
         report.text += "\n#### Ceilings\n\n";
         self::ceilings(&mut report.text, &ceilings.values);
-        let svg = host_link(&ceilings.values).draw();
+        let svg = plots::host_link(&ceilings.values).draw();
         plot(report, &device.folder, "host-link", "Host link", svg);
     }
     let mut families: BTreeMap<&str, Vec<&Figure>> = BTreeMap::new();
     for figure in device.figures.iter().flat_map(|figures| &figures.values) {
         families.entry(family(&figure.bench).0).or_default().push(figure);
     }
+    let ours = device.figures.iter().flat_map(|figures| &figures.values);
+    plot(report, &device.folder, "roofline", "Roofline", plots::roofline(ours).draw());
     for (name, figures) in families {
         write!(report.text, "\n#### {name}\n\n").expect("a String takes everything");
         table(&mut report.text, &figures);
-        let svg = against_bytes(name, &figures).draw();
+        let svg = plots::family(name, &figures).draw();
         plot(report, &device.folder, &name.replace('/', "-"), name, svg);
     }
 }
 
 /// `crate/kernel/dtype` and the shape of `crate/kernel/dtype/shape`.
-fn family(bench: &str) -> (&str, &str) {
+pub(super) fn family(bench: &str) -> (&str, &str) {
     bench.rsplit_once('/').unwrap_or((bench, ""))
 }
 
@@ -194,52 +195,6 @@ fn digits(value: f64) -> String {
         v if v >= 100.0 => format!("{value:.0}"),
         v if v >= 10.0 => format!("{value:.1}"),
         _ => format!("{value:.2}"),
-    }
-}
-
-/// Time against bytes for each implementation, and the time that the bytes take at the measured bandwidth.
-fn against_bytes(name: &str, figures: &[&Figure]) -> Plot {
-    let mut lines: BTreeMap<(bool, &str), Vec<(f64, f64)>> = BTreeMap::new();
-    let mut limit = Vec::new();
-    for figure in figures.iter().filter(|figure| figure.median_us > 0.0 && figure.bytes > 0) {
-        let ours = figure.implementation == OURS;
-        let point = (figure.bytes as f64, figure.median_us);
-        lines.entry((!ours, &figure.implementation)).or_default().push(point);
-        limit.extend(figure.read_gb_s.map(|read| (point.0, point.0 / read / 1e3)));
-    }
-    let mut series: Vec<Series> = lines
-        .into_iter()
-        .map(|((_, name), points)| Series { name: name.to_string(), points, dashed: false })
-        .collect();
-    series.push(Series { name: "bytes at read bandwidth".to_string(), points: limit, dashed: true });
-    for line in &mut series {
-        line.points.sort_by(|a, b| a.0.total_cmp(&b.0));
-    }
-    series.retain(|line| !line.points.is_empty());
-    Plot { title: name.to_string(), x_label: "bytes".to_string(), y_label: "us".to_string(), series }
-}
-
-/// Rate against bytes in flight for each way of reading host memory.
-fn host_link(ceilings: &[Ceiling]) -> Plot {
-    let mut lines: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
-    for ceiling in ceilings.iter().filter(|ceiling| ceiling.median > 0.0) {
-        if let Some(in_flight) = ceiling.parameters.get("in_flight") {
-            let piece =
-                ceiling.parameters.get("piece_bytes").map_or(String::new(), |bytes| format!(", {bytes} B"));
-            let name =
-                format!("{}{piece}", ceiling.name.trim_start_matches("host_read_by_").replace('_', " "));
-            lines.entry(name).or_default().push((*in_flight as f64, ceiling.median));
-        }
-    }
-    let series = lines.into_iter().map(|(name, mut points)| {
-        points.sort_by(|a, b| a.0.total_cmp(&b.0));
-        Series { name, points, dashed: false }
-    });
-    Plot {
-        title: "Reading host memory".to_string(),
-        x_label: "bytes in flight".to_string(),
-        y_label: "GB/s".to_string(),
-        series: series.collect(),
     }
 }
 
@@ -360,7 +315,14 @@ mod tests {
         assert!(report.text.contains("flashinfer on large: no kernel"), "{}", report.text);
         assert!(report.text.find("| small").expect("a row") < report.text.find("| large").expect("a row"));
         let names: Vec<_> = report.plots.keys().map(String::as_str).collect();
-        assert_eq!(names, ["made-up-gpu/attention-decode-bf16.svg", "made-up-gpu/host-link.svg"]);
+        assert_eq!(
+            names,
+            [
+                "made-up-gpu/attention-decode-bf16.svg",
+                "made-up-gpu/host-link.svg",
+                "made-up-gpu/roofline.svg"
+            ]
+        );
         assert!(report.plots.values().all(|svg| svg.starts_with("<svg") && svg.ends_with("</svg>\n")));
     }
 

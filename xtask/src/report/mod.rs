@@ -3,6 +3,7 @@
 //! Nothing is claimed that is not in a file there, and nothing there is left out: a peer that won is shown as it won.
 
 mod markdown;
+mod plots;
 mod readme;
 mod svg;
 

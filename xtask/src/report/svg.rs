@@ -1,4 +1,4 @@
-//! Line plots with logarithmic axes, as SVG.
+//! Line plots as SVG.
 
 use std::fmt::Write as _;
 
@@ -6,14 +6,25 @@ use std::fmt::Write as _;
 pub(super) struct Plot {
     pub(super) title: String,
     pub(super) x_label: String,
+    /// The y axis is always logarithmic.
+    pub(super) x_scale: Scale,
     pub(super) y_label: String,
     pub(super) series: Vec<Series>,
+}
+
+/// How values are spread over an axis.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Scale {
+    /// From 0 to 1, for shares.
+    Linear,
+    /// Over whole powers of ten.
+    Logarithmic,
 }
 
 /// A line of a plot.
 pub(super) struct Series {
     pub(super) name: String,
-    /// `(x, y)`, both positive.
+    /// `(x, y)`, positive on a logarithmic axis.
     pub(super) points: Vec<(f64, f64)>,
     /// For limits.
     pub(super) dashed: bool,
@@ -28,28 +39,38 @@ const BOTTOM: f64 = 50.0;
 /// Told apart by people who do not see all colours (Okabe and Ito).
 const COLOURS: [&str; 7] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"];
 
-/// A logarithmic axis over whole powers of ten.
-struct Axis {
-    low: i32,
-    high: i32,
+enum Axis {
+    /// 0 to 1.
+    Share,
+    /// Exponents of the powers of ten at its ends.
+    Powers { low: i32, high: i32 },
 }
 
 impl Axis {
-    fn of(values: impl Iterator<Item = f64>) -> Self {
+    fn of(scale: Scale, values: impl Iterator<Item = f64>) -> Self {
+        if scale == Scale::Linear {
+            return Axis::Share;
+        }
         let (low, high) = values
             .map(f64::log10)
             .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| (low.min(x), high.max(x)));
         let low = low.floor() as i32;
-        Axis { low, high: (high.ceil() as i32).max(low + 1) }
+        Axis::Powers { low, high: (high.ceil() as i32).max(low + 1) }
     }
 
     /// Place of a value, 0 to 1.
     fn place(&self, value: f64) -> f64 {
-        (value.log10() - f64::from(self.low)) / f64::from(self.high - self.low)
+        match *self {
+            Axis::Share => value,
+            Axis::Powers { low, high } => (value.log10() - f64::from(low)) / f64::from(high - low),
+        }
     }
 
-    fn ticks(&self) -> impl Iterator<Item = f64> {
-        (self.low..=self.high).map(|power| 10f64.powi(power))
+    fn ticks(&self) -> Vec<f64> {
+        match *self {
+            Axis::Share => (0..=4).map(|quarter| f64::from(quarter) / 4.0).collect(),
+            Axis::Powers { low, high } => (low..=high).map(|power| 10f64.powi(power)).collect(),
+        }
     }
 }
 
@@ -58,7 +79,8 @@ impl Plot {
     pub(super) fn draw(&self) -> Option<String> {
         let points = || self.series.iter().flat_map(|series| &series.points);
         points().next()?;
-        let (x_axis, y_axis) = (Axis::of(points().map(|p| p.0)), Axis::of(points().map(|p| p.1)));
+        let x_axis = Axis::of(self.x_scale, points().map(|p| p.0));
+        let y_axis = Axis::of(Scale::Logarithmic, points().map(|p| p.1));
         let x = |value: f64| LEFT + x_axis.place(value) * (WIDTH - LEFT - RIGHT);
         let y = |value: f64| HEIGHT - BOTTOM - y_axis.place(value) * (HEIGHT - TOP - BOTTOM);
         let mut svg = format!(
@@ -163,6 +185,7 @@ mod tests {
         let plot = Plot {
             title: "a < b".to_string(),
             x_label: "bytes".to_string(),
+            x_scale: Scale::Logarithmic,
             y_label: "us".to_string(),
             series: vec![
                 series("ours", &[(10.0, 1.0), (1000.0, 100.0)], false),
@@ -183,9 +206,14 @@ mod tests {
 
     #[test]
     fn axes_take_whole_decades() {
-        let axis = Axis::of([3.0, 250.0].into_iter());
-        assert_eq!(axis.ticks().map(number).collect::<Vec<_>>(), ["1", "10", "100", "1k"].map(String::from));
-        let one = Axis::of([5.0].into_iter());
+        let axis = Axis::of(Scale::Logarithmic, [3.0, 250.0].into_iter());
+        assert_eq!(
+            axis.ticks().into_iter().map(number).collect::<Vec<_>>(),
+            ["1", "10", "100", "1k"].map(String::from)
+        );
+        let one = Axis::of(Scale::Logarithmic, [5.0].into_iter());
         assert!((0.0..=1.0).contains(&one.place(5.0)));
+        let share = Axis::of(Scale::Linear, [0.0, 0.9].into_iter());
+        assert_eq!((share.place(0.0), share.place(0.9), share.ticks().len()), (0.0, 0.9, 5));
     }
 }

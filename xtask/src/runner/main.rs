@@ -99,12 +99,15 @@ fn command() -> Result<bool, String> {
         bundle,
         manifest,
         scratch: scratch.clone(),
+        out: out.canonicalize().map_err(|error| format!("{}: {error}", out.display()))?,
         filter: arguments.filter,
         jobs: arguments.jobs.unwrap_or((cores / 2).clamp(1, 6)),
         durations: BTreeMap::new(),
     };
-    let wanted =
-        |kind: &&Kind| arguments.only.is_empty() || arguments.only.iter().any(|name| name == kind.name);
+    let wanted = |kind: &&Kind| match &arguments.only[..] {
+        [] => kind.unasked,
+        names => names.iter().any(|name| name == kind.name),
+    };
     let mut ran = Vec::new();
     for kind in PARTS.iter().filter(wanted) {
         if let Some(tests) = results.parts.get("tests") {

@@ -19,27 +19,29 @@ pub(crate) struct Kind {
     pub(crate) name: &'static str,
     pub(crate) limit_s: u64,
     pub(crate) what: &'static str,
+    /// Whether it runs without being named.
+    pub(crate) unasked: bool,
 }
 
 /// All parts in the order in which they run: first whether kernels are right, then how fast.
 pub(crate) const PARTS: &[Kind] = &[
+    kind("tests", 480, "every GPU test but those of `stress`, with the bundle's cubins"),
+    kind("jit", 240, "the quickest GPU tests, with kernels compiled by this machine's NVRTC"),
+    kind("stress", 500, "merge stress and graph replays"),
+    kind("ceilings", 240, "bandwidths, matrix rates, host link, launch overhead"),
+    kind("benches", 500, "criterion benches"),
+    kind("peers", 500, "other people's kernels on the same problems, from Python"),
+    kind("sanitizer-memcheck", 400, "compute-sanitizer on the quickest GPU tests"),
+    kind("sanitizer-racecheck", 400, "the same for races in shared memory"),
     Kind {
-        name: "tests",
-        limit_s: 480,
-        what: "every GPU test but those of `stress`, with the bundle's cubins",
+        unasked: false,
+        ..kind("model", 530, "trains a larger model for the engine; only where it is named")
     },
-    Kind {
-        name: "jit",
-        limit_s: 240,
-        what: "the quickest GPU tests, with kernels compiled by this machine's NVRTC",
-    },
-    Kind { name: "stress", limit_s: 500, what: "merge stress and graph replays" },
-    Kind { name: "ceilings", limit_s: 240, what: "bandwidths, matrix rates, host link, launch overhead" },
-    Kind { name: "benches", limit_s: 500, what: "criterion benches" },
-    Kind { name: "peers", limit_s: 500, what: "other people's kernels on the same problems, from Python" },
-    Kind { name: "sanitizer-memcheck", limit_s: 400, what: "compute-sanitizer on the quickest GPU tests" },
-    Kind { name: "sanitizer-racecheck", limit_s: 400, what: "the same for races in shared memory" },
 ];
+
+const fn kind(name: &'static str, limit_s: u64, what: &'static str) -> Kind {
+    Kind { name, limit_s, what, unasked: true }
+}
 
 /// Tests with one of these words in their names are many launches: they run in `stress`, and never under a sanitizer.
 const STRESS: &[&str] = &["many_", "stress", "replay", "graph"];
@@ -50,6 +52,8 @@ pub(crate) struct Run {
     pub(crate) manifest: Manifest,
     /// For files of children; not kept.
     pub(crate) scratch: PathBuf,
+    /// For files that are kept.
+    pub(crate) out: PathBuf,
     /// Only tests and programs whose name contains this.
     pub(crate) filter: String,
     /// Tests at a time.
@@ -134,6 +138,19 @@ impl Run {
                     test: false,
                 });
                 install.chain(peers).collect()
+            }
+            "model" => {
+                let python = machine::find("python3").ok_or("there is no python3")?;
+                let trainer = self.manifest.trainer.as_ref().ok_or("the bundle has no trainer")?;
+                let program = self.bundle.join(&trainer.file).into_os_string();
+                let options = [program, "--minutes".into(), "6.5".into(), "--out".into()];
+                vec![Task {
+                    name: trainer.name.clone(),
+                    program: python,
+                    arguments: options.into_iter().chain([self.out.join("model").into()]).collect(),
+                    limit: seconds(525),
+                    test: false,
+                }]
             }
             _ => {
                 let tool =
@@ -376,11 +393,13 @@ mod tests {
             benches: vec![executable.clone()],
             ceilings: Some(executable),
             peers: Vec::new(),
+            trainer: None,
         };
         let run = Run {
             bundle: folder.path().to_path_buf(),
             manifest,
             scratch: folder.path().to_path_buf(),
+            out: folder.path().to_path_buf(),
             filter: String::new(),
             jobs: 2,
             durations: BTreeMap::new(),
@@ -449,7 +468,7 @@ mod tests {
     #[test]
     fn what_is_not_started_is_not_run() {
         let (_folder, run) = run_script(LIST);
-        let kind = Kind { name: "tests", limit_s: 0, what: "" };
+        let kind = kind("tests", 0, "");
         let part = run.part(&kind, &|_, _| {});
         assert_eq!(part.items.iter().map(|item| item.outcome).collect::<Vec<_>>(), [Outcome::NotRun]);
     }
@@ -457,7 +476,7 @@ mod tests {
     #[test]
     fn a_test_that_the_end_of_its_part_cuts_off_is_not_run() {
         let (_folder, run) = run_script(&format!("{LIST}sleep 30"));
-        let kind = Kind { name: "tests", limit_s: 3, what: "" };
+        let kind = kind("tests", 3, "");
         let part = run.part(&kind, &|_, _| {});
         assert_eq!(part.items.iter().map(|item| item.outcome).collect::<Vec<_>>(), [Outcome::NotRun]);
     }
