@@ -11,9 +11,17 @@
 //! work on the caller's [`Pools`]: pages in [`PageLayout::Packed`](crate::page::PageLayout::Packed), sinks and open blocks as
 //! [`SidePage`](crate::page::SidePage)s.
 //!
-//! A NaN or infinity among new keys or values is not an error here, since nobody would read one back: the group of values that
-//! share its scale becomes NaN, and so may every query whose tile of queries or keys loads it, those that do not see it included.
-//! Values beyond about f32::MAX / 3Π in magnitude may overflow in sums and count as such.
+//! A NaN or infinity among new keys or values is not an error here, since nobody would read one back. In a closed block, scale
+//! and minimum of the group that it belongs to become NaN and the group's codes 0; in 16 bits it stays what it is. What it hits:
+//!
+//! - a key: queries of its KV head that see it, or of a closed block any token, in their whole output and LSE, which become NaN. In
+//!   16 bits arithmetic decides: a score of −∞ counts as masked.
+//! - a value: the channels of its group, or in 16 bits its own, in queries of its KV head that see it; these cease to be finite. So
+//!   may those of queries that do not see it, where their tile of rows loads it: 64 rows (queries times query heads of the KV head) of
+//!   a prefill, the columns of a block of decode; tokens are loaded by closed blocks, and the sinks and the open block 16 at a time.
+//!
+//! All other queries, channels, KV heads and sequences keep their bits. Values beyond about f32::MAX / 3Π in magnitude may overflow
+//! in sums and count as infinite.
 //!
 //! Everything here is generic over [`Device`](cuda::launch::Device), so the emulator runs the same plans as a GPU.
 

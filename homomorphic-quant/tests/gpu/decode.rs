@@ -13,7 +13,7 @@ use homomorphic_quant::gpu::{
 use homomorphic_quant::{Error, reference};
 
 use crate::close::assert_close;
-use crate::sequences::{Cached, DeviceTable, Shape, Table, Tokens, saturate_queries};
+use crate::sequences::{Cached, DeviceTable, Shape, Side, Spoilt, Table, Tokens, saturate_queries};
 
 emulator::device_test!(
     equals_the_reference,
@@ -23,6 +23,7 @@ emulator::device_test!(
     bad_sequences_are_reported_and_the_others_stay_right,
     places_that_change_after_the_plan_read_nothing_outside,
     nan_is_never_dropped,
+    what_is_not_finite_in_the_cache_reaches_what_sees_it_alone,
     many_steps_repeat_bitwise,
 );
 
@@ -123,7 +124,7 @@ fn plan<R: Rig>(rig: &R, case: &Case, cached: &Cached) -> DecodePlan {
 
 /// Runs `steps` equal steps with the given lengths and expects them to be bitwise equal. Planned with `table`, attended with
 /// `late`.
-fn decode_with<R: Rig, E: Storage>(
+fn decode_with<R: Rig, E: Storage + Element>(
     rig: &R,
     case: &Case,
     inputs: &Inputs16<E>,
@@ -182,7 +183,12 @@ fn decode_with<R: Rig, E: Storage>(
     Decoded { fault, ..first.expect("at least one step") }
 }
 
-fn decode<R: Rig, E: Storage>(rig: &R, case: &Case, inputs: &Inputs16<E>, kv_len: &[u32]) -> Decoded<E> {
+fn decode<R: Rig, E: Storage + Element>(
+    rig: &R,
+    case: &Case,
+    inputs: &Inputs16<E>,
+    kv_len: &[u32],
+) -> Decoded<E> {
     let table = &inputs.cached.table;
     decode_with(rig, case, inputs, kv_len, (table, table), 1)
 }
@@ -347,7 +353,7 @@ fn places_that_change_after_the_plan_read_nothing_outside<R: Rig>(rig: &R) {
     }
 }
 
-/// A query, key or value of NaN gives NaN wherever it counts, and harms no other row or channel.
+/// A query of NaN gives NaN, and harms no other row.
 fn nan_is_never_dropped<R: Rig>(rig: &R) {
     let case = Case::new(Shape::new((4, 2), 64, (2, 4), 32), 1, &[70, 20]);
     let good = inputs::<f16>(&case, 35);
@@ -360,6 +366,56 @@ fn nan_is_never_dropped<R: Rig>(rig: &R) {
     assert!(decoded.lse[0].is_nan(), "{name}: {}", decoded.lse[0]);
     Comparison::new(&decoded.out[64..], &out[64..], Tolerance::new(2e-3, 4e-3)).assert(&name);
     Comparison::new(&decoded.lse[1..], &lse[1..], Tolerance::new(1e-3, 1e-5)).assert(&name);
+}
+
+/// A key that is not finite makes the rows that see it NaN; a value its own channel, in a closed block those that share its scale.
+/// All others keep their bits: those of other KV heads, other sequences, other channels, and queries whose window does not reach.
+fn what_is_not_finite_in_the_cache_reaches_what_sees_it_alone<R: Rig>(rig: &R) {
+    let case = Case::new(Shape::new((4, 2), 64, (2, 4), 32), 1, &[107, 40]);
+    let window = Mask::sliding_window(50, 0).expect("a window");
+    let (sink, closed, open) = (2, 4 + 9, 104);
+    let channel = 40;
+    // (token, side, what is there, the channels of the output that are hit)
+    let all = 0..64;
+    let cases = [
+        (sink, Side::K, f32::NAN, all.clone()),
+        (open, Side::K, f32::NAN, all.clone()),
+        (closed, Side::K, f32::INFINITY, all),
+        (sink, Side::V, f32::INFINITY, 40..41),
+        (open, Side::V, f32::NAN, 40..41),
+        (closed, Side::V, f32::NEG_INFINITY, 32..64),
+    ];
+    for method in [Method::Codes, Method::Dequantize] {
+        for mask in [Mask::Causal, window] {
+            let case = Case { method, mask, ..case.clone() };
+            let mut inputs = inputs::<f16>(&case, 37);
+            let good = decode(rig, &case, &inputs, &lens(&case));
+            for (token, side, value, channels) in cases.clone() {
+                let name = format!("{value} in {side:?} of token {token}, {case:?} on {}", rig.name());
+                let (sequence, kv_head) = (0, 1);
+                inputs.cached.spoilt = Some(Spoilt { sequence, kv_head, token, side, channel, value });
+                let bad = decode(rig, &case, &inputs, &lens(&case));
+                assert_eq!(bad.fault, None, "{name}");
+                let seen = mask == Mask::Causal || token >= 107 - 50;
+                for row in 0..2 * 4 {
+                    let hit = seen && (row == 2 || row == 3);
+                    let lse_hit = hit && side == Side::K;
+                    assert_eq!(bad.lse[row].is_nan(), lse_hit, "{name}: lse of row {row}");
+                    assert!(lse_hit || bad.lse[row] == good.lse[row], "{name}: lse of row {row}");
+                    // 16-bit tokens come in sixteens, which the sinks share with the open block: a value may spoil its channel there.
+                    let loaded = (row == 2 || row == 3) && side == Side::V && token == sink;
+                    for c in 0..64 {
+                        let [bad, good] = [&bad, &good].map(|decoded| decoded.out[row * 64 + c]);
+                        if hit && channels.contains(&c) {
+                            assert!(!bad.is_finite(), "{name}: {bad} in row {row}, channel {c}");
+                        } else if !(loaded && channels.contains(&c)) {
+                            assert_eq!(bad, good, "{name}: row {row}, channel {c}");
+                        }
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// The last arriver differs from step to step; results and counters must not.

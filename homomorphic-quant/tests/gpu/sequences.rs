@@ -4,8 +4,10 @@ use attention::testing::Inputs;
 use attention::{Element, HeadShape, HeadsView};
 use cuda::storage::Storage;
 use emulator::rig::Rig;
+use homomorphic_quant::cache::Segment;
 use homomorphic_quant::gpu::{Counts, Places, Pools};
-use homomorphic_quant::page::PageLayout;
+use homomorphic_quant::page::{HeadGeometry, PageLayout};
+use homomorphic_quant::quantizer::Group;
 use homomorphic_quant::{Bits, Cache, Capacity, Config, KvShape, Sequence};
 
 /// Heads, sizes and widths of a case.
@@ -96,11 +98,32 @@ pub(crate) fn saturate_queries<E: Element>(shape: &Shape, queries: &mut [E]) {
     }
 }
 
+/// Which of a token's vectors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    K,
+    V,
+}
+
+/// A cached element that is not finite, as an append leaves it: in 16 bits as it is, in a closed block as a group of NaN.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Spoilt {
+    pub(crate) sequence: usize,
+    pub(crate) kv_head: usize,
+    /// Position in the sequence.
+    pub(crate) token: usize,
+    pub(crate) side: Side,
+    pub(crate) channel: usize,
+    pub(crate) value: f32,
+}
+
 /// Sequences in a CPU cache of packed pages.
 pub(crate) struct Cached {
     pub(crate) cache: Cache,
     pub(crate) sequences: Vec<Sequence>,
     pub(crate) table: Table,
+    /// What [`upload`](Self::upload) changes: the CPU's cache refuses it.
+    pub(crate) spoilt: Option<Spoilt>,
 }
 
 /// Where the kernels find the sequences' pages.
@@ -151,7 +174,7 @@ impl Cached {
             table.sink_page[s] = sequence.sinks().map_or(u32::MAX, |page| page.index());
             table.open_page[s] = sequence.open().map_or(u32::MAX, |page| page.index());
         }
-        Cached { cache, sequences, table }
+        Cached { cache, sequences, table, spoilt: None }
     }
 
     /// Fails unless the codes of the first block's keys are at one end, but for its first token.
@@ -174,11 +197,61 @@ impl Cached {
     }
 
     /// The bytes of the pools: pages, sinks, open blocks.
-    pub(crate) fn upload<R: Rig, E: Storage>(&self, rig: &R) -> (R::Buffer<u8>, R::Buffer<E>, R::Buffer<E>) {
-        let pages = rig.upload(self.cache.block_pool().elements::<u8>().expect("bytes"));
+    pub(crate) fn upload<R: Rig, E: Storage + Element>(
+        &self,
+        rig: &R,
+    ) -> (R::Buffer<u8>, R::Buffer<E>, R::Buffer<E>) {
+        let mut pages = self.cache.block_pool().elements::<u8>().expect("bytes").to_vec();
         let sinks = self.cache.sink_pool().map_or(&[] as &[E], |pool| pool.elements().expect("elements"));
-        let open = rig.upload(self.cache.open_pool().elements::<E>().expect("elements"));
-        (pages, rig.upload(sinks), open)
+        let mut sinks = sinks.to_vec();
+        let mut open = self.cache.open_pool().elements::<E>().expect("elements").to_vec();
+        if let Some(spoilt) = &self.spoilt {
+            self.spoil(spoilt, &mut pages, &mut sinks, &mut open);
+        }
+        (rig.upload(&pages), rig.upload(&sinks), rig.upload(&open))
+    }
+
+    fn spoil<E: Element>(&self, spoilt: &Spoilt, pages: &mut [u8], sinks: &mut [E], open: &mut [E]) {
+        let Spoilt { kv_head, token, side, channel, value, .. } = *spoilt;
+        let sequence = &self.sequences[spoilt.sequence];
+        let segments = self.cache.segments(sequence);
+        let segment = segments.iter().find(|segment| segment.tokens().contains(&token)).expect("a token");
+        let slot = token - segment.tokens().start;
+        match segment {
+            Segment::Codes { block, .. } => {
+                let geometry = self.cache.geometry();
+                let (head, layout) = (geometry.head(kv_head), geometry.layout());
+                let page = sequence.blocks()[*block].index() as usize * geometry.bytes();
+                let bytes = &mut pages[page..][geometry.segment(kv_head)];
+                let mut block = layout.read(head, bytes).expect("a segment");
+                let (groups, codes, dim, group_of): (_, _, _, fn(&_, _, _) -> usize) = match side {
+                    Side::K => (&mut block.k_groups, &mut block.k_codes, head.qk_dim, HeadGeometry::k_group),
+                    Side::V => (&mut block.v_groups, &mut block.v_codes, head.v_dim, HeadGeometry::v_group),
+                };
+                let bad = group_of(head, slot, channel);
+                groups[bad] = Group { scale: f32::NAN, min: f32::NAN };
+                for (i, code) in codes.iter_mut().enumerate() {
+                    if group_of(head, i / dim, i % dim) == bad {
+                        *code = 0;
+                    }
+                }
+                block.add_up_sums(head);
+                layout.write(head, &block, bytes).expect("a segment");
+            }
+            Segment::Dense { sinks: is_sinks, .. } => {
+                let (pool, page, place) = match is_sinks {
+                    true => (sinks, self.cache.sink_page(), sequence.sinks()),
+                    false => (open, self.cache.open_page(), sequence.open()),
+                };
+                let vector = match side {
+                    Side::K => page.keys(slot..slot + 1),
+                    Side::V => page.values(slot..slot + 1),
+                };
+                let page =
+                    place.expect("a page").index() as usize * page.bytes() + page.segment(kv_head).start;
+                pool[(page + vector.start) / 2 + channel] = E::from_f32(value);
+            }
+        }
     }
 }
 

@@ -5,6 +5,7 @@
 //! CUDA graph. Lengths and page ids live in device memory and are checked there; a bad row gets output 0 and LSE −inf and is
 //! named by the caller's status word.
 //!
+//! - [`PackedMaps`]: a layer's maps as these kernels read them.
 //! - [`Append`]: RoPE, projection onto each head's basis and the write to the cache, in one kernel.
 //! - [`DecodeStep`], then [`Decode`] for each layer: attention in the reduced basis, balanced by bytes over heads of any
 //!   ranks.
@@ -14,12 +15,14 @@
 
 mod append;
 mod decode;
+mod maps;
 mod reconstruct;
 
 pub use append::{Append, AppendArgs, AppendConfig, AppendPlan, AppendTables, Queries, Vectors};
 pub use decode::{
     Decode, DecodeArgs, DecodeConfig, DecodePlan, DecodeStep, DecodeStepArgs, PlannedStep, Splits,
 };
+pub use maps::PackedMaps;
 pub use reconstruct::{Reconstruct, ReconstructArgs, ReconstructPlan};
 
 use attention::HeadShape;

@@ -4,4 +4,5 @@
 mod append;
 mod cache;
 mod decode;
+mod pipeline;
 mod reconstruct;

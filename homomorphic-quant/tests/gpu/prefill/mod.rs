@@ -1,9 +1,10 @@
 //! Prefill on codes, against the reference on the same codes.
 
-use attention::reference as dense;
+mod exact;
+
 use attention::softmax_state::Raw;
 use attention::testing::{Comparison, Inputs, Tolerance};
-use attention::{AttentionSpec, Element, FaultCode, HeadsView, Mask, RaggedKv, RaggedView, Score};
+use attention::{AttentionSpec, Element, FaultCode, HeadsView, Mask, Score};
 use cuda::status::Fault;
 use cuda::storage::Storage;
 use emulator::rig::Rig;
@@ -15,15 +16,15 @@ use homomorphic_quant::reference::Prefill as Mode;
 use homomorphic_quant::{Error, reference};
 
 use crate::close::assert_close;
-use crate::sequences::{Cached, DeviceTable, Shape, Tokens, saturate_queries};
+use crate::sequences::{Cached, DeviceTable, Shape, Side, Spoilt, Tokens, saturate_queries};
 
 emulator::device_test!(
     equals_the_reference,
-    continues_dense_attention_over_the_new_tokens,
     states_of_two_caches_make_one,
     saturated_codes_do_not_overflow,
     bad_sequences_are_reported_and_the_others_stay_right,
     nan_is_never_dropped,
+    what_is_not_finite_in_the_cache_stays_with_those_that_load_it,
 );
 
 /// Sequences of (queries, cached tokens).
@@ -145,6 +146,16 @@ struct State {
     ml: Vec<f32>,
 }
 
+impl State {
+    /// Outputs `[rows, dim]` and LSEs of a state of rows that all have seen something.
+    fn output(&self, dim: usize) -> Rows {
+        let l = |row: usize| f64::from(self.ml[2 * row + 1]);
+        let out = |(i, o): (usize, &f32)| f64::from(*o) / l(i / dim);
+        let lse = |row: usize| f64::from(self.ml[2 * row]) + l(row).ln();
+        (self.o.iter().enumerate().map(out).collect(), (0..self.ml.len() / 2).map(lse).collect())
+    }
+}
+
 /// What to do with a state.
 enum Step<'a> {
     /// Start empty and write outputs.
@@ -247,63 +258,6 @@ fn equals_the_reference<R: Rig>(rig: &R) {
         (Inputs::OutlierElements, Inputs::OutlierChannels),
     ] {
         check::<R, f16>(rig, &Case { kinds, ..Case::new(small((4, 1)), &[(20, 170)]) }, 9);
-    }
-}
-
-/// Exact prefill: the new tokens see each other in 16 bits and the cached ones as codes. Dense attention leaves the state of the new
-/// ones, here as its normalised form m = lse, l = 1, O = out, and the kernel finishes it.
-fn continues_dense_attention_over_the_new_tokens<R: Rig>(rig: &R) {
-    let window = Mask::sliding_window(60, 0).expect("a window");
-    let shape = Shape::new((4, 2), 64, (2, 4), 32);
-    // Fewer cached tokens than sinks, none, a part of a block, several blocks; windows that end within the new tokens.
-    for (mask, lens) in
-        [(Mask::Causal, [(20, 150), (33, 0), (7, 3)]), (window, [(70, 200), (1, 64), (40, 36)])]
-    {
-        let case = Case { mask, mode: Mode::Exact, ..Case::new(shape, &lens) };
-        let mut inputs = inputs_with_room::<f16>(&case, 128, 21);
-        let (q, dims) = (widened(&inputs.q), shape.dims);
-        let q_of = |queries: usize, row: usize| {
-            let q = &q[row * dims.0..(row + queries * shape.q_heads) * dims.0];
-            HeadsView::nhd(q, queries, shape.q_heads, dims.0).expect("queries")
-        };
-        let new: Vec<(Vec<f32>, Vec<f32>)> = (lens.iter().zip(77..))
-            .map(|(&(queries, _), seed)| Tokens::<f16>::new(&shape, queries, case.kinds, seed))
-            .map(|tokens| (widened(&tokens.k), widened(&tokens.v)))
-            .collect();
-        let kv = |s: usize| {
-            let view = |x, dim| HeadsView::nhd(x, lens[s].0, shape.kv_heads, dim).expect("keys and values");
-            (view(&new[s].0, dims.0), view(&new[s].1, dims.1))
-        };
-        let rows = case.cu_queries().into_iter().map(|query| query as usize * shape.q_heads);
-        let rows: Vec<usize> = rows.collect();
-
-        let mut state = State { o: Vec::new(), ml: Vec::new() };
-        for (s, &(queries, _)) in lens.iter().enumerate() {
-            let (k, v) = kv(s);
-            let (q, kv) = (RaggedView::single(q_of(queries, rows[s])), RaggedKv::single(k, v));
-            let (q, kv) = (q.expect("queries"), kv.expect("keys and values"));
-            let dense =
-                dense::prefill_parallel(&case.spec(), &q, &kv, dense::Probabilities::Exact).expect("a case");
-            state.o.extend(dense.out.iter().map(|x| *x as f32));
-            state.ml.extend(dense.lse.iter().flat_map(|lse| [*lse as f32, 1.0]));
-        }
-        let found = prefill(rig, &case, &inputs, &case.cu_queries(), &case.lens(), Step::Finish(&state));
-
-        let (mut out, mut lse) = (vec![f32::NAN; case.rows() * dims.1], vec![f32::NAN; case.rows()]);
-        let Cached { cache, sequences, .. } = &mut inputs.cached;
-        for (s, sequence) in sequences.iter_mut().enumerate() {
-            let ((k, v), rows) = (kv(s), rows[s]..rows[s + 1]);
-            let (out, lse) = (&mut out[rows.start * dims.1..rows.end * dims.1], &mut lse[rows.clone()]);
-            let q = q_of(lens[s].0, rows.start);
-            reference::prefill(&case.spec(), cache, sequence, q, k, v, Mode::Exact, out, lse)
-                .expect("a case");
-        }
-        let out: Vec<f64> = out.into_iter().map(f64::from).collect();
-        let lse: Vec<f64> = lse.into_iter().map(f64::from).collect();
-        let name = format!("{case:?} on {}", rig.name());
-        assert_eq!(found.fault, None, "{name}");
-        assert_close((&found.out, &found.lse), (&out, &lse), dims.1, &name);
-        assert_eq!(found.state, state, "{name}: the state is only read");
     }
 }
 
@@ -435,6 +389,59 @@ fn nan_is_never_dropped<R: Rig>(rig: &R) {
         "{name}: {:?}",
         &state.ml[..2]
     );
+}
+
+/// A key or value that is not finite reaches the queries that see it, and may reach others of their tile, which loads it for all;
+/// queries of other tiles, KV heads and sequences keep their bits.
+fn what_is_not_finite_in_the_cache_stays_with_those_that_load_it<R: Rig>(rig: &R) {
+    let mask = Mask::sliding_window(40, 0).expect("a window");
+    // Two tiles of 64 rows to a KV head: queries 0 to 31, at positions 102 to 133, and 32 to 63.
+    let case = Case { mask, ..Case::new(Shape::new((4, 2), 64, (2, 4), 32), &[(64, 166), (9, 50)]) };
+    let mut inputs = inputs::<f16>(&case, 36);
+    let run = |inputs: &Inputs16<f16>| {
+        let found = prefill(rig, &case, inputs, &case.cu_queries(), &case.lens(), Step::Whole);
+        assert_eq!(found.fault, None, "{case:?} on {}", rig.name());
+        found
+    };
+    let good = run(&inputs);
+    let closed = 4 + 3 * 32 - 1; // its block's last: seen from positions up to 138, by all of the first tile and 5 of the second
+    let far = 4 + 9; // of a block that nobody sees, nor loads
+    let open = 164; // seen by queries 62 and 63
+    // (token, side, what is there, queries that see it, queries of tiles that load it, channels)
+    let cases = [
+        (closed, Side::K, f32::NAN, 0..37, 0..64, 0..64),
+        (closed, Side::V, f32::INFINITY, 0..37, 0..64, 32..64),
+        (far, Side::K, f32::NAN, 0..0, 0..0, 0..64),
+        (far, Side::V, f32::NAN, 0..0, 0..0, 32..64),
+        (open, Side::K, f32::NAN, 62..64, 0..64, 0..64),
+        (open, Side::V, f32::NAN, 62..64, 0..64, 40..41),
+    ];
+    for (token, side, value, seen, loaded, channels) in cases {
+        let name = format!("{value} in {side:?} of token {token} on {}", rig.name());
+        let (sequence, kv_head) = (0, 1);
+        inputs.cached.spoilt = Some(Spoilt { sequence, kv_head, token, side, channel: 40, value });
+        let bad = run(&inputs);
+        for row in 0..case.rows() {
+            let (query, head) = (row / 4, row % 4);
+            let near = head >= 2;
+            let hit = near && seen.contains(&query);
+            if side == Side::K && hit {
+                assert!(bad.lse[row].is_nan(), "{name}: lse of query {query}, head {head}");
+            } else {
+                // Scores of what a query does not see are masked, whatever they are.
+                assert_eq!(bad.lse[row], good.lse[row], "{name}: lse of query {query}, head {head}");
+            }
+            for c in 0..64 {
+                let [bad, good] = [&bad, &good].map(|found| found.out[row * 64 + c]);
+                let place = format!("{name}: query {query}, head {head}, channel {c}");
+                if hit && channels.contains(&c) {
+                    assert!(!bad.is_finite(), "{place}: {bad}");
+                } else if !(near && loaded.contains(&query) && channels.contains(&c)) {
+                    assert_eq!(bad, good, "{place}");
+                }
+            }
+        }
+    }
 }
 
 #[test]
