@@ -115,11 +115,34 @@ impl Group {
 pub fn eight_bit(values: &[f32], codes: &mut [u8]) -> Group {
     assert_eq!(values.len(), codes.len(), "a code for every value");
     let levels = Bits::Eight.levels();
-    let group = Group::fit(values.iter().copied(), levels, DType::F32);
+    if values.is_empty() {
+        return Group { scale: 1.0, min: 0.0 };
+    }
+    let (min, max) = range(values);
+    let group = Group::of_range(min, max, levels, DType::F32);
     for (code, &x) in codes.iter_mut().zip(values) {
         *code = group.code(x, levels);
     }
     group
+}
+
+/// Smallest and largest of finite values, in independent lanes, which the compiler turns into vector code.
+#[inline]
+fn range(values: &[f32]) -> (f32, f32) {
+    const LANES: usize = 8;
+    let (mut low, mut high) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for chunk in chunks {
+        for i in 0..LANES {
+            low[i] = if chunk[i] < low[i] { chunk[i] } else { low[i] };
+            high[i] = if chunk[i] > high[i] { chunk[i] } else { high[i] };
+        }
+    }
+    let rest = rest.iter().copied();
+    (
+        low.into_iter().chain(rest.clone()).fold(f32::INFINITY, f32::min),
+        high.into_iter().chain(rest).fold(f32::NEG_INFINITY, f32::max),
+    )
 }
 
 /// Which matrix an element belongs to, as the noise of stochastic rounding counts them.

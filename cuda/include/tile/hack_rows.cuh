@@ -4,7 +4,10 @@
 // t = lane % 4) holds rows g and g + 8; its tokens, and its channels, are 2t and 2t + 1 of every eight. An accumulator of
 // scores is an operand of P·V as it is: nothing crosses lanes but the reductions over a row.
 //
-// All is a function of a HackShape.
+// Where O is too much for a warp's registers, several warps share the rows: each has all scores and a run of the channels of O, which
+// begins with whole channel partitions or lies in one.
+//
+// All is a function of a HackShape, and of the warps that share rows.
 #pragma once
 
 #include "core.cuh"
@@ -31,7 +34,7 @@ struct HackRowsItem : HackItem {
     }
 };
 
-template <class Shape>
+template <class Shape, int Sharers>
 struct Rows {
     using Element = typename Shape::Element;
     static constexpr uint32_t WARP_ROWS = 16;
@@ -39,24 +42,34 @@ struct Rows {
     static constexpr uint32_t V_ROW = Shape::VALUE_DIM * 2;
     static constexpr uint32_t K_PERIOD = Swizzle<K_ROW>::PERIOD;
     static constexpr uint32_t V_PERIOD = Swizzle<V_ROW>::PERIOD;
-    static constexpr uint32_t V_TILES = Shape::VALUE_DIM / 8;
+    static constexpr uint32_t CHANNELS = Shape::VALUE_DIM / Sharers;  // of this warp
+    static constexpr uint32_t V_TILES = CHANNELS / 8;
+    static constexpr uint32_t PARTITIONS = ceil_div<uint32_t>(Shape::VALUE_PARTITIONS, Sharers);
+    static_assert(CHANNELS % 16 == 0 && V_TILES % V_PERIOD % 2 == 0 && (Sharers == 1 || V_TILES % V_PERIOD == 0),
+                  "whole pairs of tiles, and whole periods of the swizzle");
+    static_assert(Shape::VALUE_PARTITIONS % Sharers == 0 || Sharers % Shape::VALUE_PARTITIONS == 0, "a run of partitions, or one");
 
     float o[V_TILES][4];
-    float minimum[Shape::VALUE_PARTITIONS][2];  // Σ P·m of this lane's tokens: the same for all channels of a partition
+    float minimum[PARTITIONS][2];  // Σ P·m of this lane's tokens: the same for all channels of a partition
     float m[2];                                 // of rows g and g + 8, in units of log2
     float l[2];                                 // of this lane's tokens alone
     const unsigned char* q_rows;                // the block's queries in shared memory: rows of K_ROW bytes, swizzled
     uint32_t first_row;                         // of the warp, in q_rows
+    uint32_t run;                               // which of the runs of channels
 
-    DEVICE void start(const unsigned char* rows, uint32_t first) {
+    // The first channel partition of the warp's channels.
+    DEVICE uint32_t first_partition() const { return run * Shape::VALUE_PARTITIONS / Sharers; }
+
+    DEVICE void start(const unsigned char* rows, uint32_t first, uint32_t which_run) {
         q_rows = rows;
         first_row = first;
+        run = Sharers == 1 ? 0 : which_run;
 #pragma unroll
         for (uint32_t e = 0; e < 2; e++) {
             m[e] = NEGATIVE_INFINITY;
             l[e] = 0.0f;
 #pragma unroll
-            for (uint32_t p = 0; p < Shape::VALUE_PARTITIONS; p++) minimum[p][e] = 0.0f;
+            for (uint32_t p = 0; p < PARTITIONS; p++) minimum[p][e] = 0.0f;
         }
 #pragma unroll
         for (uint32_t v = 0; v < V_TILES; v++) {
@@ -154,7 +167,7 @@ struct Rows {
 #pragma unroll
             for (uint32_t e = 0; e < 2; e++) {
 #pragma unroll
-                for (uint32_t p = 0; p < Shape::VALUE_PARTITIONS; p++) minimum[p][e] *= shrink[e];
+                for (uint32_t p = 0; p < PARTITIONS; p++) minimum[p][e] *= shrink[e];
 #pragma unroll
                 for (uint32_t v = 0; v < V_TILES; v++) {
                     o[v][2 * e] *= shrink[e];
@@ -206,7 +219,7 @@ struct Rows {
 #pragma unroll
         for (uint32_t tile = 0; tile < V_TILES; tile += 2) {
             uint32_t b[2][2];
-            load_fragment_b2_trans<V_ROW>(b, v + tile / V_PERIOD * (V_PERIOD * 16), 0, tile % V_PERIOD);
+            load_fragment_b2_trans<V_ROW>(b, v + run * CHANNELS * 2 + tile / V_PERIOD * (V_PERIOD * 16), 0, tile % V_PERIOD);
 #pragma unroll
             for (uint32_t n = 0; n < 2; n++) {
                 mma_m16n8k16(Element{}, o[tile + n], high, b[n]);
@@ -221,12 +234,12 @@ struct Rows {
         for (uint32_t e = 0; e < 2; e++) {
             l[e] = warp_sum<4>(l[e]);
 #pragma unroll
-            for (uint32_t p = 0; p < Shape::VALUE_PARTITIONS; p++) minimum[p][e] = warp_sum<4>(minimum[p][e]);
+            for (uint32_t p = 0; p < PARTITIONS; p++) minimum[p][e] = warp_sum<4>(minimum[p][e]);
         }
 #pragma unroll
         for (uint32_t v = 0; v < V_TILES; v++) {
 #pragma unroll
-            for (uint32_t i = 0; i < 4; i++) o[v][i] += minimum[v * Shape::VALUE_PARTITIONS / V_TILES][i / 2];
+            for (uint32_t i = 0; i < 4; i++) o[v][i] += minimum[v * PARTITIONS / V_TILES][i / 2];
         }
     }
 };

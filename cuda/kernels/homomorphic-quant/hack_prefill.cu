@@ -26,7 +26,10 @@
 //          r / group. Rows lie on M and tokens on N: S = u·Kᵀ and O = W·V by m16n8k32 on u8, where a page's words, which are A
 //          operands of hack_decode, serve as pairs of B operands. The warps share a ring through which pages stream piece by
 //          piece. A sequence's last rows, which see most, start first.
-// Budget:  255 registers, 64·QK_DIM·2 bytes and a ring of up to 64 KB of shared memory. Warp-instructions for 16 rows and a page of 64
+//          O of more than 128 channels, or of more than 96 beside long queries or scores of 128 tokens, leaves no registers for the
+//          rest: two warps share 16 rows, a block owns 32, and each warp computes all scores but half of the channels of O, 1.5
+//          times the operations in all. O of more than 128 channels beside scores of 128 tokens takes four warps to 16 rows.
+// Budget:  255 registers, 64·QK_DIM·2 bytes (or 32, or 16) and a ring of up to 64 KB of shared memory. Warp-instructions for 16 rows and a page of 64
 //          tokens and 128 channels, 2-bit codes:
 //            u: q and scales 130, range 150, codes 176; q·m 20, β·ksum 24, codes into fragments 128, integer products 64, scores 160,
 //            softmax 170, P: scales 96, range 150, minimum terms 64, codes 176, vsum 32, outputs 160, copies and loop 150: about
@@ -59,16 +62,20 @@ using Shape = HackShape<Element, Packed, PARTITION, QK_DIM, V_DIM, WARPS, SOFT_C
 using Attention = HackAttention<Shape>;
 using KeyPieces = Attention::Stream::KeyPieces;
 using ValuePieces = Attention::Stream::ValuePieces;
-using WarpRows = Rows<Shape>;
+// Warps that share 16 rows: see above.
+constexpr uint32_t SHARERS = V_DIM > 128 && PARTITION > 64                                   ? 4
+                             : V_DIM > 128 || (V_DIM > 96 && (QK_DIM > 128 || PARTITION > 64)) ? 2
+                                                                                               : 1;
+using WarpRows = Rows<Shape, SHARERS>;
 
-constexpr uint32_t BLOCK_ROWS = WARPS * WarpRows::WARP_ROWS;
+constexpr uint32_t BLOCK_ROWS = WARPS / SHARERS * WarpRows::WARP_ROWS;
 constexpr uint32_t Q_BYTES = BLOCK_ROWS * QK_DIM * 2;
 constexpr uint32_t K_STEPS = QK_DIM / 32;
 constexpr uint32_t TOKEN_TILES = PARTITION / 8;
 constexpr uint32_t TOKEN_STEPS = PARTITION / 32;
-constexpr uint32_t V_TILES = V_DIM / 8;
+constexpr uint32_t V_TILES = WarpRows::V_TILES;
 constexpr uint32_t K_PARTITIONS = Packed::K_PARTITIONS;
-constexpr uint32_t V_PARTITIONS = Packed::V_PARTITIONS;
+constexpr uint32_t V_PARTITIONS = WarpRows::PARTITIONS;
 constexpr uint32_t K_HALVES = Packed::K_CHANNELS / 16;  // halves of k-steps in a channel partition
 // tf32 holds 11 bits: sums past them are two numbers.
 constexpr uint32_t K_SUM_PARTS = Packed::K_SUM_MAX > 2047 ? 2 : 1;
@@ -91,6 +98,8 @@ DEVICE void scores(float (&s)[TOKEN_TILES][4], const WarpRows& rows, Attention::
     float beta[K_PARTITIONS][2];
 #pragma unroll
     for (uint32_t p = 0; p < K_PARTITIONS; p++) {
+        // Or the compiler loads all of a long query ahead, and runs out of registers.
+        if constexpr (K_PARTITIONS > 4) __syncwarp();
 #pragma unroll
         for (uint32_t e = 0; e < 2; e++) {
             float u[K_HALVES][4];
@@ -227,10 +236,10 @@ DEVICE void accumulate(const float (&p)[TOKEN_TILES][4], WarpRows& rows, Attenti
         // Of tokens 2t and 2t + 1 of every eight.
         using OfTokens = Words<TOKEN_TILES * 2>;
         const uint32_t first = lane % 4 * 2;
-        const OfTokens scales[2] = {{piece + Packed::V_SCALE, first * V_PARTITIONS + v},
-                                    {piece + Packed::V_SCALE, (first + 1) * V_PARTITIONS + v}};
-        const OfTokens minima[2] = {{piece + Packed::V_MIN, first * V_PARTITIONS + v},
-                                    {piece + Packed::V_MIN, (first + 1) * V_PARTITIONS + v}};
+        const uint32_t of_first = first * Packed::V_PARTITIONS + rows.first_partition() + v;
+        const uint32_t of_second = of_first + Packed::V_PARTITIONS;
+        const OfTokens scales[2] = {{piece + Packed::V_SCALE, of_first}, {piece + Packed::V_SCALE, of_second}};
+        const OfTokens minima[2] = {{piece + Packed::V_MIN, of_first}, {piece + Packed::V_MIN, of_second}};
 #pragma unroll
         for (uint32_t e = 0; e < 2; e++) {
             float w[TOKEN_TILES][2];
@@ -266,10 +275,10 @@ DEVICE void accumulate(const float (&p)[TOKEN_TILES][4], WarpRows& rows, Attenti
     }
 
     // Σ c·vsum: the two parts of c lie on K, all other columns of A are zero.
-    const Words<V_TILES * Packed::V_SUM_BYTES> vsums(piece + Packed::V_SUMS, lane / 4);
+    const Words<V_TILES * Packed::V_SUM_BYTES> vsums(piece + Packed::V_SUMS, lane / 4 * SHARERS + rows.run);
 #pragma unroll
     for (uint32_t tile = 0; tile < V_TILES; tile++) {
-        const uint32_t v = tile * 8 / Packed::V_CHANNELS;
+        const uint32_t v = tile * V_PARTITIONS / V_TILES;
         const TwoParts of_g(lane % 4 == 0 ? c[v][0] : 0.0f);
         const TwoParts of_g8(lane % 4 == 0 ? c[v][1] : 0.0f);
         const uint32_t parts[4] = {of_g.high, of_g8.high, of_g.low, of_g8.low};
@@ -281,11 +290,14 @@ DEVICE void accumulate(const float (&p)[TOKEN_TILES][4], WarpRows& rows, Attenti
         }
     }
 
-    // Σ a·(w'·v').
+    // Σ a·(w'·v') of this warp's groups of channels.
     const int32_t zero[4] = {SUM_START, SUM_START, SUM_START, SUM_START};
+    constexpr uint32_t RUN = ValueCodes::GROUPS / SHARERS;
+    static_assert(RUN * SHARERS == ValueCodes::GROUPS, "whole groups");
 #pragma unroll
     for (uint32_t group = 0; group < ValueCodes::GROUPS; group++) {
         if (ValuePieces::begins(group)) piece = stream.step_values(group / ValuePieces::GROUPS);
+        if (SHARERS > 1 && group / RUN != rows.run) continue;
         const unsigned char* const units = piece + ValuePieces::group_offset(group);
         constexpr uint32_t ROW_PLANES = ValueCodes::ROW_PLANES;
         int32_t sums[2 * ROW_PLANES][4];
@@ -295,7 +307,7 @@ DEVICE void accumulate(const float (&p)[TOKEN_TILES][4], WarpRows& rows, Attenti
             ValueCodes::load(words, units + step * ValueCodes::UNIT_BYTES);
 #pragma unroll
             for (uint32_t tile = 0; tile < ROW_PLANES; tile++) {
-                const uint32_t v = (group * ROW_PLANES + tile) * 16 / Packed::V_CHANNELS;
+                const uint32_t v = (group % RUN * ROW_PLANES + tile) * 2 * V_PARTITIONS / V_TILES;
                 uint32_t fragment[4];
                 ValueCodes::fragment(fragment, words, tile);
 #pragma unroll
@@ -309,10 +321,11 @@ DEVICE void accumulate(const float (&p)[TOKEN_TILES][4], WarpRows& rows, Attenti
         }
 #pragma unroll
         for (uint32_t n = 0; n < 2 * ROW_PLANES; n++) {
-            const uint32_t v = (group * ROW_PLANES + n / 2) * 16 / Packed::V_CHANNELS;
+            const uint32_t place = group % RUN * 2 * ROW_PLANES + n;
+            const uint32_t v = place * V_PARTITIONS / V_TILES;
 #pragma unroll
             for (uint32_t i = 0; i < 4; i++) {
-                float& o = rows.o[group * 2 * ROW_PLANES + n][i];
+                float& o = rows.o[place][i];
                 o = __fmaf_rn(a[v][i / 2] * ValueCodes::factor(n / 2), sum_to_f32(sums[n][i]), o);
             }
         }
@@ -454,7 +467,7 @@ hack_prefill(const Element* q, const unsigned char* pages, const uint32_t* block
                              block_table + sequence * cache.table_batch_stride,
                              cache};
     WarpRows rows;
-    rows.start(shared_bytes, warp_index() * WarpRows::WARP_ROWS);
+    rows.start(shared_bytes, warp_index() / SHARERS * WarpRows::WARP_ROWS, warp_index() % SHARERS);
     const HackBuffers<Element> buffers{q,         pages,   block_table, sink_pool, open_pool, sink_page, open_page,
                                        nullptr,   nullptr, nullptr,     nullptr,   nullptr,   nullptr,   nullptr};
     Attention::attend_16_bit(rows, stream, item, buffers, cache);
@@ -471,36 +484,45 @@ hack_prefill(const Element* q, const unsigned char* pages, const uint32_t* block
     rows.finish();
 
     const uint32_t t = lane_index() % 4;
+    const bool writes_ml = t == 0 && rows.run == 0;
+    uint64_t index[2];
+    Joined joined[2];
+    bool exists[2];
 #pragma unroll
     for (uint32_t e = 0; e < 2; e++) {
         const uint32_t row = first_row + rows.first_row + lane_index() / 4 + 8 * e;
-        const bool exists = row < queries * cache.group;
-        const uint64_t index = exists ? row_index(item, row, cache) : 0;
-        Joined joined = join(rows.m[e], rows.l[e], exists && params.resume ? state_ml + 2 * index : nullptr);
-        __syncwarp();  // all four lanes of a row have read what one of them overwrites
-        if (!exists) continue;
+        exists[e] = row < queries * cache.group;
+        index[e] = exists[e] ? row_index(item, row, cache) : 0;
+        joined[e] = join(rows.m[e], rows.l[e], exists[e] && params.resume ? state_ml + 2 * index[e] : nullptr);
+    }
+    // All lanes of a row have read what one of them overwrites.
+    if constexpr (SHARERS == 1) __syncwarp();
+    else __syncthreads();
+#pragma unroll
+    for (uint32_t e = 0; e < 2; e++) {
+        if (!exists[e]) continue;
         const bool stays = params.resume && rows.m[e] == NEGATIVE_INFINITY && rows.l[e] == 0.0f;
         if (params.keep && stays) continue;
         if (!params.keep) {
             SoftmaxState state;
-            state.m = joined.m;
-            state.l = joined.l;
-            const float scale = joined.l > 0.0f || joined.l != joined.l ? 1.0f / joined.l : 0.0f;
-            joined.own *= scale;
-            joined.before *= scale;
-            if (t == 0) lse[index] = state.lse();
-        } else if (t == 0) {
-            state_ml[2 * index] = joined.m;
-            state_ml[2 * index + 1] = joined.l;
+            state.m = joined[e].m;
+            state.l = joined[e].l;
+            const float scale = state.l > 0.0f || state.l != state.l ? 1.0f / state.l : 0.0f;
+            joined[e].own *= scale;
+            joined[e].before *= scale;
+            if (writes_ml) lse[index[e]] = state.lse();
+        } else if (writes_ml) {
+            state_ml[2 * index[e]] = joined[e].m;
+            state_ml[2 * index[e] + 1] = joined[e].l;
         }
 #pragma unroll
         for (uint32_t tile = 0; tile < V_TILES; tile++) {
-            const uint64_t place = index * V_DIM + tile * 8 + t * 2;
-            float2 pair = make_float2(rows.o[tile][2 * e] * joined.own, rows.o[tile][2 * e + 1] * joined.own);
-            if (joined.continues) {  // an empty state's O may hold anything
+            const uint64_t place = index[e] * V_DIM + rows.run * WarpRows::CHANNELS + tile * 8 + t * 2;
+            float2 pair = make_float2(rows.o[tile][2 * e] * joined[e].own, rows.o[tile][2 * e + 1] * joined[e].own);
+            if (joined[e].continues) {  // an empty state's O may hold anything
                 const float2 before = *reinterpret_cast<const float2*>(state_o + place);
-                pair.x += before.x * joined.before;
-                pair.y += before.y * joined.before;
+                pair.x += before.x * joined[e].before;
+                pair.y += before.y * joined[e].before;
             }
             if (params.keep) *reinterpret_cast<float2*>(state_o + place) = pair;
             else *reinterpret_cast<uint32_t*>(out + place) = pack2<Element>(pair.x, pair.y);

@@ -28,14 +28,12 @@ const DECODE_CONSTANTS: &[Constant] = &[
     Constant { name: "SOFT_CAP", allowed: &[0, 1] },
 ];
 
-const PREFILL_DIMS: &[i64] = &[64, 96, 128];
-
 const PREFILL_CONSTANTS: &[Constant] = &[
     Constant { name: "K_BITS", allowed: BITS },
     Constant { name: "V_BITS", allowed: BITS },
     PARTITION,
-    Constant { name: "QK_DIM", allowed: PREFILL_DIMS },
-    Constant { name: "V_DIM", allowed: PREFILL_DIMS },
+    Constant { name: "QK_DIM", allowed: DIMS },
+    Constant { name: "V_DIM", allowed: DIMS },
     KV_DTYPE,
     Constant { name: "SOFT_CAP", allowed: &[0, 1] },
 ];
@@ -97,6 +95,7 @@ pub(super) const KERNELS: &[Kernel] = &[
             append_row(&[4, 2, 64, 96, 96, dtype::F16]),
             append_row(&[2, 4, 32, 64, 64, dtype::F16]),
             append_row(&[8, 2, 128, 256, 256, dtype::BF16]),
+            append_row(&[2, 2, 32, 256, 128, dtype::F16]),
         ],
     },
     Kernel {
@@ -124,7 +123,7 @@ pub(super) const KERNELS: &[Kernel] = &[
             decode_row(&[4, 2, 64, 96, 96, 1, dtype::F16, 1]),
             decode_row(&[2, 2, 128, 128, 128, 1, dtype::F16, 0]),
             decode_row(&[8, 2, 64, 256, 256, 1, dtype::BF16, 0]),
-            decode_row(&[2, 2, 32, 256, 256, 1, dtype::F16, 0]),
+            decode_row(&[2, 2, 32, 256, 128, 1, dtype::F16, 0]),
             decode_row(&[4, 4, 64, 128, 128, 4, dtype::BF16, 0]),
         ],
     },
@@ -139,7 +138,6 @@ pub(super) const KERNELS: &[Kernel] = &[
             decode_row(&[2, 2, 64, 128, 128, 1, dtype::BF16, 0]),
             decode_row(&[4, 4, 64, 128, 128, 1, dtype::BF16, 0]),
             decode_row(&[8, 8, 64, 128, 128, 1, dtype::BF16, 0]),
-            decode_row(&[2, 4, 32, 64, 64, 1, dtype::F16, 0]),
         ],
     },
     Kernel {
@@ -155,6 +153,9 @@ pub(super) const KERNELS: &[Kernel] = &[
             prefill_row(&[8, 8, 64, 128, 128, dtype::BF16, 0]),
             prefill_row(&[2, 4, 32, 64, 64, dtype::F16, 0]),
             prefill_row(&[4, 2, 64, 96, 96, dtype::F16, 1]),
+            prefill_row(&[2, 2, 128, 128, 128, dtype::F16, 0]),
+            prefill_row(&[4, 4, 64, 256, 256, dtype::BF16, 0]),
+            prefill_row(&[2, 2, 32, 256, 128, dtype::F16, 0]),
         ],
     },
 ];

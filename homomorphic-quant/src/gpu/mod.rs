@@ -17,8 +17,8 @@
 //! - a key: queries of its KV head that see it, or of a closed block any token, in their whole output and LSE, which become NaN. In
 //!   16 bits arithmetic decides: a score of −∞ counts as masked.
 //! - a value: the channels of its group, or in 16 bits its own, in queries of its KV head that see it; these cease to be finite. So
-//!   may those of queries that do not see it, where their tile of rows loads it: 64 rows (queries times query heads of the KV head) of
-//!   a prefill, the columns of a block of decode; tokens are loaded by closed blocks, and the sinks and the open block 16 at a time.
+//!   may those of queries that do not see it, where their tile of rows loads it: 64, 32 or 16 rows (queries times query heads of the KV
+//!   head) of a prefill, the columns of a block of decode; tokens are loaded by closed blocks, and the sinks and the open block 16 at a time.
 //!
 //! All other queries, channels, KV heads and sequences keep their bits. Values beyond about f32::MAX / 3Π in magnitude may overflow
 //! in sums and count as infinite.

@@ -20,7 +20,7 @@ pub struct PrefillConfig {
     pub mode: reference::Prefill,
     /// The cache.
     pub pools: Pools,
-    /// Heads and sizes; up to 128 channels.
+    /// Heads and sizes.
     pub shape: HeadShape,
     /// Scale and soft-cap.
     pub score: Score,
@@ -68,9 +68,6 @@ impl PrefillPlan {
         let grid = config.batch.saturating_mul(config.shape.kv_heads());
         if grid > 65535 {
             return Err(Error::argument("batch", "at most 65535 sequences times KV heads", grid));
-        }
-        if let Some(dim) = [config.shape.qk_dim(), config.shape.v_dim()].into_iter().find(|dim| *dim > 128) {
-            return Err(Error::argument("shape", "up to 128 channels; longer ones are Decode's", dim));
         }
         let variant = kernels::PrefillVariant {
             k_bits: geometry.bits.k.count(),

@@ -1,7 +1,8 @@
 //! One row of attention over one closed block, on its codes.
 //!
 //! Integers are exact (sums of at most 128 products of 8-bit numbers, below 2²⁴, so that f32 holds them too); what
-//! surrounds them is f32, in the order written here.
+//! surrounds them is f32, in the order written here. Integer loops add with `wrapping_add`, although nothing wraps: checks
+//! for overflow would keep them from vector units in the profiles that have such checks.
 
 use std::ops::Range;
 
@@ -20,49 +21,70 @@ pub(super) struct Query<'a> {
 }
 
 /// 8-bit codes of a vector in channel partitions.
+#[derive(Default)]
 struct Quantized {
     codes: Vec<u8>,
     groups: Vec<Group>,
 }
 
 impl Quantized {
-    fn new(values: &[f32], partition: usize) -> Self {
-        let mut codes = vec![0; values.len()];
-        let chunks = values.chunks_exact(partition).zip(codes.chunks_exact_mut(partition));
-        let groups = chunks.map(|(values, codes)| eight_bit(values, codes)).collect();
-        Quantized { codes, groups }
+    fn set(&mut self, values: &[f32], partition: usize) {
+        self.codes.resize(values.len(), 0);
+        self.groups.clear();
+        let chunks = values.chunks_exact(partition).zip(self.codes.chunks_exact_mut(partition));
+        self.groups.extend(chunks.map(|(values, codes)| eight_bit(values, codes)));
     }
+}
+
+/// What a task reuses from row to row and from block to block.
+#[derive(Default)]
+pub(super) struct Scratch {
+    /// The query, or P, with the scales folded in.
+    scaled: Vec<f32>,
+    folded: Quantized,
+    /// Scores of the block's tokens, then P.
+    p: Vec<f32>,
+    /// Codes of P.
+    weights: Vec<u8>,
+    /// Sums of products by channel, and those of a run of tokens that 16 bits hold.
+    products: Vec<u32>,
+    of_run: Vec<u16>,
 }
 
 impl<'a> Query<'a> {
     pub(super) fn new(head: &HeadGeometry, q: &'a [f32]) -> Self {
         let quantized = match head.layout {
             Layout::PerChannelKey => None,
-            Layout::PerTokenKey => Some(Quantized::new(q, head.k_channels)),
+            Layout::PerTokenKey => {
+                let mut quantized = Quantized::default();
+                quantized.set(q, head.k_channels);
+                Some(quantized)
+            }
         };
         Query { q, quantized }
     }
 
-    /// Scores of the block's tokens `[Π]`: -inf where `visible` (positions in the sequence) has no token.
+    /// Leaves scores of the block's tokens `[Π]` in `scratch.p`: -inf where `visible` (positions in the sequence) has no token.
     fn scores(
         &self,
         head: &HeadGeometry,
         block: &HeadBlock,
         rule: &Score,
-        tokens: &Range<usize>,
-        visible: &KeyRanges,
-    ) -> Vec<f32> {
-        let mut scores = vec![f32::NEG_INFINITY; head.partition];
-        let folded;
+        (tokens, visible): (&Range<usize>, &KeyRanges),
+        scratch: &mut Scratch,
+    ) {
+        let Scratch { scaled, folded, p: scores, .. } = scratch;
+        scores.clear();
+        scores.resize(head.partition, f32::NEG_INFINITY);
         // Eq. 4 with s_b = 1 and m_b = 0 once the scales are folded into the query; its minima come in through q·m.
         let (quantized, q_min) = match &self.quantized {
             Some(quantized) => (quantized, 0.0),
             None => {
-                let scaled: Vec<f32> =
-                    self.q.iter().zip(&block.k_groups).map(|(q, group)| q * group.scale).collect();
-                folded = Quantized::new(&scaled, head.k_channels);
-                let minima: f32 = self.q.iter().zip(&block.k_groups).map(|(q, group)| q * group.min).sum();
-                (&folded, minima)
+                scaled.clear();
+                scaled.extend(self.q.iter().zip(&block.k_groups).map(|(q, group)| q * group.scale));
+                folded.set(scaled, head.k_channels);
+                let minima = sum_of(self.q.iter().zip(&block.k_groups), |(q, group)| q * group.min);
+                (&*folded, minima)
             }
         };
         let partitions = head.k_partitions();
@@ -92,7 +114,6 @@ impl<'a> Query<'a> {
                 scores[token] = rule.apply_f32(dot);
             }
         }
-        scores
     }
 
     /// The row's state over the block's visible tokens `visible` (positions in the sequence); the block holds positions
@@ -102,75 +123,102 @@ impl<'a> Query<'a> {
         head: &HeadGeometry,
         block: &HeadBlock,
         rule: &Score,
-        tokens: &Range<usize>,
-        visible: &KeyRanges,
+        (tokens, visible): (&Range<usize>, &KeyRanges),
+        scratch: &mut Scratch,
     ) -> Raw<f32> {
-        let scores = self.scores(head, block, rule, tokens, visible);
+        self.scores(head, block, rule, (tokens, visible), scratch);
         let mut state = Raw::empty(head.v_dim);
-        let max = scores.iter().fold(f32::NEG_INFINITY, |max, &x| if max > x { max } else { x });
+        let max = scratch.p.iter().fold(f32::NEG_INFINITY, |max, &x| if max > x { max } else { x });
         if max == f32::NEG_INFINITY {
             return state;
         }
-        let p: Vec<f32> = scores.iter().map(|score| (score - max).exp()).collect();
+        scratch.p.iter_mut().for_each(|score| *score = (*score - max).exp());
         state.m = max;
-        state.l = p.iter().sum();
-        weighted_values(head, block, &p, &mut state.o);
+        state.l = scratch.p.iter().sum();
+        weighted_values(head, block, scratch, &mut state.o);
         state
     }
 }
 
-/// `out = P · V` of a block: `p` `[Π]`, 0 where a token is not visible; `out` `[v_dim]`.
-fn weighted_values(head: &HeadGeometry, block: &HeadBlock, p: &[f32], out: &mut [f32]) {
-    let mut codes = vec![0u8; head.partition];
+/// `out = P · V` of a block: `scratch.p` `[Π]`, 0 where a token is not visible; `out` `[v_dim]`.
+fn weighted_values(head: &HeadGeometry, block: &HeadBlock, scratch: &mut Scratch, out: &mut [f32]) {
+    scratch.weights.resize(head.partition, 0);
     match head.layout {
         Layout::PerChannelKey => {
             let partitions = head.v_partitions();
             for (g, out) in out.chunks_exact_mut(head.v_channels).enumerate() {
                 let groups = block.v_groups[g..].iter().step_by(partitions);
-                let scaled: Vec<f32> =
-                    p.iter().zip(groups.clone()).map(|(p, group)| p * group.scale).collect();
-                let minima: f32 = p.iter().zip(groups).map(|(p, group)| p * group.min).sum();
-                let Group { scale: a, min: c } = eight_bit(&scaled, &mut codes);
+                scratch.scaled.clear();
+                scratch.scaled.extend(scratch.p.iter().zip(groups.clone()).map(|(p, group)| p * group.scale));
+                let minima = sum_of(scratch.p.iter().zip(groups), |(p, group)| p * group.min);
+                let Group { scale: a, min: c } = eight_bit(&scratch.scaled, &mut scratch.weights);
                 let first = g * head.v_channels;
-                let products = columns(&codes, block, head, first..first + head.v_channels);
-                for ((out, product), &v_sum) in out.iter_mut().zip(products).zip(&block.v_sums[first..]) {
+                columns(block, head, first..first + head.v_channels, scratch);
+                let sums = &block.v_sums[first..first + head.v_channels];
+                for ((out, &product), &v_sum) in out.iter_mut().zip(&scratch.products).zip(sums) {
                     *out = a * product as f32 + c * f32::from(v_sum) + minima;
                 }
             }
         }
         Layout::PerTokenKey => {
-            let Group { scale: a, min: c } = eight_bit(p, &mut codes);
-            let weights = a * sum(&codes) + c * head.partition as f32;
-            let products = columns(&codes, block, head, 0..head.v_dim);
+            let Group { scale: a, min: c } = eight_bit(&scratch.p, &mut scratch.weights);
+            let weights = a * sum(&scratch.weights) + c * head.partition as f32;
+            columns(block, head, 0..head.v_dim, scratch);
             let channels = block.v_groups.iter().zip(&block.v_sums);
-            for ((out, product), (group, &v_sum)) in out.iter_mut().zip(products).zip(channels) {
+            for ((out, &product), (group, &v_sum)) in out.iter_mut().zip(&scratch.products).zip(channels) {
                 *out = group.scale * (a * product as f32 + c * f32::from(v_sum)) + group.min * weights;
             }
         }
     }
 }
 
-/// `Σ_t w'_t v'_tc` for some channels.
-fn columns(weights: &[u8], block: &HeadBlock, head: &HeadGeometry, channels: Range<usize>) -> Vec<u32> {
-    let mut sums = vec![0u32; channels.len()];
-    for (token, &weight) in weights.iter().enumerate() {
-        if weight == 0 {
-            continue;
+/// Leaves `Σ_t w'_t v'_tc` for some channels in `scratch.products`.
+fn columns(block: &HeadBlock, head: &HeadGeometry, channels: Range<usize>, scratch: &mut Scratch) {
+    let Scratch { weights, products, of_run, .. } = scratch;
+    products.clear();
+    products.resize(channels.len(), 0);
+    let codes_of = |token: usize| &block.v_codes[token * head.v_dim..][channels.clone()];
+    // A product of two bytes fits 16 bits, and so do sums of as many as this, which vector units add eight at a time.
+    let run = (u32::from(u16::MAX) / (255 * head.bits.v.levels())) as usize;
+    if run == 1 {
+        for (token, &weight) in weights.iter().enumerate() {
+            for (product, &code) in products.iter_mut().zip(codes_of(token)) {
+                *product = product.wrapping_add(u32::from(u16::from(weight).wrapping_mul(u16::from(code))));
+            }
         }
-        let codes = &block.v_codes[token * head.v_dim..][channels.clone()];
-        for (sum, &code) in sums.iter_mut().zip(codes) {
-            // A product of two bytes fits 16 bits, which vector units multiply eight at a time.
-            *sum += u32::from(u16::from(weight) * u16::from(code));
+        return;
+    }
+    of_run.resize(channels.len(), 0);
+    for (first, weights) in (0..).step_by(run).zip(weights.chunks(run)) {
+        of_run.fill(0);
+        for (token, &weight) in (first..).zip(weights) {
+            for (sum, &code) in of_run.iter_mut().zip(codes_of(token)) {
+                *sum = sum.wrapping_add(u16::from(weight).wrapping_mul(u16::from(code)));
+            }
+        }
+        for (product, &sum) in products.iter_mut().zip(&*of_run) {
+            *product = product.wrapping_add(u32::from(sum));
         }
     }
-    sums
 }
 
 /// `Σ a'b'`
 fn product(a: &[u8], b: &[u8]) -> i32 {
-    a.iter().zip(b).map(|(&a, &b)| i32::from(a) * i32::from(b)).sum()
+    // Bytes as 16-bit numbers: vector units multiply and add pairs of these in one instruction.
+    let product = |(&a, &b): (&u8, &u8)| i32::from(i16::from(a)).wrapping_mul(i32::from(i16::from(b)));
+    a.iter().zip(b).map(product).fold(0, i32::wrapping_add)
 }
 
 fn sum(codes: &[u8]) -> f32 {
-    codes.iter().map(|&code| u32::from(code)).sum::<u32>() as f32
+    codes.iter().map(|&code| u32::from(code)).fold(0, u32::wrapping_add) as f32
+}
+
+/// A sum in independent lanes, which the compiler turns into vector code without leave to reorder it.
+fn sum_of<T>(items: impl ExactSizeIterator<Item = T>, term: impl Fn(T) -> f32) -> f32 {
+    const LANES: usize = 8;
+    let mut lanes = [0.0f32; LANES];
+    for (i, item) in items.enumerate() {
+        lanes[i % LANES] += term(item);
+    }
+    lanes.iter().sum()
 }

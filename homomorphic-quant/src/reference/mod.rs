@@ -19,7 +19,7 @@ use crate::cache::{Dense, Segment};
 use crate::error::check_len;
 use crate::quantizer::store;
 use crate::{Cache, Error, Sequence};
-use codes::Query;
+use codes::{Query, Scratch};
 
 /// Queries that share the unpacking of a block.
 const QUERY_BLOCK: usize = 32;
@@ -288,6 +288,7 @@ impl Keys<'_> {
             })
             .collect();
         let mut states = vec![Raw::empty(shape.v_dim()); rows.len()];
+        let mut scratch = Scratch::default();
         for part in parts {
             let tokens = part.tokens();
             let seen = |query: usize| {
@@ -312,7 +313,8 @@ impl Keys<'_> {
                     let block = cache.block(sequence, *block, kv_head)?;
                     for (state, (query, row, _)) in states.iter_mut().zip(&rows) {
                         if seen(*query) {
-                            state.merge(&row.attend(head, &block, rule, &tokens, &visible[*query]))?;
+                            let seen = (&tokens, &visible[*query]);
+                            state.merge(&row.attend(head, &block, rule, seen, &mut scratch))?;
                         }
                     }
                     continue;

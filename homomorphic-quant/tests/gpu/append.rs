@@ -208,6 +208,8 @@ fn bytes_equal_the_cpu<R: Rig>(rig: &R) {
     check::<R, f16>(rig, shape(2, 96, (4, 2), 64), &[&[100], &[140]], OUTLIERS, 4);
     check::<R, f16>(rig, shape(3, 64, (2, 4), 32), &[&[31, 4], &[36, 36], &[101, 37]], OUTLIERS, 5);
     check::<R, bf16>(rig, shape(1, 256, (8, 2), 128), &[&[140]], OUTLIERS, 6);
+    let unequal = Shape { dims: (256, 128), ..shape(2, 256, (2, 2), 32) };
+    check::<R, f16>(rig, unequal, &[&[35, 3], &[36, 70]], OUTLIERS, 9);
     let no_sinks = Shape { sinks: 0, ..shape(1, 64, (2, 4), 32) };
     check::<R, f16>(rig, no_sinks, &[&[31], &[32], &[33]], (Inputs::Constant, Inputs::Constant), 7);
     check::<R, f16>(rig, shape(1, 64, (2, 4), 32), &[&[70]], (Inputs::Saturated, Inputs::Constant), 8);

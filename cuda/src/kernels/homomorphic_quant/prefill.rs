@@ -13,8 +13,8 @@ use super::decode::check_params;
 use super::{DecodeVariant, Method, SideArgs, elements, pool_bytes};
 
 const THREADS: u32 = 128;
-/// Rows (queries × query heads of a KV head) that one block works on.
-const ROWS: usize = 64;
+/// Rows (queries × query heads of a KV head) of a tile of the tensor cores.
+const TILE_ROWS: usize = 16;
 
 /// What a [`Prefill`] kernel is compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -48,9 +48,23 @@ impl PrefillVariant {
         }
     }
 
+    /// Rows (queries × query heads of a KV head) that one block works on: 16 for each of four warps, or for two or four of them
+    /// together where outputs and scores take too many registers.
+    pub const fn rows(&self) -> usize {
+        const WARPS: usize = 4;
+        let sharers = if self.v_dim > 128 && self.partition > 64 {
+            4
+        } else if self.v_dim > 128 || (self.v_dim > 96 && (self.qk_dim > 128 || self.partition > 64)) {
+            2
+        } else {
+            1
+        };
+        TILE_ROWS * WARPS / sharers
+    }
+
     /// Dynamic shared memory of a block, in bytes: the queries, and the ring.
     pub const fn shared_bytes(&self) -> usize {
-        ROWS * self.qk_dim * 2 + self.stream().ring_bytes()
+        self.rows() * self.qk_dim * 2 + self.stream().ring_bytes()
     }
 }
 
@@ -221,7 +235,7 @@ impl<F: Function, E: Storage> Prefill<F, E> {
             resume: u32::from(resume),
             keep: u32::from(keep),
         };
-        let tiles = (params.q_len as usize * group).div_ceil(ROWS) as u32;
+        let tiles = (params.q_len as usize * group).div_ceil(self.variant.rows()) as u32;
         let mut config = LaunchConfig::new((tiles, params.batch.saturating_mul(params.kv_heads)), THREADS);
         config = config.shared(self.variant.shared_bytes() as u32);
         config.programmatic = args.programmatic;

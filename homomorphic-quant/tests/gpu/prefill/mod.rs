@@ -252,6 +252,16 @@ fn equals_the_reference<R: Rig>(rig: &R) {
     check::<R, f16>(rig, &capped, 7);
     let no_sinks = Shape { sinks: 0, ..small((2, 1)) };
     check::<R, f16>(rig, &Case::new(no_sinks, &[(40, 64), (1, 31)]), 8);
+    // Two warps to a row: long vectors, long blocks, and keys longer than values.
+    let long = |heads| Shape::new(heads, 256, (4, 4), 64);
+    check::<R, bf16>(
+        rig,
+        &Case { mask: window(90, 4), ..Case::new(long((2, 1)), &[(25, 150), (3, 68)]) },
+        10,
+    );
+    check::<R, f16>(rig, &Case::new(Shape::new((3, 1), 128, (2, 2), 128), &[(18, 270), (2, 5)]), 11);
+    let unequal = |heads| Shape { dims: (256, 128), ..Shape::new(heads, 256, (2, 2), 32) };
+    check::<R, f16>(rig, &Case::new(unequal((4, 2)), &[(20, 90), (5, 36)]), 12);
     for kinds in [
         (Inputs::Constant, Inputs::Constant),
         (Inputs::Saturated, Inputs::OutlierElements),
@@ -264,21 +274,26 @@ fn equals_the_reference<R: Rig>(rig: &R) {
 /// The states over two caches, one after the other, are those of the sequence that is cut in two; rows that see nothing of the second
 /// keep their bits.
 fn states_of_two_caches_make_one<R: Rig>(rig: &R) {
-    let shape = Shape::new((4, 1), 64, (2, 4), 32);
+    states_make_one(rig, Shape::new((4, 1), 64, (2, 4), 32));
+    states_make_one(rig, Shape { dims: (256, 128), ..Shape::new((4, 1), 256, (2, 2), 32) });
+}
+
+fn states_make_one<R: Rig>(rig: &R, shape: Shape) {
+    let dim = shape.dims.1;
     let case = |len| Case { mode: Mode::Exact, ..Case::new(shape, &[(9, len), (30, len / 2)]) };
     let (first, second) = (case(101), Case { sequences: vec![(9, 70), (30, 0)], ..case(0) });
     let (a, b) = (inputs::<f16>(&first, 31), inputs::<f16>(&second, 32));
     let b = Inputs16 { q: a.q.clone(), cached: b.cached };
     // Whatever is there is no state to start from.
-    let anything = State { o: vec![f32::NAN; first.rows() * 64], ml: vec![f32::NAN; first.rows() * 2] };
+    let anything = State { o: vec![f32::NAN; first.rows() * dim], ml: vec![f32::NAN; first.rows() * 2] };
     let one = prefill(rig, &first, &a, &first.cu_queries(), &first.lens(), Step::Keep(&anything, false));
     let both = prefill(rig, &second, &b, &second.cu_queries(), &second.lens(), Step::Keep(&one.state, true));
     let none = prefill(rig, &second, &b, &second.cu_queries(), &[0, 0], Step::Keep(&both.state, true));
-    let name = format!("two caches on {}", rig.name());
+    let name = format!("two caches of {shape:?} on {}", rig.name());
     assert_eq!((one.fault, both.fault, none.fault), (None, None, None), "{name}");
     assert_eq!(none.state, both.state, "{name}: nothing was there to see");
     let split = 9 * 4;
-    assert_eq!(one.state.o[split * 64..], both.state.o[split * 64..], "{name}: rows that saw nothing new");
+    assert_eq!(one.state.o[split * dim..], both.state.o[split * dim..], "{name}: rows that saw nothing new");
 
     // Each cache on its own, merged on the CPU.
     let alone = |case, inputs| prefill(rig, case, inputs, &case.cu_queries(), &case.lens(), Step::Whole);
@@ -287,7 +302,7 @@ fn states_of_two_caches_make_one<R: Rig>(rig: &R) {
         let raw = |found: &Prefilled<f16>| Raw {
             m: found.lse[row],
             l: if found.lse[row] == f32::NEG_INFINITY { 0.0 } else { 1.0 },
-            o: widened(&found.out[row * 64..][..64]),
+            o: widened(&found.out[row * dim..][..dim]),
         };
         let mut merged = raw(&first);
         merged.merge(&raw(&second)).expect("states of one width");
@@ -295,7 +310,7 @@ fn states_of_two_caches_make_one<R: Rig>(rig: &R) {
         let (m, l) = (both.state.ml[2 * row], both.state.ml[2 * row + 1]);
         let lse = m + l.ln();
         assert!((lse - merged.lse).abs() < 1e-4, "{name}: lse of row {row}: {lse} and {}", merged.lse);
-        let found: Vec<f32> = both.state.o[row * 64..][..64].iter().map(|o| o / l).collect();
+        let found: Vec<f32> = both.state.o[row * dim..][..dim].iter().map(|o| o / l).collect();
         let expected: Vec<f64> = merged.out.iter().map(|x| f64::from(*x)).collect();
         Comparison::new(&found, &expected, Tolerance::new(2e-3, 2e-3))
             .assert(format_args!("row {row} of {name}"));
@@ -304,18 +319,23 @@ fn states_of_two_caches_make_one<R: Rig>(rig: &R) {
 
 /// Keys, values and queries whose codes are all at one end, so that integer sums are as large as they get.
 fn saturated_codes_do_not_overflow<R: Rig>(rig: &R) {
-    for bits in [(2, 2), (4, 4), (8, 8)] {
-        let shape = Shape { sinks: 0, ..Shape::new((2, 1), 128, bits, 64) };
-        let case = Case::new(shape, &[(1, 64)]);
-        let mut saturated = inputs::<bf16>(&case, 17);
-        saturated.cached = Cached::new(&shape, &[Tokens::<bf16>::saturated(&shape)]);
-        saturate_queries(&shape, &mut saturated.q);
-        let (out, lse) = expected(&case, &saturated);
-        let found = prefill(rig, &case, &saturated, &case.cu_queries(), &case.lens(), Step::Whole);
-        let name = format!("{case:?} on {}", rig.name());
-        assert_close((&found.out, &found.lse), (&out, &lse), 128, &name);
-        saturated.cached.assert_saturated(&shape, &name);
+    for (bits, dim) in [((2, 2), 128), ((4, 4), 128), ((8, 8), 128), ((4, 4), 256)] {
+        saturated::<R, bf16>(rig, Shape::new((2, 1), dim, bits, 64));
     }
+    saturated::<R, f16>(rig, Shape::new((2, 1), 128, (2, 2), 128));
+}
+
+fn saturated<R: Rig, E: Storage + Element>(rig: &R, shape: Shape) {
+    let shape = Shape { sinks: 0, ..shape };
+    let case = Case::new(shape, &[(1, shape.partition)]);
+    let mut saturated = inputs::<E>(&case, 17);
+    saturated.cached = Cached::new(&shape, &[Tokens::<E>::saturated(&shape)]);
+    saturate_queries(&shape, &mut saturated.q);
+    let (out, lse) = expected(&case, &saturated);
+    let found = prefill(rig, &case, &saturated, &case.cu_queries(), &case.lens(), Step::Whole);
+    let name = format!("{case:?} on {}", rig.name());
+    assert_close((&found.out, &found.lse), (&out, &lse), shape.dims.1, &name);
+    saturated.cached.assert_saturated(&shape, &name);
 }
 
 /// A bad length, page, place or range is named; its sequence sees nothing or is not written, and no other changes.
@@ -450,7 +470,6 @@ fn plans_refuse_what_no_kernel_can_do() {
     let cached = inputs::<f16>(&case, 1).cached;
     let good = case.config(&cached);
     PrefillPlan::new(good).expect("a valid plan");
-    let long = Case::new(Shape::new((4, 2), 256, (2, 4), 32), &[(3, 70)]);
     for (named, config) in [
         ("batch", PrefillConfig { batch: 0, ..good }),
         ("batch", PrefillConfig { batch: 40_000, ..good }),
@@ -459,7 +478,6 @@ fn plans_refuse_what_no_kernel_can_do() {
         ("num_queries", PrefillConfig { num_queries: 1 << 31, ..good }),
         ("max_kv_len", PrefillConfig { max_kv_len: i32::MAX as usize, ..good }),
         ("shape", PrefillConfig { shape: Shape::new((4, 1), 64, (2, 4), 32).heads(), ..good }),
-        ("shape", long.config(&inputs::<f16>(&long, 1).cached)),
         ("mask", PrefillConfig { mask: Mask::Full, ..good }),
     ] {
         match PrefillPlan::new(config) {
