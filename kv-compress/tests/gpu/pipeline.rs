@@ -508,7 +508,7 @@ fn pages_past_2_to_the_31_elements<R: Rig>(rig: &R) {
     let near = Step::new(&plan.layers()[0], &layer, Values::Folded);
     let page = near.layout().page_elements();
     let before = (1usize << 31).div_ceil(page);
-    let moved = |id: &u32| if id % 2 == 0 { *id } else { *id + before as u32 };
+    let moved = |id: &u32| if id.is_multiple_of(2) { *id } else { *id + before as u32 };
     let far = Step {
         pages: near.pages + before,
         tables: near.tables.iter().map(|table| table.iter().map(moved).collect()).collect(),
