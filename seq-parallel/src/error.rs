@@ -94,6 +94,9 @@ pub enum PeerFault {
     /// It sent something that is no message of this step.
     #[error("sent garbage ({0})")]
     Garbage(String),
+    /// The library under the transport cannot reach it.
+    #[error("cannot be reached ({0})")]
+    Unreachable(String),
     /// It gave up by itself.
     #[error("gave up ({0})")]
     Aborted(String),

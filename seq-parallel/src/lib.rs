@@ -22,6 +22,7 @@
 //! | [`fingerprint`] | what ranks must agree on before they start |
 //! | [`cpu`] | a list of tiles in f32 |
 //! | [`mod@reference`] | the oracle |
+//! | `testing` (feature `testing`) | the suite that every transport passes |
 //! | [`Error`], [`PeerFault`] | what a caller can get wrong, and how another rank can fail |
 //!
 //! # Example
@@ -69,6 +70,8 @@ pub mod ring;
 pub mod schedule;
 pub mod select;
 pub mod simulate;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod transport;
 pub mod ulysses;
 

@@ -1,14 +1,13 @@
 //! Faults: a rank that dies, stalls or sends garbage makes every other rank fail in time, with an error that names it and the step.
 
-mod common;
-
 use std::time::{Duration, Instant};
 
 use attention::Mask;
-use common::{Contents, sequences, spec};
 use half::bf16;
 use seq_parallel::placement::{Placement, Shards};
-use seq_parallel::ring::{Direction, Ring, RingPlan};
+use seq_parallel::ring::{Ring, RingPlan};
+use seq_parallel::testing::faults::Scenario;
+use seq_parallel::testing::{Contents, sequences, spec};
 use seq_parallel::transport::local::{World, run_on};
 use seq_parallel::transport::{Failure, Faulty, Operation, Transport};
 use seq_parallel::ulysses::UlyssesPlan;
@@ -67,41 +66,19 @@ fn check(
 
 #[test]
 fn every_rank_names_the_culprit() {
-    let (contents, shards) = contents();
     let (world, _) = World::new(RANKS).unwrap();
-    let long = Failure::Stalls(4 * DEADLINE);
-    for (name, failure) in [
-        ("dies", Failure::Dies),
-        ("stalls", long),
-        ("garbage", Failure::SendsGarbage),
-        ("too little", Failure::SendsTooLittle),
-    ] {
-        // First, middle and last exchange of a ring of 4.
-        for exchange in 0..RANKS - 1 {
-            let culprit = (exchange + 2) % RANKS;
-            let direction = if exchange == 1 { Direction::PassQ } else { Direction::PassKv };
-            let plan = RingPlan::new(contents.spec, shards.clone()).unwrap().passing(direction);
-            let begin = Instant::now();
-            let results = with_failure(&world, culprit, failure, exchange, |rank, transport| {
-                let rows = contents.rows(&shards.queries(rank), &shards.keys(rank));
-                let output = plan.run(rows.inputs(), transport)?;
-                // Who had all that it needed hears of it at its next call.
-                transport.barrier().map(|()| output)
-            });
-            let took = begin.elapsed();
-            let case = format!("rank {culprit} {name} at exchange {exchange}");
-            let operation = match direction {
-                Direction::PassKv => Operation::PassKv,
-                Direction::PassQ => Operation::PassQ,
-            };
-            check(&case, culprit, operation, &results, |fault| match failure {
-                Failure::Dies => *fault == PeerFault::Gone,
-                Failure::Stalls(_) => matches!(fault, PeerFault::Stalled { waited_ms } if *waited_ms >= 200),
-                _ => matches!(fault, PeerFault::Garbage(_)),
-            });
-            // The one that stalls sleeps for four deadlines; everyone else was done long before, or this could not end by then.
-            assert!(took < 6 * DEADLINE, "{case}: {took:?}");
-        }
+    for scenario in Scenario::all(RANKS, DEADLINE) {
+        let begin = Instant::now();
+        let results = run_on(world.rebuild(RANKS), |mut end| {
+            end.set_deadline(DEADLINE);
+            scenario.run(end)
+        });
+        // The one that stalls sleeps for four deadlines; everyone else was done long before, or this could not end by then.
+        let took = begin.elapsed();
+        assert!(took < 6 * DEADLINE, "{scenario:?}: {took:?}");
+        let survivors = results.iter().enumerate().filter(|(rank, _)| *rank != scenario.culprit);
+        let steps: Vec<_> = survivors.map(|(rank, result)| scenario.check_survivor(rank, result)).collect();
+        assert!(steps.iter().all(|step| *step == steps[0]), "{scenario:?}: ranks name steps {steps:?}");
     }
 }
 

@@ -1,12 +1,10 @@
 //! Preemption: a ring that is paused, at any step, goes on bit for bit; one that is given up leaves the transport usable.
 
-mod common;
-
 use attention::Mask;
-use common::{Contents, on_ranks, sequences, spec};
 use half::bf16;
 use seq_parallel::placement::{Placement, Shards};
 use seq_parallel::ring::{Direction, Ring, RingPlan};
+use seq_parallel::testing::{Contents, on_ranks, sequences, spec};
 
 #[test]
 fn a_paused_ring_goes_on_bit_for_bit() {

@@ -1,12 +1,10 @@
 //! Ring attention equals attention, whatever the ranks, placement, mask, heads, lengths and direction.
 
-mod common;
-
 use attention::{Element, Mask};
-use common::{Contents, on_ranks, sequences, spec};
 use half::{bf16, f16};
 use seq_parallel::placement::{Placement, Shards};
 use seq_parallel::ring::{Direction, RingPlan};
+use seq_parallel::testing::{Contents, on_ranks, sequences, spec};
 use seq_parallel::{Error, Output};
 
 const RANKS: [usize; 8] = [1, 2, 3, 4, 5, 7, 8, 16];

@@ -1,12 +1,10 @@
 //! Ulysses, Megatron and the hybrid compute what one rank computes.
 
-mod common;
-
 use attention::{Element, Mask};
-use common::{Contents, on_ranks, sequences, spec};
 use half::{bf16, f16};
 use seq_parallel::hybrid::HybridPlan;
 use seq_parallel::placement::{Placement, Shards};
+use seq_parallel::testing::{Contents, on_ranks, sequences, spec};
 use seq_parallel::transport::Transport;
 use seq_parallel::ulysses::{UlyssesPlan, local_heads};
 use seq_parallel::{Error, megatron};
@@ -106,7 +104,8 @@ fn megatron_stages_equal_the_whole() {
     };
     for ranks in [1, 2, 3, 4] {
         for placement in Placement::ALL {
-            let shards = Shards::new(common::sequences(&[(0, 11), (3, 5)]), placement, ranks).unwrap();
+            let shards =
+                Shards::new(seq_parallel::testing::sequences(&[(0, 11), (3, 5)]), placement, ranks).unwrap();
             let x = random(shards.new_tokens() * width);
             let whole = part(&x, 0..inner);
             let results = on_ranks(

@@ -1,16 +1,12 @@
-//! Transports: bytes counted to the byte, collectives, overlap on a modelled clock.
-
-mod common;
+//! Transports: the suite of every back-end, bytes counted to the byte, overlap on a modelled clock.
 
 use attention::Mask;
-use common::{Contents, on_ranks, sequences, spec};
 use half::bf16;
-use seq_parallel::Error;
-use seq_parallel::fingerprint::Fingerprint;
 use seq_parallel::placement::{Placement, Shards};
 use seq_parallel::ring::{Direction, RingPlan};
+use seq_parallel::testing::{Contents, conform, on_ranks, sequences, spec};
+use seq_parallel::transport::Transport;
 use seq_parallel::transport::sim::{Link, Sim};
-use seq_parallel::transport::{Buffer, Subgroup, Tag, Transport};
 use seq_parallel::ulysses::UlyssesPlan;
 
 /// The formulas of the literature: (P-1) · 2 · c · Hkv · D · e for pass-KV, (P-1) · c · Hq · D · e and the partial outputs for pass-Q,
@@ -82,99 +78,19 @@ fn uneven_rings_send_what_the_plan_says() {
     }
 }
 
+/// The suite that every back-end passes, on threads and on threads with modelled delay. `seq-parallel/mpi` runs it on processes.
 #[test]
-fn collectives() {
-    for ranks in [1, 2, 3, 4, 7] {
-        on_ranks(
-            ranks,
-            |end| end,
-            |rank, transport| {
-                let at = format!("rank {rank} of {ranks}");
-                let lens: Vec<usize> = (0..ranks).map(|of| 3 * of).collect();
-                let gathered = transport.all_gather_v(&vec![rank as u8; 3 * rank], &lens).unwrap();
-                let expected: Vec<u8> = (0..ranks).flat_map(|of| vec![of as u8; 3 * of]).collect();
-                assert_eq!(gathered, expected, "all-gather, {at}");
-
-                let send =
-                    (0..ranks).map(|to| Buffer::of(&vec![(10 * rank + to) as u8; rank + to])).collect();
-                let lens: Vec<usize> = (0..ranks).map(|from| from + rank).collect();
-                for (from, buffer) in transport.all_to_all_v(send, &lens).unwrap().iter().enumerate() {
-                    assert_eq!(
-                        buffer.bytes(),
-                        vec![(10 * from + rank) as u8; from + rank],
-                        "all-to-all, {at} from {from}"
-                    );
-                }
-
-                let lens: Vec<usize> = (0..ranks).map(|of| of % 3).collect();
-                let all: usize = lens.iter().sum();
-                let own: Vec<f32> = (0..all).map(|i| (i * (rank + 1)) as f32).collect();
-                let sum = transport.reduce_scatter(&own, &lens).unwrap();
-                let first: usize = lens[..rank].iter().sum();
-                let factor = (ranks * (ranks + 1) / 2) as f32;
-                let expected: Vec<f32> = (first..first + lens[rank]).map(|i| i as f32 * factor).collect();
-                assert_eq!(sum, expected, "reduce-scatter, {at}");
-                transport.barrier().unwrap();
-            },
-        );
+fn threads_conform() {
+    for ranks in [1, 2, 3, 4, 5, 7] {
+        on_ranks(ranks, |end| end, |_, transport| conform(transport));
+        let link = Link { alpha_s: 1e-4, bytes_per_s: 1e6 };
+        on_ranks(ranks, |end| Sim::new(end, link, 1e6).unwrap(), |_, transport| conform(transport));
     }
 }
 
+/// What differs in a plan differs in its fingerprint.
 #[test]
-fn nobody_passes_a_barrier_early() {
-    use std::sync::atomic::{AtomicUsize, Ordering};
-    let arrived = AtomicUsize::new(0);
-    for ranks in [2, 3, 5, 8] {
-        arrived.store(0, Ordering::SeqCst);
-        on_ranks(
-            ranks,
-            |end| end,
-            |rank, transport| {
-                std::thread::sleep(std::time::Duration::from_millis(3 * rank as u64));
-                arrived.fetch_add(1, Ordering::SeqCst);
-                transport.barrier().unwrap();
-                assert_eq!(arrived.load(Ordering::SeqCst), ranks, "rank {rank} of {ranks}");
-            },
-        );
-    }
-}
-
-#[test]
-fn groups_of_ranks_do_not_mix() {
-    on_ranks(
-        6,
-        |end| end,
-        |rank, transport| {
-            for members in
-                [vec![0, 2, 4], vec![5, 3, 1]].into_iter().filter(|members| members.contains(&rank))
-            {
-                let place = members.iter().position(|&member| member == rank).unwrap();
-                let mut group = Subgroup::new(transport, members.clone()).unwrap();
-                assert_eq!((group.rank(), group.ranks()), (place, 3));
-                let gathered = group.all_gather_v(&[rank as u8], &[1; 3]).unwrap();
-                assert_eq!(gathered, members.iter().map(|&member| member as u8).collect::<Vec<_>>());
-            }
-            for bad in [vec![], vec![(rank + 1) % 6], vec![rank, rank], vec![rank, 6]] {
-                assert!(matches!(
-                    Subgroup::new(transport, bad),
-                    Err(Error::Argument { argument: "members", .. })
-                ));
-            }
-        },
-    );
-}
-
-#[test]
-fn differing_configurations_are_named() {
-    let facts =
-        |rank: usize| Fingerprint::new().with("kv_heads", 8).with("the scale", if rank == 2 { 7 } else { 5 });
-    for (rank, result) in
-        on_ranks(4, |end| end, |rank, transport| facts(rank).agree(transport)).into_iter().enumerate()
-    {
-        let (peer, here, there) = if rank == 2 { (0, 7, 5) } else { (2, 5, 7) };
-        assert_eq!(result, Err(Error::Mismatch { rank, peer, what: "the scale", here, there }));
-    }
-    // Plans: what differs in a plan differs in its fingerprint.
+fn fingerprints_of_plans() {
     let spec = spec(4, 2, 32, Mask::Causal);
     let plan = |len, placement, mask| {
         let shards = Shards::new(sequences(&[(0, len)]), placement, 2).unwrap();
@@ -230,29 +146,4 @@ fn overlap_on_the_modelled_clock() {
             assert!((times.compute_s - (first_s + 3.0 * step_s)).abs() < 1e-9, "{at}");
         }
     }
-}
-
-#[test]
-fn what_an_exchange_refuses() {
-    on_ranks(
-        2,
-        |end| end,
-        |rank, transport| {
-            let tag = Tag::new(seq_parallel::transport::Operation::Barrier, 0);
-            for (to, from) in [(rank, 1 - rank), (1 - rank, rank), (2, 1 - rank)] {
-                let result = transport.exchange(tag, to, Buffer::new(0).into(), from, Buffer::new(0));
-                assert!(matches!(result, Err(Error::Argument { .. })), "{to}, {from}");
-            }
-            assert!(transport.all_gather_v(&[1], &[2, 2]).is_err());
-            assert!(transport.all_to_all_v(vec![], &[]).is_err());
-            assert!(transport.reduce_scatter(&[1.0], &[1, 1]).is_err());
-        },
-    );
-    on_ranks(
-        1,
-        |end| end,
-        |_, end| {
-            assert!(end.barrier().is_ok());
-        },
-    );
 }

@@ -1,0 +1,95 @@
+//! A ring one of whose ranks fails, and what every other rank has to say of it.
+
+use std::time::Duration;
+
+use attention::Mask;
+use half::bf16;
+
+use super::{Contents, sequences, spec};
+use crate::placement::{Placement, Shards};
+use crate::ring::{Direction, RingPlan};
+use crate::transport::{Failure, Faulty, Operation, Tag, Transport};
+use crate::{Error, Output, PeerFault};
+
+/// A rank of a ring, how it fails and when.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scenario {
+    /// The rank that fails.
+    pub culprit: usize,
+    /// How.
+    pub failure: Failure,
+    /// At which of its exchanges, from 0; a ring of P ranks has P − 1.
+    pub exchange: usize,
+    /// What goes round.
+    pub direction: Direction,
+}
+
+impl Scenario {
+    /// Every failure at the first, a middle and the last exchange of a ring of `ranks` ranks, with `deadline` for waits; culprits and
+    /// directions vary.
+    pub fn all(ranks: usize, deadline: Duration) -> Vec<Self> {
+        let failures =
+            [Failure::Dies, Failure::Stalls(4 * deadline), Failure::SendsGarbage, Failure::SendsTooLittle];
+        let mut exchanges = vec![0, (ranks - 1) / 2, ranks - 2];
+        exchanges.dedup();
+        let mut scenarios = Vec::new();
+        for failure in failures {
+            for &exchange in &exchanges {
+                let direction = if exchange % 2 == 1 { Direction::PassQ } else { Direction::PassKv };
+                scenarios.push(Scenario { culprit: (exchange + 2) % ranks, failure, exchange, direction });
+            }
+        }
+        scenarios
+    }
+
+    /// Runs one rank of the ring, then a barrier: who had all that it needed hears of a failure there. The end fails by this scenario
+    /// if it is the culprit's.
+    ///
+    /// # Errors
+    /// What the ring or the barrier returns.
+    pub fn run<X: Transport>(&self, transport: X) -> Result<Output, Error> {
+        // One that never fails is one whose turn never comes.
+        let exchange = if transport.rank() == self.culprit { self.exchange } else { usize::MAX };
+        self.ring(&mut Faulty::new(transport, self.failure, exchange))
+    }
+
+    /// As [`run`](Self::run) with an end that fails by itself or not at all.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn ring<X: Transport + ?Sized>(&self, transport: &mut X) -> Result<Output, Error> {
+        let (rank, ranks) = (transport.rank(), transport.ranks());
+        let contents = Contents::<bf16>::new(spec(4, 4, 16, Mask::Causal), sequences(&[(0, 16 * ranks)]), 1);
+        let shards = Shards::new(contents.sequences.clone(), Placement::Zigzag, ranks)?;
+        let rows = contents.rows(&shards.queries(rank), &shards.keys(rank));
+        let plan = RingPlan::new(contents.spec, shards)?.passing(self.direction);
+        let output = plan.run(rows.inputs(), transport)?;
+        transport.barrier().map(|()| output)
+    }
+
+    /// Checks what a rank that did not fail has to say, and gives the step that it names: all ranks name the same.
+    ///
+    /// # Panics
+    /// Unless it is an error that names the culprit, how it failed, and a step of the ring.
+    pub fn check_survivor(&self, rank: usize, result: &Result<Output, Error>) -> Tag {
+        let operation = match self.direction {
+            Direction::PassKv => Operation::PassKv,
+            Direction::PassQ => Operation::PassQ,
+        };
+        match result {
+            Err(Error::Peer { rank: reporter, peer, at, fault }) => {
+                assert_eq!((*reporter, *peer), (rank, self.culprit), "{self:?}: {result:?}");
+                let fits = match self.failure {
+                    Failure::Dies => *fault == PeerFault::Gone,
+                    Failure::Stalls(_) => matches!(fault, PeerFault::Stalled { .. }),
+                    Failure::SendsGarbage | Failure::SendsTooLittle => matches!(fault, PeerFault::Garbage(_)),
+                };
+                assert!(fits, "{self:?}, rank {rank}: {fault:?}");
+                assert_eq!(at.operation, operation, "{self:?}, rank {rank}");
+                *at
+            }
+            Err(other) => panic!("{self:?}, rank {rank}: {other}"),
+            Ok(_) => panic!("{self:?}, rank {rank} believes that all is well"),
+        }
+    }
+}
