@@ -3,5 +3,10 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    longkv_engine::cli::main(longkv_engine::ranks::open, true)
+    longkv_engine::cli::main(longkv_engine::cli::Host {
+        name: "engine",
+        open: longkv_engine::ranks::open,
+        ranks: 1,
+        speaks: true,
+    })
 }

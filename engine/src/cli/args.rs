@@ -7,10 +7,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::mode::{Method, Mode};
-use crate::ranks::Ranks;
-use crate::{Error, kv, linear, ranks};
+use crate::{kv, linear, ranks};
 
-use super::Failure;
+use super::{Failure, Host};
 
 /// What to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,7 +66,7 @@ const FLAGS: &[Flag] = &[
     Flag {
         name: "ranks",
         value: "P",
-        help: "ranks that share a prompt (default: 1)",
+        help: "ranks that share a prompt (default: 1; engine-mpi: its processes)",
         commands: &[Demo, Eval, Generate, Retrieval],
     },
     Flag {
@@ -147,21 +146,17 @@ const FLAGS: &[Flag] = &[
 /// Key of the one argument that stands without a flag: the file of `inspect`.
 pub(super) const FILE: &str = "FILE";
 
-/// Makes the ranks of a mode.
-pub type Open = fn(&Mode) -> Result<Box<dyn Ranks>, Error>;
-
 /// A parsed command line: the command and its flags, whose values are parsed when they are asked for.
 #[derive(Debug)]
 pub(super) struct Args {
     pub(super) command: Command,
-    /// Makes the ranks of a mode.
-    pub(super) open: Open,
+    pub(super) host: Host,
     values: BTreeMap<&'static str, OsString>,
 }
 
 impl Args {
     /// Parses a command line, the program's name first.
-    pub(super) fn parse(arguments: impl IntoIterator<Item = OsString>, open: Open) -> Result<Self, Failure> {
+    pub(super) fn parse(arguments: impl IntoIterator<Item = OsString>, host: Host) -> Result<Self, Failure> {
         use lexopt::Arg;
         let usage = |error: lexopt::Error| Failure::Usage(format!("{error} (see engine --help)"));
         let mut parser = lexopt::Parser::from_iter(arguments);
@@ -170,10 +165,10 @@ impl Args {
         while let Some(argument) = parser.next().map_err(usage)? {
             match argument {
                 Arg::Long("help") | Arg::Short('h') => {
-                    return Ok(Args { command: Command::Help, open, values });
+                    return Ok(Args { command: Command::Help, host, values });
                 }
                 Arg::Long("version") | Arg::Short('V') => {
-                    return Ok(Args { command: Command::Version, open, values });
+                    return Ok(Args { command: Command::Version, host, values });
                 }
                 Arg::Value(name) if command.is_none() && values.is_empty() => {
                     command = Some(Self::command(&name)?);
@@ -197,7 +192,7 @@ impl Args {
                 other => return Err(usage(other.unexpected())),
             }
         }
-        Ok(Args { command: command.unwrap_or(Demo), open, values })
+        Ok(Args { command: command.unwrap_or(Demo), host, values })
     }
 
     fn command(name: &OsString) -> Result<Command, Failure> {
@@ -262,8 +257,8 @@ fn name_of(command: Command) -> &'static str {
 }
 
 /// The help text.
-pub(super) fn help() -> String {
-    let mut text = String::from("A small Llama engine on the CPU.\n\nUsage: engine [COMMAND] [FLAGS]\n");
+pub(super) fn help(name: &str) -> String {
+    let mut text = format!("A small Llama engine on the CPU.\n\nUsage: {name} [COMMAND] [FLAGS]\n");
     for (name, command, help) in COMMANDS {
         let _ = write!(text, "\n  {name:<11} {help}\n");
         for flag in FLAGS.iter().filter(|flag| flag.commands.contains(command)) {

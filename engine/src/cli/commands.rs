@@ -12,7 +12,8 @@ use crate::{Error, Model, Session, kv, linear, ranks};
 use serde::Serialize;
 
 use super::Failure;
-use super::args::{Args, Open};
+use super::Host;
+use super::args::Args;
 use super::output::{self, OutFile};
 use super::progress::Progress;
 use super::traffic;
@@ -33,20 +34,20 @@ pub(super) struct Modes {
     pub(super) kv: Mode,
     linear: Mode,
     ranks: Mode,
-    open: Open,
+    host: Host,
 }
 
 impl Modes {
     pub(super) fn new(args: &Args, kv: Mode) -> Result<Self, Failure> {
         let linear = args.mode("weights", "dense")?;
-        let ranks = match args.count("ranks")?.unwrap_or(1) {
+        let ranks = match args.count("ranks")?.unwrap_or(args.host.ranks) {
             1 if args.text("sp")?.is_none() => "single".parse()?,
             count => format!("{},ranks={count}", args.text("sp")?.unwrap_or("auto")).parse()?,
         };
         kv::check(&kv)?;
         linear::check(&linear)?;
         ranks::check(&ranks)?;
-        Ok(Modes { kv, linear, ranks, open: args.open })
+        Ok(Modes { kv, linear, ranks, host: args.host })
     }
 
     /// Loads the model.
@@ -57,7 +58,7 @@ impl Modes {
 
     /// An empty sequence of up to `capacity` tokens.
     pub(super) fn session<'m>(&self, model: &'m Model, capacity: usize) -> Result<Session<'m>, Failure> {
-        Ok(Session::new(model, &self.kv, (self.open)(&self.ranks)?, capacity)?)
+        Ok(Session::new(model, &self.kv, (self.host.open)(&self.ranks)?, capacity)?)
     }
 }
 

@@ -12,8 +12,10 @@ mod traffic;
 use std::io::Write;
 use std::process::ExitCode;
 
-pub use args::Open;
 use args::{Args, Command};
+
+use crate::mode::Mode;
+use crate::ranks::Ranks;
 
 /// Why a command stopped.
 #[derive(Debug, thiserror::Error)]
@@ -32,11 +34,23 @@ enum Failure {
     Stdout(#[from] std::io::Error),
 }
 
-/// Runs the command line's command. `open` makes the ranks of a mode: [`ranks::open`](crate::ranks::open), or what a program has whose
-/// processes share prompts. All of them run the same command; only one `speaks` on standard output and writes files.
-pub fn main(open: Open, speaks: bool) -> ExitCode {
-    output::speak(speaks);
-    let failure = match Args::parse(std::env::args_os(), open).and_then(run) {
+/// What a program brings to the command line.
+#[derive(Debug, Clone, Copy)]
+pub struct Host {
+    /// Its name, for help.
+    pub name: &'static str,
+    /// Makes the ranks of a mode: [`ranks::open`](crate::ranks::open), or what a program has whose processes share prompts.
+    pub open: fn(&Mode) -> Result<Box<dyn Ranks>, crate::Error>,
+    /// How many ranks share a prompt where the command line does not say.
+    pub ranks: usize,
+    /// Whether this process writes: of several that run the same command, one writes to standard output and to files.
+    pub speaks: bool,
+}
+
+/// Runs the command line's command.
+pub fn main(host: Host) -> ExitCode {
+    output::speak(host.speaks);
+    let failure = match Args::parse(std::env::args_os(), host).and_then(run) {
         Ok(()) => return ExitCode::SUCCESS,
         Err(failure) => failure,
     };
@@ -45,7 +59,8 @@ pub fn main(open: Open, speaks: bool) -> ExitCode {
         Failure::Stdout(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return ExitCode::SUCCESS,
         _ => {}
     }
-    if !speaks {
+    // What one process refuses, all refuse, and one says so; what went wrong between them, each has its own view of.
+    if !host.speaks && !failure.is_between_ranks() {
         return ExitCode::from(2);
     }
     // One line, whatever a parser's message looks like.
@@ -59,6 +74,14 @@ pub fn main(open: Open, speaks: bool) -> ExitCode {
     }
 }
 
+impl Failure {
+    /// Whether it is a rank that failed another.
+    fn is_between_ranks(&self) -> bool {
+        use seq_parallel::Error::{Mismatch, Peer};
+        matches!(self, Failure::Engine(crate::Error::SeqParallel(error)) if matches!(**error, Mismatch { .. } | Peer { .. }))
+    }
+}
+
 fn run(args: Args) -> Result<(), Failure> {
     match args.command {
         Command::Demo => demo::run(&args),
@@ -68,7 +91,7 @@ fn run(args: Args) -> Result<(), Failure> {
         Command::Logits => commands::logits(&args),
         Command::Compress => compress::compress(&args),
         Command::Inspect => compress::inspect(&args),
-        Command::Help => output::print(&args::help()),
-        Command::Version => output::print(concat!("engine ", env!("CARGO_PKG_VERSION"), "\n")),
+        Command::Help => output::print(&args::help(args.host.name)),
+        Command::Version => output::print(&format!("{} {}\n", args.host.name, env!("CARGO_PKG_VERSION"))),
     }
 }

@@ -17,6 +17,11 @@ pub(super) fn speak(speaks: bool) {
     SPEAKS.store(speaks, Ordering::Relaxed);
 }
 
+/// Whether this process writes.
+pub(super) fn speaks() -> bool {
+    SPEAKS.load(Ordering::Relaxed)
+}
+
 /// Writes to standard output, at once.
 pub(super) fn print(text: &str) -> Result<(), Failure> {
     print_bytes(text.as_bytes())
@@ -24,7 +29,7 @@ pub(super) fn print(text: &str) -> Result<(), Failure> {
 
 /// As [`print`], for text whose characters may come in parts.
 pub(super) fn print_bytes(bytes: &[u8]) -> Result<(), Failure> {
-    if !SPEAKS.load(Ordering::Relaxed) {
+    if !speaks() {
         return Ok(());
     }
     let mut stdout = std::io::stdout().lock();
@@ -49,7 +54,7 @@ enum Target {
 impl OutFile {
     /// Checks that the path can be written; `None` stays `None`.
     pub(super) fn open(path: Option<PathBuf>) -> Result<Option<Self>, Failure> {
-        let Some(path) = path.filter(|_| SPEAKS.load(Ordering::Relaxed)) else { return Ok(None) };
+        let Some(path) = path.filter(|_| speaks()) else { return Ok(None) };
         let target = open(&path).map_err(|source| failure(&path, source))?;
         Ok(Some(OutFile { path, target }))
     }

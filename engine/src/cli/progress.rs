@@ -12,6 +12,9 @@ pub(super) struct Progress {
 impl Progress {
     /// A task that begins.
     pub(super) fn new(task: &str) -> Self {
+        if !super::output::speaks() {
+            return Progress { bar: None };
+        }
         if !std::io::stderr().is_terminal() {
             // A reader who left is no reason to stop.
             let _ = writeln!(std::io::stderr(), "{task} …");

@@ -81,6 +81,16 @@ impl Buffer {
         bytemuck::cast_slice_mut(&mut self.words)
     }
 
+    /// [`message`](Self::message) as words.
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// [`words`](Self::words), to be received into.
+    pub fn words_mut(&mut self) -> &mut [u64] {
+        &mut self.words
+    }
+
     /// Writes the frame. The payload must not change afterwards.
     pub fn seal(&mut self, tag: Tag, from: usize, stamp: f64) {
         let crc = u64::from(crc32fast::hash(self.bytes()));

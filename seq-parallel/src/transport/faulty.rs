@@ -33,6 +33,11 @@ impl<X: Transport> Faulty<X> {
     pub fn new(inner: X, failure: Failure, exchange: usize) -> Self {
         Faulty { inner, failure, left: exchange }
     }
+
+    /// The transport inside.
+    pub fn into_inner(self) -> X {
+        self.inner
+    }
 }
 
 impl<X: Transport> Transport for Faulty<X> {

@@ -1,0 +1,31 @@
+//! Ranks as processes of an MPI job: the transport of [`seq_parallel`] over a real MPI, and the engine on it.
+//!
+//! A package of its own, outside the workspace, because it needs an MPI with its headers (Debian: `libopenmpi-dev openmpi-bin`) and
+//! libclang to build. `mpirun -n 4 engine-mpi demo` is the engine's demo with every prompt shared by four processes.
+//!
+//! # Example
+//!
+//! ```no_run
+//! use seq_parallel::transport::Transport;
+//! use seq_parallel_mpi::Mpi;
+//! # fn main() -> Result<(), seq_parallel::Error> {
+//! let mut end = Mpi::start()?; // MPI_Init; once in a process
+//! let sum = end.reduce_scatter(&vec![1.0; end.ranks()], &vec![1; end.ranks()])?;
+//! assert_eq!(sum, [end.ranks() as f32]);
+//! end.close() // MPI_Finalize
+//! # }
+//! ```
+//!
+//! # Faults
+//!
+//! As every transport, this one makes every surviving rank return an error that names the rank that failed, and the step, within the
+//! deadline. Plain `mpirun` kills all processes as soon as one dies, before they can say anything; `mpirun --enable-recovery` lets them.
+//! A process that is gone is noticed at once on its own host, by the process table, elsewhere at the deadline. After a fault the job is
+//! over: a process should exit, which it can do without `MPI_Finalize`, that would wait for the dead.
+
+mod alive;
+mod calls;
+mod notice;
+mod transport;
+
+pub use transport::Mpi;
