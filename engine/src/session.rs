@@ -4,7 +4,7 @@ use ndarray::{Array1, Axis};
 
 use crate::kv::{self, KvCache, KvMemory, KvTraffic};
 use crate::mode::Mode;
-use crate::ranks::Ranks;
+use crate::ranks::{Choice, Ranks};
 use crate::{Error, Model};
 
 /// A sequence that grows: a prompt at once, then token by token.
@@ -64,6 +64,11 @@ impl<'m> Session<'m> {
     /// What the KV cache moves between the memories; `None` if it is wholly on the device.
     pub fn traffic(&self) -> Option<KvTraffic> {
         self.kv.traffic()
+    }
+
+    /// How the longest prompt so far was shared, where the ranks had to choose.
+    pub fn choice(&self) -> Option<&Choice> {
+        self.ranks.choice()
     }
 
     /// The KV cache, for whoever wants to damage it.

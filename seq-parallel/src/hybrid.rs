@@ -10,7 +10,7 @@ use attention::{AttentionSpec, Element};
 
 use crate::fingerprint::Fingerprint;
 use crate::placement::{Segment, Shards, cut, join};
-use crate::ring::{Inputs, RingPlan};
+use crate::ring::{Direction, Inputs, RingPlan};
 use crate::transport::{Subgroup, Transport};
 use crate::ulysses::{HeadRows, Members, local_heads, local_spec};
 use crate::{Error, Output};
@@ -21,10 +21,11 @@ pub struct HybridPlan {
     spec: AttentionSpec,
     groups: Shards,
     ulysses: usize,
+    direction: Direction,
 }
 
 impl HybridPlan {
-    /// A ring over as many groups as `groups` has ranks, each of `ulysses` ranks.
+    /// A ring over as many groups as `groups` has ranks, each of `ulysses` ranks, that passes keys and values.
     ///
     /// # Errors
     /// As [`local_heads`]; [`Error::Attention`] for a window of 0 keys.
@@ -34,7 +35,12 @@ impl HybridPlan {
             return Err(Error::argument("ulysses", "at least 1 rank", 0));
         }
         local_heads(&spec.shape, ulysses, 0)?;
-        Ok(HybridPlan { spec, groups, ulysses })
+        Ok(HybridPlan { spec, groups, ulysses, direction: Direction::PassKv })
+    }
+
+    /// The same with this going round.
+    pub fn passing(self, direction: Direction) -> Self {
+        HybridPlan { direction, ..self }
     }
 
     /// How many ranks in all.
@@ -75,13 +81,14 @@ impl HybridPlan {
     fn ring(&self, place: usize) -> Result<RingPlan, Error> {
         let spec = local_spec(&self.spec, &local_heads(&self.spec.shape, self.ulysses, place)?)?;
         let keys = (0..self.groups.ranks()).map(|group| join(self.members(group).keys)).collect();
-        RingPlan::with_keys(spec, self.groups.clone(), Some(keys))
+        Ok(RingPlan::with_keys(spec, self.groups.clone(), Some(keys))?.passing(self.direction))
     }
 
     /// What every rank must agree on, for [`Fingerprint::agree`].
     pub fn fingerprint<Q: Element, T: Element>(&self) -> Fingerprint {
         Fingerprint::of_attention(&self.spec, &self.groups)
             .with("the ranks of a group", self.ulysses as u64)
+            .with("the direction", self.direction as u64)
             .with("the type of queries", Q::DTYPE as u64)
             .with("the type of keys and values", T::DTYPE as u64)
     }

@@ -22,6 +22,7 @@
 //! | [`fingerprint`] | what ranks must agree on before they start |
 //! | [`cpu`] | a list of tiles in f32 |
 //! | [`mod@reference`] | the oracle |
+//! | `gpu` (feature `cuda`; NCCL with feature `nccl`) | messages in device memory: ranks on one GPU, or over NCCL |
 //! | `testing` (feature `testing`) | the suite that every transport passes |
 //! | [`Error`], [`PeerFault`] | what a caller can get wrong, and how another rank can fail |
 //!
@@ -62,6 +63,8 @@ pub mod cost_model;
 pub mod cpu;
 mod error;
 pub mod fingerprint;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 pub mod hybrid;
 pub mod megatron;
 pub mod placement;

@@ -4,8 +4,8 @@
 //! decides is the length of the segment.
 
 use crate::Error;
-use crate::cost_model::corrected::{self, Rates};
-use crate::cost_model::{Cluster, Layer, Scheme, paper};
+use crate::cost_model::corrected::{self, Rates, Seconds};
+use crate::cost_model::{Cluster, Layer, Profile, Scheme, paper};
 
 /// A scheme for each stage, and what a layer takes with it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -84,6 +84,51 @@ pub fn fastest(
         .first()
         .copied()
         .ok_or_else(|| Error::argument("region", "a region that some scheme fits", cluster.region))
+}
+
+/// How a prompt over replicas of the whole model is shared: Ulysses in groups of ranks, a ring over the groups.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Degrees {
+    /// Ranks of a group.
+    pub ulysses: usize,
+    /// Groups, which are the members of a ring.
+    pub ring: usize,
+    /// Estimated seconds of a layer's attention stage, or why heads cannot be dealt to such groups.
+    pub estimate: Result<Seconds, Error>,
+}
+
+/// Estimates every pair of degrees u · r = `ranks` by the corrected model, for a prompt of `tokens` tokens: the fastest first, those that
+/// cannot be last.
+///
+/// Every rank has all weights, so there is nothing for Megatron to split, and the MLP takes the same with all of them. What fits a node of
+/// the profile uses its links, what does not the network.
+///
+/// # Errors
+/// [`Error::Argument`] for no ranks.
+pub fn degrees(layer: &Layer, profile: &Profile, ranks: usize, tokens: usize) -> Result<Vec<Degrees>, Error> {
+    if ranks == 0 {
+        return Err(Error::argument("ranks", "at least 1", 0));
+    }
+    let estimate = |ulysses: usize| -> Result<Seconds, Error> {
+        let cluster = Cluster { nodes: ranks / ulysses, gpus: ulysses, region: 1 };
+        cluster.check()?;
+        deal(Scheme::Ulysses, layer, &cluster)?;
+        let link = |fits| if fits { profile.rates.intra } else { profile.rates.inter };
+        let rates = Rates {
+            intra: link(ulysses <= profile.node),
+            inter: link(ranks <= profile.node),
+            ..profile.rates
+        };
+        let s = tokens as f64 / ranks as f64;
+        Ok(corrected::attention(Scheme::Ulysses, layer, &cluster, &rates, s, 0.0))
+    };
+    let divisors = (1..=ranks).filter(|ulysses| ranks.is_multiple_of(*ulysses));
+    let mut all: Vec<Degrees> = divisors
+        .map(|ulysses| Degrees { ulysses, ring: ranks / ulysses, estimate: estimate(ulysses) })
+        .collect();
+    let seconds = |degrees: &Degrees| degrees.estimate.as_ref().map_or(f64::INFINITY, Seconds::total);
+    all.sort_by(|a, b| seconds(a).total_cmp(&seconds(b)));
+    Ok(all)
 }
 
 fn deal(attention: Scheme, layer: &Layer, cluster: &Cluster) -> Result<(), Error> {

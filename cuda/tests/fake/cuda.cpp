@@ -2,6 +2,7 @@
 // the test reads. Calls can be told to fail with a code.
 //
 // Handles carry their context, so that a call with the wrong context current fails as it would on a GPU.
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -19,6 +20,7 @@ enum : Result {
     INVALID_VALUE = 1,
     INVALID_CONTEXT = 201,
     INVALID_HANDLE = 400,
+    NOT_READY = 600,
     CAPTURE_UNSUPPORTED = 900,
     CAPTURE_INVALIDATED = 901,
 };
@@ -55,6 +57,8 @@ static std::map<std::string, Result> failures;
 static std::vector<size_t> parameter_sizes = {8, 8, 4};
 static Context contexts[2] = {{0}, {1}};
 static thread_local Context* current = nullptr;
+// While set, nothing that was enqueued ever becomes complete.
+static std::atomic<bool> stuck;
 
 static void note(const std::string& line) {
     std::lock_guard<std::mutex> lock(mutex);
@@ -123,6 +127,7 @@ void fake_fail(const char* call, Result code) {
     else
         failures.erase(call);
 }
+void fake_stuck(unsigned value) { stuck = value != 0; }
 void fake_parameters(const size_t* sizes, size_t count) {
     std::lock_guard<std::mutex> lock(mutex);
     parameter_sizes.assign(sizes, sizes + count);
@@ -311,6 +316,13 @@ Result cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, Stream* stream
     return enqueue(stream, "cuMemcpyDtoHAsync " + number(bytes));
 }
 
+Result cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, Stream* stream) {
+    TRY("cuMemcpyDtoDAsync");
+    if (bytes == 0) return INVALID_VALUE;
+    memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
+    return enqueue(stream, "cuMemcpyDtoDAsync " + number(bytes));
+}
+
 // ---- pinned memory: the device sees it 2^40 further up ----
 
 static const Address SHIFT = Address(1) << 40;
@@ -375,6 +387,10 @@ Result cuEventRecord(Event* event, Stream*) {
     IN_CONTEXT(event->context);
     event->recorded = true;
     return OK;
+}
+Result cuEventQuery(Event*) {
+    TRY("cuEventQuery");
+    return stuck ? NOT_READY : OK;
 }
 Result cuEventSynchronize(Event*) {
     TRY("cuEventSynchronize");

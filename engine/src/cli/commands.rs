@@ -62,6 +62,11 @@ impl Modes {
     }
 }
 
+/// How prompts were shared and why, after an empty line; nothing where nobody had to choose.
+pub(super) fn sharing(session: &Session<'_>) -> String {
+    session.choice().map_or_else(String::new, |choice| format!("\n{choice}"))
+}
+
 /// Reads a text that is not empty.
 pub(super) fn read_text(path: &Path) -> Result<Vec<u8>, Failure> {
     let text = std::fs::read(path).map_err(|source| Error::Read { path: path.to_path_buf(), source })?;
@@ -120,6 +125,7 @@ pub(super) fn eval(args: &Args) -> Result<(), Failure> {
         report.prefill_tokens_per_s,
         report.decode_tokens_per_s,
     ))?;
+    output::print(&sharing(&session))?;
     output::print(&traffic::report(&model))
 }
 
@@ -150,6 +156,7 @@ pub(super) fn generate(args: &Args) -> Result<(), Failure> {
     })?;
     output::print_bytes(&stream.finish()?)?;
     output::print("\n")?;
+    output::print(&sharing(&session))?;
     output::print(&traffic::report(&model))
 }
 

@@ -10,7 +10,7 @@ use crate::{Error, Model, kv};
 
 use super::Failure;
 use super::args::Args;
-use super::commands::{BUNDLED, DOCUMENTS, Modes, RETRIEVAL_CONTEXT, WINDOWS, read_text};
+use super::commands::{self, BUNDLED, DOCUMENTS, Modes, RETRIEVAL_CONTEXT, WINDOWS, read_text};
 use super::output;
 use super::progress::Progress;
 use super::table::{Row, table};
@@ -67,12 +67,16 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let retrieval_context = RETRIEVAL_CONTEXT.min(model.config().max_positions);
     let questions = Questions::plant(&tokenizer, retrieval_context, DOCUMENTS, 0)?;
     let mut rows: Vec<Row> = Vec::new();
+    let mut shared = commands::sharing(&session);
     for (mode, _) in modes {
         let name = mode.kv.to_string();
         let report = {
             let mut session = mode.session(&model, windows.context)?;
             let progress = Progress::new(&format!("{name}: perplexity"));
-            eval::evaluate(&mut session, &name, &text, windows, |done, all| progress.update(done, all))?
+            let report =
+                eval::evaluate(&mut session, &name, &text, windows, |done, all| progress.update(done, all))?;
+            shared = commands::sharing(&session);
+            report
         };
         // Where the first mode, dense, fails, the others are not asked.
         let retrieval = match rows.first() {
@@ -88,6 +92,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         rows.push(Row { report, retrieval });
     }
     output::print(&table(&rows, windows.count)?)?;
+    output::print(&shared)?;
     output::print(&traffic::report(&model))
 }
 

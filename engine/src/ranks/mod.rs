@@ -4,6 +4,7 @@
 //! that share a prompt, or processes on other machines; afterwards the whole prompt's keys and values are in the KV cache
 //! of the rank that decodes ([`KvCache::append`] takes what other ranks computed).
 
+mod choice;
 mod shared;
 mod single;
 mod threads;
@@ -13,6 +14,7 @@ use ndarray::Array1;
 use crate::kv::KvCache;
 use crate::mode::{Method, Mode};
 use crate::{Error, Model};
+pub use choice::Choice;
 pub use shared::{Scheme, Sharing, prefill_shared};
 pub use single::Single;
 pub use threads::Threads;
@@ -26,7 +28,11 @@ pub const METHODS: &[Method] = &[
         options: &["ranks"],
         with: &[],
     },
-    sharing("auto", "heads dealt as far as they go, a ring over what is left", &["ranks", "placement"]),
+    sharing(
+        "auto",
+        "what the cost model finds fastest (profile=host, h100, h100-100g or a100), and says why",
+        &["ranks", "placement", "profile"],
+    ),
     sharing("ring", "ring attention (placement=zigzag, contiguous or striped)", &["ranks", "placement"]),
     sharing("ulysses", "heads dealt to all ranks", &["ranks", "placement"]),
     sharing(
@@ -51,6 +57,11 @@ pub trait Ranks: Send {
     /// # Errors
     /// An empty prompt, tokens out of range, or a sequence over the model's maximum.
     fn prefill(&mut self, model: &Model, tokens: &[u32], kv: &mut dyn KvCache) -> Result<Array1<f32>, Error>;
+
+    /// How the longest prompt so far was shared, where that was theirs to choose.
+    fn choice(&self) -> Option<&Choice> {
+        None
+    }
 }
 
 /// Makes the ranks of a mode: as many threads of this process as its option `ranks` says.
@@ -76,5 +87,14 @@ pub fn check(mode: &Mode) -> Result<(), Error> {
             found => Err(mode.refuse(format!("ranks: single is one rank, not {found}"))),
         },
         _ => Sharing::new(mode).map(drop),
+    }
+}
+
+/// Keeps the choice of the longest prompt.
+pub fn remember(kept: &mut Option<Choice>, choice: Option<Choice>) {
+    if let Some(choice) = choice
+        && kept.as_ref().is_none_or(|kept| kept.tokens() < choice.tokens())
+    {
+        *kept = Some(choice);
     }
 }

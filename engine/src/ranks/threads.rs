@@ -3,19 +3,20 @@
 use ndarray::Array1;
 use seq_parallel::transport::local;
 
-use super::{Ranks, Sharing, Single, prefill_shared};
+use super::{Choice, Ranks, Sharing, Single, prefill_shared};
 use crate::kv::KvCache;
 use crate::{Error, Model};
 
 /// Threads that share a prompt.
 pub struct Threads {
     sharing: Sharing,
+    choice: Option<Choice>,
 }
 
 impl Threads {
     /// As many threads as the sharing has ranks; they live as long as a prompt.
     pub fn new(sharing: Sharing) -> Self {
-        Threads { sharing }
+        Threads { sharing, choice: None }
     }
 }
 
@@ -29,11 +30,16 @@ impl Ranks for Threads {
         if !kv.is_empty() {
             return Single.prefill(model, tokens, kv);
         }
+        super::remember(&mut self.choice, self.sharing.choose(model.config(), tokens.len())?);
         let (sharing, stored) = (&self.sharing, kv.stored());
         let mut results =
             local::run(self.count(), |mut end| prefill_shared(model, sharing, tokens, stored, &mut end))?;
         // All ranks have it all; the first hands it to the cache. What one rank refused, every rank did.
         let prompt = results.swap_remove(0)?;
         prompt.append_to(model, kv)
+    }
+
+    fn choice(&self) -> Option<&Choice> {
+        self.choice.as_ref()
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use longkv_engine::cli::{self, Host};
 use longkv_engine::kv::KvCache;
 use longkv_engine::mode::Mode;
-use longkv_engine::ranks::{self, Ranks, Sharing, Single, prefill_shared};
+use longkv_engine::ranks::{self, Choice, Ranks, Sharing, Single, prefill_shared};
 use longkv_engine::{Error, Model};
 use seq_parallel::transport::Transport;
 use seq_parallel_mpi::Mpi;
@@ -63,12 +63,13 @@ fn open(mode: &Mode) -> Result<Box<dyn Ranks>, Error> {
         let reason = format!("ranks: this job has {count} processes, not {}", sharing.ranks());
         return Err(Error::Mode { mode: mode.to_string(), reason });
     }
-    Ok(Box::new(Processes { sharing }))
+    Ok(Box::new(Processes { sharing, choice: None }))
 }
 
 /// Processes that share a prompt; each has the model, and all keys and values afterwards.
 struct Processes {
     sharing: Sharing,
+    choice: Option<Choice>,
 }
 
 impl Ranks for Processes {
@@ -86,9 +87,14 @@ impl Ranks for Processes {
         let mut end = end();
         match end.as_mut() {
             Some(end) if kv.is_empty() => {
+                ranks::remember(&mut self.choice, self.sharing.choose(model.config(), tokens.len())?);
                 prefill_shared(model, &self.sharing, tokens, kv.stored(), end)?.append_to(model, kv)
             }
             _ => Single.prefill(model, tokens, kv),
         }
+    }
+
+    fn choice(&self) -> Option<&Choice> {
+        self.choice.as_ref()
     }
 }

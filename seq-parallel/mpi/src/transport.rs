@@ -162,7 +162,7 @@ impl Mpi {
     }
 
     /// The fault that the ranks agree on, if any has found one.
-    fn check(&mut self) -> Result<(), Error> {
+    fn hear(&mut self) -> Result<(), Error> {
         self.listen()?;
         if self.fault.is_none() && !self.found.is_empty() {
             let settled = Instant::now() + SETTLING.min(self.deadline / 8);
@@ -183,7 +183,7 @@ impl Mpi {
     fn fail(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error {
         self.tell(&Notice::Fault { from: self.rank, peer, at, fault: fault.clone() });
         self.found.push((self.rank, Fault { peer, at, fault: fault.clone() }));
-        self.check().err().unwrap_or(Error::Peer { rank: self.rank, peer, at, fault })
+        self.hear().err().unwrap_or(Error::Peer { rank: self.rank, peer, at, fault })
     }
 
     /// Tests a request until it is done, which `peer` has to bring about. Gives the words that came.
@@ -192,7 +192,7 @@ impl Mpi {
         let (mut turns, mut told) = (0u32, false);
         let (mut looked, mut missed) = (start, None);
         loop {
-            self.check()?;
+            self.hear()?;
             match request.test() {
                 Ok(None) => {}
                 Ok(Some(words)) => {
@@ -297,7 +297,7 @@ impl Transport for Mpi {
         mut recv: Buffer,
     ) -> Result<Ticket, Error> {
         transport::check_ends(self.rank, self.ranks, to, from)?;
-        self.check()?;
+        self.hear()?;
         // SAFETY: the words are on the heap, where they stay while `recv` moves into `pending`; nobody reaches them there, and they
         // leave it when the request is done or are leaked.
         let receiving = unsafe { self.data.receive(recv.words_mut(), from, number(tag)) }?;
@@ -333,6 +333,17 @@ impl Transport for Mpi {
     fn abort(&mut self, at: Tag, reason: &str) {
         if self.fault.is_none() {
             self.fail(self.rank, at, PeerFault::Aborted(reason.into()));
+        }
+    }
+
+    fn check(&mut self) -> Result<(), Error> {
+        self.hear()
+    }
+
+    fn accuse(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error {
+        match self.hear() {
+            Ok(()) => self.fail(peer, at, fault),
+            Err(known) => known,
         }
     }
 

@@ -41,7 +41,9 @@ fn four_processes_give_the_logits_of_one_rank() {
             ];
             for (step, (found, expected)) in found.iter().zip(&expected).enumerate() {
                 let off = (found - expected).mapv(f32::abs).fold(0.0, |a: f32, b| a.max(*b));
-                assert!(off <= 1e-4, "{sharing}, rank {}, step {step}: off by {off}", end.rank());
+                // A ring sums in another order.
+                let tolerance = if sharing.starts_with("ulysses") { 0.0 } else { 2e-5 };
+                assert!(off <= tolerance, "{sharing}, rank {}, step {step}: off by {off}", end.rank());
             }
         }
         end.close().unwrap();
@@ -76,7 +78,9 @@ fn processes_generate_what_one_generates() {
         let arguments = [&arguments[..], &["--sp", sharing]].concat();
         let (success, stdout, stderr) = engine(ranks, &[], &arguments, &[]).unwrap();
         assert!(success, "{ranks} ranks: {stderr}");
-        assert!(stdout.ends_with(&alone), "{ranks} ranks: {stdout}");
+        assert!(stdout.starts_with(alone.trim_end()), "{ranks} ranks: {stdout}");
+        let why = stdout.contains("Sharing") && stdout.contains("chosen");
+        assert_eq!(why, sharing == "auto", "{ranks} ranks: {stdout}");
     }
 }
 

@@ -71,6 +71,12 @@ impl Transport for Signalled {
     fn abort(&mut self, at: Tag, reason: &str) {
         self.inner.abort(at, reason);
     }
+    fn check(&mut self) -> Result<(), Error> {
+        self.inner.check()
+    }
+    fn accuse(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error {
+        self.inner.accuse(peer, at, fault)
+    }
     fn traffic(&self) -> Traffic {
         self.inner.traffic()
     }
@@ -110,9 +116,9 @@ fn scenario(test: &str, scenario: Scenario, fails_by: Option<&'static str>) {
         let begin = Instant::now();
         let result = match fails_by {
             Some(signal) if rank == culprit => {
-                let wakes = format!("sleep 4; kill -CONT {}", std::process::id());
+                let wakes = format!("(sleep 4; kill -CONT {}) >/dev/null 2>&1 &", std::process::id());
                 if signal == "-STOP" {
-                    Command::new("sh").args(["-c", &wakes]).spawn().unwrap();
+                    Command::new("sh").args(["-c", &wakes]).status().unwrap();
                 }
                 scenario.ring(&mut Signalled { inner: end, signal, left: scenario.exchange })
             }

@@ -6,6 +6,9 @@
 
 pub mod corrected;
 pub mod paper;
+mod profile;
+
+pub use profile::Profile;
 
 use crate::Error;
 

@@ -15,6 +15,15 @@ pub enum Direction {
     PassQ,
 }
 
+impl std::fmt::Display for Direction {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Direction::PassKv => "pass-KV",
+            Direction::PassQ => "pass-Q",
+        })
+    }
+}
+
 /// What the choice depends on besides lengths.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rates {

@@ -262,10 +262,12 @@ fn hybrids(transport: &mut dyn Transport) {
     let contents = Contents::<bf16>::new(spec(2 * ranks, ranks, 8, Mask::Causal), sequences(&lens), 3);
     let dealt =
         |group: &usize| ranks.is_multiple_of(*group) && local_heads(&contents.spec.shape, *group, 0).is_ok();
-    for group in (1..=ranks).filter(dealt) {
-        let case = format!("groups of {group}, rank {rank} of {ranks}");
+    let directions = [Direction::PassKv, Direction::PassQ];
+    let groups = (1..=ranks).filter(dealt);
+    for (group, direction) in groups.flat_map(|group| directions.map(|direction| (group, direction))) {
+        let case = format!("groups of {group}, {direction:?}, rank {rank} of {ranks}");
         let groups = Shards::new(contents.sequences.clone(), Placement::Zigzag, ranks / group).unwrap();
-        let plan = HybridPlan::new(contents.spec, groups, group).unwrap();
+        let plan = HybridPlan::new(contents.spec, groups, group).unwrap().passing(direction);
         plan.fingerprint::<bf16, bf16>().agree(transport).unwrap();
         let rows = contents.rows(&plan.queries(rank), &plan.keys(rank));
         let before = transport.traffic().sent;

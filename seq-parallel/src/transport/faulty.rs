@@ -94,6 +94,14 @@ impl<X: Transport> Transport for Faulty<X> {
         self.inner.abort(at, reason);
     }
 
+    fn check(&mut self) -> Result<(), Error> {
+        self.inner.check()
+    }
+
+    fn accuse(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error {
+        self.inner.accuse(peer, at, fault)
+    }
+
     fn traffic(&self) -> Traffic {
         self.inner.traffic()
     }

@@ -303,6 +303,17 @@ impl Transport for Local {
         self.fail(&mut state, self.rank, at, PeerFault::Aborted(reason.into()));
     }
 
+    fn check(&mut self) -> Result<(), Error> {
+        let state = self.shared.lock();
+        // Where a rank is, between operations, is the barrier that it has not come to.
+        self.fault(&state, Tag::new(super::Operation::Barrier, 0)).map_or(Ok(()), Err)
+    }
+
+    fn accuse(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error {
+        let mut state = self.shared.lock();
+        self.fail(&mut state, peer, at, fault)
+    }
+
     fn traffic(&self) -> Traffic {
         self.traffic
     }

@@ -160,6 +160,15 @@ pub trait Transport: Send {
     /// Tells every other rank that this one gives up, and why. The transport is spent afterwards.
     fn abort(&mut self, at: Tag, reason: &str);
 
+    /// Hears whether a rank has failed, without waiting: for whoever waits for something else meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Peer`] when one has.
+    fn check(&mut self) -> Result<(), Error>;
+
+    /// Makes it known to all that rank `peer` has failed, unless a failure is known already, and gives the known one.
+    fn accuse(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error;
+
     /// Bytes and messages so far.
     fn traffic(&self) -> Traffic;
 

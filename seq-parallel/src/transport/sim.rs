@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Buffer, Tag, Ticket, Traffic, Transport};
-use crate::Error;
+use crate::{Error, PeerFault};
 
 /// A link in one direction.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -135,6 +135,14 @@ impl<X: Transport> Transport for Sim<X> {
 
     fn abort(&mut self, at: Tag, reason: &str) {
         self.inner.abort(at, reason);
+    }
+
+    fn check(&mut self) -> Result<(), Error> {
+        self.inner.check()
+    }
+
+    fn accuse(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error {
+        self.inner.accuse(peer, at, fault)
     }
 
     fn traffic(&self) -> Traffic {

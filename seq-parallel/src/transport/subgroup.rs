@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Buffer, Tag, Ticket, Traffic, Transport};
-use crate::Error;
+use crate::{Error, PeerFault};
 
 /// A group of some of a transport's ranks, numbered in the order given. Errors name ranks of the transport, not of the group.
 #[derive(Debug)]
@@ -72,6 +72,14 @@ impl<X: Transport + ?Sized> Transport for Subgroup<'_, X> {
 
     fn abort(&mut self, at: Tag, reason: &str) {
         self.inner.abort(at, reason);
+    }
+
+    fn check(&mut self) -> Result<(), Error> {
+        self.inner.check()
+    }
+
+    fn accuse(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error {
+        self.inner.accuse(self.members[peer], at, fault)
     }
 
     fn traffic(&self) -> Traffic {
