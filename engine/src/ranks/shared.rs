@@ -87,13 +87,13 @@ impl Sharing {
         self.ranks
     }
 
-    /// What the cost model chooses for a prompt, if it is asked.
+    /// What the cost model chooses for a prompt, if it is asked and there are several ranks.
     ///
     /// # Errors
     /// [`Error::SeqParallel`], which no sharing that was made brings about.
     pub fn choose(&self, config: &Config, tokens: usize) -> Result<Option<Choice>, Error> {
         match self.scheme {
-            Scheme::Auto => Choice::new(config, self.profile, self.ranks, tokens).map(Some),
+            Scheme::Auto if self.ranks > 1 => Choice::new(config, self.profile, self.ranks, tokens).map(Some),
             _ => Ok(None),
         }
     }

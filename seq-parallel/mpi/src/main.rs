@@ -63,6 +63,9 @@ fn open(mode: &Mode) -> Result<Box<dyn Ranks>, Error> {
         let reason = format!("ranks: this job has {count} processes, not {}", sharing.ranks());
         return Err(Error::Mode { mode: mode.to_string(), reason });
     }
+    if count == 1 {
+        return Ok(Box::new(Single));
+    }
     Ok(Box::new(Processes { sharing, choice: None }))
 }
 
