@@ -41,7 +41,7 @@ pub(super) const IN_PROGRESS: c_int = 7;
 /// `ncclUint8`.
 const UINT8: c_int = 1;
 
-/// The library. What it says is an error code; [`Library::check`] makes an error of it.
+/// The library, loaded.
 pub struct Library {
     get_version: unsafe extern "C" fn(*mut c_int) -> c_int,
     get_unique_id: unsafe extern "C" fn(*mut UniqueId) -> c_int,
@@ -69,7 +69,7 @@ impl Library {
     /// Loads the library: what the environment variable [`VARIABLE`] names, else `libnccl.so.2`.
     ///
     /// # Errors
-    /// [`Error::Library`] where there is none, or it lacks a function (NCCL before 2.14) .
+    /// [`Error::Library`] where there is none, or it lacks a function (NCCL before 2.14).
     pub fn open() -> Result<Arc<Self>, Error> {
         let name = std::env::var_os(VARIABLE).unwrap_or_else(|| "libnccl.so.2".into());
         let missing = |call: &'static str| {
