@@ -15,6 +15,8 @@ pub enum FaultCode {
     BadIndex = 4,
     /// A work range or an offset array is not ascending, or ends outside its array.
     BadRange = 5,
+    /// What a row was given was made for an earlier state of it.
+    Stale = 6,
 }
 
 /// A row whose values in (device) memory make no sense: it was skipped, its output is 0 and its LSE -inf.

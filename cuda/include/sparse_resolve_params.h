@@ -16,8 +16,8 @@ struct SparseResolveParams {
     uint32_t buckets;
     /* Entries of the hash table over the selection: a power of two, at least twice max_selected. */
     uint32_t hash_entries;
-    /* Explicit padding, always 0. */
-    uint32_t _pad;
+    /* 1 where pages are fetched ahead between steps: nothing ages, and pages that find no slot stay away. */
+    uint32_t prefetch;
 };
 
 /* A page that was not resident, and the slot it got. */
@@ -34,6 +34,8 @@ struct SparseMiss {
 
 /* Counts of a row since the caller last cleared them. */
 struct SparseCounts {
+    /* Steps over a selection. */
+    uint64_t steps;
     /* Pages selected. */
     uint64_t selected;
     /* Of these, resident. */
@@ -42,6 +44,12 @@ struct SparseCounts {
     uint64_t misses;
     /* Pages that lost their slot. */
     uint64_t evicted;
+    /* Pages fetched before they were selected. */
+    uint64_t prefetched;
+    /* Pages written to host memory. */
+    uint64_t written;
+    /* Explicit padding, always 0. */
+    uint64_t _pad;
 };
 
 #endif

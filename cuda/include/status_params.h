@@ -17,7 +17,9 @@ enum FaultCode {
     /* A row, slot or head index lies outside its array. */
     FAULT_BAD_INDEX = 4,
     /* A work range or an offset array is not ascending, or ends outside its array. */
-    FAULT_BAD_RANGE = 5
+    FAULT_BAD_RANGE = 5,
+    /* What a row was given was made for an earlier state of it. */
+    FAULT_STALE = 6
 };
 
 #endif

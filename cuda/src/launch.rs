@@ -198,7 +198,7 @@ pub trait Device {
 /// A loaded kernel.
 pub trait Function: Clone {
     /// What a launch is enqueued on: a CUDA stream, or the emulator's queue.
-    type Queue: ?Sized;
+    type Queue: crate::fork::Queue + ?Sized;
 
     /// The instance this was loaded from.
     fn instance(&self) -> &Instance;

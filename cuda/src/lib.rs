@@ -71,6 +71,7 @@ pub mod digest;
 #[cfg_attr(docsrs, doc(cfg(feature = "driver")))]
 pub mod driver;
 mod error;
+pub mod fork;
 pub mod kernels;
 pub mod launch;
 pub mod memory;

@@ -38,6 +38,7 @@ impl Fault {
             params::FAULT_BAD_SPLITS => "it has more splits than the plan's maximum",
             params::FAULT_BAD_INDEX => "an index lies outside its array",
             params::FAULT_BAD_RANGE => "its range is not ascending or ends outside its array",
+            params::FAULT_STALE => "it was given something that was made for an earlier state of it",
             _ => "a fault of unknown code",
         }
     }
@@ -125,6 +126,7 @@ mod tests {
             params::FAULT_BAD_SPLITS,
             params::FAULT_BAD_INDEX,
             params::FAULT_BAD_RANGE,
+            params::FAULT_STALE,
         ];
         let words: std::collections::BTreeSet<_> =
             codes.iter().map(|&code| Fault { code, index: 1 }.meaning()).collect();

@@ -105,6 +105,18 @@ impl Layout {
         Ok(region)
     }
 
+    /// Room for another layout as a whole, its counters included: the buffer is that layout's workspace.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the workspace would exceed the address space.
+    pub fn nest(&mut self, inner: &Layout) -> Result<Region<u8>, Error> {
+        let region = self.scratch::<u8>(inner.bytes)?;
+        let shifted =
+            inner.counters.iter().map(|range| range.start + region.offset..range.end + region.offset);
+        self.counters.extend(shifted);
+        Ok(region)
+    }
+
     /// A buffer of this layout in a workspace, for reading.
     ///
     /// # Errors
@@ -338,6 +350,21 @@ mod tests {
             assert!(layout.scratch::<f32>(len).is_err(), "{len}");
             assert_eq!(layout.bytes(), 256, "a refused buffer leaves the layout as it was");
         }
+    }
+
+    #[test]
+    fn nested_layouts_keep_their_counters() {
+        let (inner, scratch, counters, ..) = layout();
+        let mut outer = Layout::new();
+        let _first = outer.scratch::<u8>(1).unwrap();
+        let nested = outer.nest(&inner).unwrap();
+        assert_eq!((outer.bytes(), nested.len()), (256 + inner.bytes(), inner.bytes()));
+        assert_eq!(outer.counter_ranges(), std::slice::from_ref(&(768..780)));
+        let mut workspace = HostWorkspace::zeroed(outer.bytes());
+        workspace.poison(&outer);
+        let carver = Carver::new("test", workspace.view_mut(), &outer).unwrap();
+        let part = Carver::new("test", carver.take(nested).unwrap(), &inner).unwrap();
+        assert_eq!((part.take(scratch).unwrap().len(), part.take(counters).unwrap().len()), (65, 3));
     }
 
     #[test]

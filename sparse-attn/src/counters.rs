@@ -28,6 +28,28 @@ pub struct Counters {
 }
 
 impl Counters {
+    /// What the kernels counted: `[rows, 8]` words of the device, for pages of `page_bytes`. Steps are those of one row: every row
+    /// of a request counts each step once. Estimates and dense steps are not counted there.
+    #[cfg(feature = "cuda")]
+    pub fn of_device(words: &[u64], page_bytes: usize) -> Self {
+        let mut all = Counters::default();
+        for row in words.chunks_exact(cuda::kernels::sparse_attn::COUNTS) {
+            let row: cuda::params::SparseCounts = bytemuck::cast_slice(row)[0];
+            all += Counters {
+                selected: row.selected,
+                hits: row.hits,
+                misses: row.misses,
+                evicted: row.evicted,
+                prefetched: row.prefetched,
+                bytes_in: (row.misses + row.prefetched) * page_bytes as u64,
+                bytes_out: row.written * page_bytes as u64,
+                ..Counters::default()
+            };
+            all.steps = all.steps.max(row.steps);
+        }
+        all
+    }
+
     /// Share of the selected pages that were on the device; `None` if none was selected.
     pub fn hit_rate(&self) -> Option<f64> {
         (self.selected > 0).then(|| self.hits as f64 / self.selected as f64)

@@ -52,7 +52,7 @@
 //! | [`host_pool`], [`device_pool`] | the two memories |
 //! | [`Cache`], [`step`] | requests, and the step: select → resolve → gather → attend |
 //! | [`Counters`] | what happened |
-//! | `gpu` (feature `cuda`) | the kernels: replacement, and misses over the link |
+//! | `gpu` (feature `cuda`) | the kernels: each operation, and the whole decoding step over them |
 //! | [`Error`] | what a caller can get wrong |
 
 pub mod bucketed_lru;

@@ -26,7 +26,7 @@ impl<M: Metadata> Replacement for BucketedLru<M> {
 /// # Errors
 /// As [`Replacement::step`].
 pub fn hit_rate<'a>(
-    cache: &mut impl Replacement,
+    cache: &mut (impl Replacement + ?Sized),
     steps: impl IntoIterator<Item = &'a [u32]>,
 ) -> Result<f64, Error> {
     let (mut hits, mut selected) = (0, 0);

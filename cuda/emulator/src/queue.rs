@@ -40,6 +40,17 @@ pub struct Queue {
     statistics: Mutex<Statistics>,
 }
 
+/// Every launch has run when it returns: there is nothing to wait for.
+impl cuda::fork::Queue for Queue {
+    fn follow(&self, _other: &Self) -> Result<(), cuda::Error> {
+        Ok(())
+    }
+
+    fn handle(&self) -> cuda::memory::StreamHandle {
+        None
+    }
+}
+
 impl Queue {
     /// A queue with as many OS threads as the machine has cores.
     pub fn new(order: Order) -> Self {

@@ -31,6 +31,10 @@ pub trait Rig {
     fn device(&self) -> &Self::Device;
     /// The queue that launches go to.
     fn queue(&self) -> &<Self::Function as Function>::Queue;
+    /// A queue beside it, for work that runs along between a fork and its join; where there is no other, the same one.
+    fn side_queue(&self) -> &<Self::Function as Function>::Queue {
+        self.queue()
+    }
     /// Copies `host` to the device.
     fn upload<T: Pod>(&self, host: &[T]) -> Self::Buffer<T>;
     /// Overwrites part of a buffer, from element `at` on, in the order of the queue.
@@ -151,6 +155,7 @@ impl Rig for EmulatorRig {
 pub struct GpuRig {
     gpu: Gpu,
     stream: Arc<CudaStream>,
+    side: Arc<CudaStream>,
 }
 
 /// Device memory of a [`GpuRig`], kept as bytes so that any plain type fits.
@@ -170,10 +175,10 @@ impl GpuRig {
     pub fn new() -> Result<Self, String> {
         let gpu = Gpu::open(0).map_err(|error| error.to_string())?;
         let stream = gpu.default_stream();
-        Ok(Self { gpu, stream })
+        Ok(Self { gpu, side: stream.clone(), stream })
     }
 
-    /// The same GPU on a stream of its own, which can be captured into a graph.
+    /// The same GPU on a stream of its own, which can be captured into a graph, and another beside it.
     ///
     /// # Errors
     /// The reason why there is no stream.
@@ -181,8 +186,9 @@ impl GpuRig {
         let context = self.gpu.context();
         // SAFETY: this rig's views carry no events, and all its work is ordered by its one stream.
         unsafe { context.disable_event_tracking() };
-        let stream = context.new_stream().map_err(|error| format!("cuStreamCreate: {}", error.0 as u32))?;
-        Ok(Self { stream, ..self })
+        let stream = || context.new_stream().map_err(|error| format!("cuStreamCreate: {}", error.0 as u32));
+        let (stream, side) = (stream()?, stream()?);
+        Ok(Self { stream, side, ..self })
     }
 }
 
@@ -198,6 +204,10 @@ impl Rig for GpuRig {
 
     fn queue(&self) -> &<Self::Function as Function>::Queue {
         &self.stream
+    }
+
+    fn side_queue(&self) -> &<Self::Function as Function>::Queue {
+        &self.side
     }
 
     fn upload<T: Pod>(&self, host: &[T]) -> GpuBuffer<T> {

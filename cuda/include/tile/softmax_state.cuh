@@ -37,6 +37,16 @@ struct SoftmaxState {
     DEVICE float lse() const { return l > 0.0f || l != l ? m + log2_approx(l) * LN_2 : NEGATIVE_INFINITY; }
 };
 
+// The state over the keys of `a` and those of another state (m, l, acc); NaN in either stays NaN.
+DEVICE SoftmaxState merged(const SoftmaxState& a, float m, float l, float4 acc) {
+    SoftmaxState both;
+    both.m = a.m != a.m || m != m ? QUIET_NAN : fmaxf(a.m, m);
+    if (both.m == NEGATIVE_INFINITY) return both;
+    if (a.m != NEGATIVE_INFINITY) both.add(exp_relative(a.m, both.m), a.l, a.acc);
+    if (m != NEGATIVE_INFINITY) both.add(exp_relative(m, both.m), l, acc);
+    return both;
+}
+
 // Normalised states of one row in memory: out [splits, V_DIM] f32 at 16-byte boundaries, lse [splits] f32, natural log.
 template <int VDim>
 struct NormalisedStates {

@@ -2,18 +2,21 @@
 //
 // selected [rows, max_selected] u32, every page of a row once; 0xffffffff is padding, anywhere
 // active   [rows] u32, or null: rows with 0 are padding of the batch and touch no state
+// selected_epoch, epoch [rows] u32, or both null: state of the row's index that the selection was made for, and the state now
 // owners   [rows, slots] u32, page of each slot, 0xffffffff for a free one; updated
 // ages     [rows, slots] u8, steps since a slot was used, below `buckets`; updated
 // dirty    [rows, slots] u8, not 0 for a page that is not in host memory yet: it keeps its slot
 // slot_of  [rows, max_selected] u32, out: slot of each selected page, 0xffffffff for padding
 // misses   [rows, max_selected] SparseMiss, out: the first num_misses of a row, in the order of selection
 // num_misses [rows] u32, out         counts [rows] SparseCounts, added to
-// status   first fault: FAULT_BAD_INDEX with a row that selects a page twice, FAULT_BAD_LENGTH with one whose pages do not
-//          fit the slots that may go. Such a row keeps its state, and gets no slots and no misses.
+// status   first fault: FAULT_STALE with a row whose epochs differ, FAULT_BAD_INDEX with one that selects a page twice,
+//          FAULT_BAD_LENGTH with one whose pages do not fit the slots that may go. Such a row keeps its state, and gets no slots
+//          and no misses.
 //
 // A step ages every slot; a selected page that is resident gets age 0; victims are the oldest slots, free ones first, and in the
 // bucket where there are enough the first in slot order; victims in slot order go to misses in the order of selection. The
-// victims are one digit of a radix select: a histogram of ages, a threshold, and prefix sums. Nothing depends on timing.
+// victims are one digit of a radix select: a histogram of ages, a threshold, and prefix sums. Nothing depends on timing. A prefetch
+// ages nothing, and where the slots that may go are fewer than its misses, the first misses get them and the others stay away.
 //
 // Arch:    sm_80 and later.
 // Mapping: one block per row. Pages of the selection go into a hash table in shared memory, owners are scanned once.
@@ -44,6 +47,7 @@ struct Shared {
     uint32_t threshold;
     uint32_t ties;      // victims of the age `threshold`
     uint32_t enough;    // whether there are as many victims as misses
+    uint32_t available;  // if not: how many there are
     uint32_t repeated;  // whether a page is selected twice
     uint32_t evicted;
 };
@@ -99,12 +103,19 @@ DEVICE void find_threshold(uint32_t need, uint32_t buckets, Shared& shared) {
         older = __shfl_sync(FULL_WARP, before + here, WARP_SIZE - 1);
         if (top <= WARP_SIZE) break;
     }
-    if (lane_index() == 0) shared.enough = 0;
+    if (lane_index() == 0) {
+        shared.enough = 0;
+        // All that may go.
+        shared.available = older;
+        shared.threshold = 0;
+        shared.ties = 0;
+    }
 }
 
 KERNEL(256, 2)
-sparse_resolve(const uint32_t* selected, const uint32_t* active, uint32_t* owners, uint8_t* ages, const uint8_t* dirty,
-               uint32_t* slot_of, SparseMiss* misses, uint32_t* num_misses, SparseCounts* counts, uint64_t* status,
+sparse_resolve(const uint32_t* selected, const uint32_t* active, const uint32_t* selected_epoch, const uint32_t* epoch,
+               uint32_t* owners, uint8_t* ages, const uint8_t* dirty, uint32_t* slot_of, SparseMiss* misses,
+               uint32_t* num_misses, SparseCounts* counts, uint64_t* status,
                const __grid_constant__ SparseResolveParams params) {
     DYNAMIC_SHARED(shared_bytes);
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
@@ -122,11 +133,16 @@ sparse_resolve(const uint32_t* selected, const uint32_t* active, uint32_t* owner
     owners += first_slot, ages += first_slot, dirty += first_slot;
 
     grid_dependency_wait();
-    if (active != nullptr && active[row] == 0) {
+    const bool stale = epoch != nullptr && selected_epoch[row] != epoch[row];
+    if (stale || (active != nullptr && active[row] == 0)) {
         for (uint32_t place = threadIdx.x; place < params.max_selected; place += THREADS) slot_of[place] = NONE;
-        if (threadIdx.x == 0) num_misses[row] = 0;
+        if (threadIdx.x == 0) {
+            num_misses[row] = 0;
+            if (stale) report_fault(status, FAULT_STALE, row);
+        }
         return;
     }
+    const uint32_t ageing = params.prefetch != 0 ? 0 : 1;
 
     shared.histogram[threadIdx.x] = 0;
     for (uint32_t entry = threadIdx.x; entry < params.hash_entries; entry += THREADS) pages[entry] = NONE;
@@ -147,7 +163,7 @@ sparse_resolve(const uint32_t* selected, const uint32_t* active, uint32_t* owner
         uint32_t mine = params.buckets + 1;
         if (owner != NONE) {
             const uint32_t place = table.find(owner);
-            const uint32_t age = min(static_cast<uint32_t>(ages[slot]) + 1, params.buckets - 1);
+            const uint32_t age = min(static_cast<uint32_t>(ages[slot]) + ageing, params.buckets - 1);
             mine = place != NONE ? HIT : dirty[slot] != 0 ? DIRTY : age + 1;
             if (place != NONE) slot_at[place] = static_cast<uint16_t>(slot);
         }
@@ -179,7 +195,8 @@ sparse_resolve(const uint32_t* selected, const uint32_t* active, uint32_t* owner
     }
     if (warp_index() == 0) find_threshold(need, params.buckets, shared);
     __syncthreads();
-    if (shared.repeated != 0 || shared.enough == 0) {
+    if (shared.enough == 0 && params.prefetch != 0) need = shared.available;
+    if (shared.repeated != 0 || (shared.enough == 0 && params.prefetch == 0)) {
         for (uint32_t place = threadIdx.x; place < params.max_selected; place += THREADS) slot_of[place] = NONE;
         if (threadIdx.x == 0) {
             num_misses[row] = 0;
@@ -224,7 +241,7 @@ sparse_resolve(const uint32_t* selected, const uint32_t* active, uint32_t* owner
     __syncthreads();
 
     for (uint32_t slot = threadIdx.x; slot < params.slots; slot += THREADS) {
-        const uint32_t aged = min(static_cast<uint32_t>(ages[slot]) + 1, params.buckets - 1);
+        const uint32_t aged = min(static_cast<uint32_t>(ages[slot]) + ageing, params.buckets - 1);
         ages[slot] = state[slot] >= HIT ? 0 : static_cast<uint8_t>(aged);
     }
     for (uint32_t place = threadIdx.x; place < params.max_selected; place += THREADS) {
@@ -233,9 +250,14 @@ sparse_resolve(const uint32_t* selected, const uint32_t* active, uint32_t* owner
     if (threadIdx.x == 0) {
         num_misses[row] = need;
         SparseCounts& total = counts[row];
+        total.evicted += shared.evicted;
+        if (params.prefetch != 0) {
+            total.prefetched += need;
+            return;
+        }
+        total.steps += 1;
         total.selected += wanted;
         total.hits += wanted - need;
         total.misses += need;
-        total.evicted += shared.evicted;
     }
 }

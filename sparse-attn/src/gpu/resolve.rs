@@ -75,6 +75,11 @@ pub struct ResolveArgs<'a> {
     pub selected: &'a View<'a, u32>,
     /// Rows that take part `[rows]`: those with 0 are padding of the batch and touch no state. All take part if absent.
     pub active: Option<&'a View<'a, u32>>,
+    /// State of each row's index that the selection was made for, and the state now, `[rows]` each.
+    pub epochs: Option<[&'a View<'a, u32>; 2]>,
+    /// Whether pages are fetched ahead between steps, as [`BucketedLru::prefetch`](crate::BucketedLru::prefetch) does: nothing
+    /// ages, and pages that find no slot get none.
+    pub prefetch: bool,
     /// Page of each slot `[rows, slots]`, [`NONE`](crate::metadata::NONE) for a free one; updated.
     pub owners: ViewMut<'a, u32>,
     /// Age of each slot `[rows, slots]`; updated.
@@ -88,9 +93,11 @@ pub struct ResolveArgs<'a> {
     pub misses: ViewMut<'a, u32>,
     /// Pages to fetch of each row `[rows]`.
     pub num_misses: ViewMut<'a, u32>,
-    /// Pages selected, hit, missed and evicted `[rows, 4]`, added to.
+    /// Counts `[rows, 8]`, as [`SparseCounts`](cuda::params::SparseCounts), added to; see
+    /// [`Counters::of_device`](crate::Counters::of_device).
     pub counts: ViewMut<'a, u64>,
-    /// Status word: [`FaultCode::BadIndex`](attention::FaultCode::BadIndex) with a row that selects a page twice,
+    /// Status word: [`FaultCode::Stale`](attention::FaultCode::Stale) with a row whose epochs differ,
+    /// [`FaultCode::BadIndex`](attention::FaultCode::BadIndex) with one that selects a page twice,
     /// [`FaultCode::BadLength`](attention::FaultCode::BadLength) with one whose pages do not fit the slots that may go. Such a
     /// row keeps its state and gets neither slots nor misses.
     pub status: ViewMut<'a, u64>,
@@ -118,6 +125,8 @@ impl<F: Function> Resolve<F> {
             buckets: usize::from(buckets),
             selected: args.selected,
             active: args.active,
+            epochs: args.epochs,
+            prefetch: args.prefetch,
             owners: args.owners,
             ages: args.ages,
             dirty: args.dirty,

@@ -13,7 +13,12 @@ emulator::device_test!(
     every_step_equals_the_reference,
     bad_rows_keep_their_state,
     many_launches_repeat_bitwise,
+    prefetches_take_what_there_is_and_age_nothing,
+    stale_selections_are_refused,
 );
+
+/// Words of a row's counts.
+const COUNTS: usize = 8;
 
 /// The device's tables of all rows, and what a step leaves.
 struct Device<R: Rig> {
@@ -40,22 +45,38 @@ impl<R: Rig> Device<R> {
             kernel: Resolve::prepare(rig.device(), &plan).expect("prepare"),
             owners: rig.upload(&vec![NONE; config.rows * config.slots]),
             ages: rig.zeroed(config.rows * config.slots),
-            counts: rig.zeroed(config.rows * 4),
+            counts: rig.zeroed(config.rows * COUNTS),
             status: rig.zeroed(1),
         }
     }
 
     fn step(&mut self, rig: &R, selected: &[u32], active: Option<&[u32]>, dirty: &[u8]) -> Step {
+        self.run(rig, selected, active, None, false, dirty)
+    }
+
+    fn run(
+        &mut self,
+        rig: &R,
+        selected: &[u32],
+        active: Option<&[u32]>,
+        epochs: Option<[&[u32]; 2]>,
+        prefetch: bool,
+        dirty: &[u8],
+    ) -> Step {
         let ResolveConfig { rows, max_selected, .. } = self.config;
         let (selected, dirty) = (rig.upload(selected), rig.upload(dirty));
         let active = active.map(|active| rig.upload(active));
+        let epochs = epochs.map(|epochs| epochs.map(|epoch| rig.upload(epoch)));
         let mut slot_of = rig.poisoned::<u32>(rows * max_selected);
         let mut misses = rig.poisoned::<u32>(rows * max_selected * 4);
         let mut num_misses = rig.poisoned::<u32>(rows);
         let active = active.as_ref().map(|active| rig.view(active));
+        let epochs = epochs.as_ref().map(|epochs| epochs.each_ref().map(|epoch| rig.view(epoch)));
         let args = ResolveArgs {
             selected: &rig.view(&selected),
             active: active.as_ref(),
+            epochs: epochs.as_ref().map(|epochs| epochs.each_ref()),
+            prefetch,
             owners: rig.view_mut(&mut self.owners),
             ages: rig.view_mut(&mut self.ages),
             dirty: &rig.view(&dirty),
@@ -114,7 +135,7 @@ fn every_step_equals_the_reference<R: Rig>(rig: &R) {
         let mut rng = Rng::new(1 + number as u64);
         let mut device = Device::new(rig, config);
         let mut cpu: Vec<Lru> = (0..rows).map(|_| BucketedLru::new(slots, buckets).unwrap()).collect();
-        let mut counts = vec![[0u64; 4]; rows]; // selected, hits, misses, evicted
+        let mut counts = vec![[0u64; COUNTS]; rows]; // steps, selected, hits, misses, evicted, and others
         for step in 0..steps {
             let name = format!("{config:?}, step {step} on {}", rig.name());
             // Pages in flight come and go; there is always room for the selection.
@@ -152,10 +173,11 @@ fn every_step_equals_the_reference<R: Rig>(rig: &R) {
                 let misses = &found.misses[of][..expected.misses.len()];
                 assert_eq!(misses, expected.misses, "{name}, row {row}");
                 let count = &mut counts[row];
-                count[0] += selected[row].iter().filter(|&&page| page != NONE).count() as u64;
-                count[1] += expected.hits() as u64;
-                count[2] += misses.len() as u64;
-                count[3] += misses.iter().filter(|miss| miss.evicted != NONE).count() as u64;
+                count[0] += 1;
+                count[1] += selected[row].iter().filter(|&&page| page != NONE).count() as u64;
+                count[2] += expected.hits() as u64;
+                count[3] += misses.len() as u64;
+                count[4] += misses.iter().filter(|miss| miss.evicted != NONE).count() as u64;
             }
             let (owners, ages): (Vec<_>, Vec<_>) = cpu.iter().map(tables).unzip();
             assert_eq!(rig.download(&device.owners), owners.concat(), "{name}: owners");
@@ -210,6 +232,56 @@ fn many_launches_repeat_bitwise<R: Rig>(rig: &R) {
     for launch in 1..(rig.stress_launches() / 10).min(1000) {
         assert!(run() == first, "launch {launch} on {} differs", rig.name());
     }
+}
+
+/// Between steps pages are fetched as far as slots may go: the same choices as on the CPU, also where they do not all fit.
+fn prefetches_take_what_there_is_and_age_nothing<R: Rig>(rig: &R) {
+    let config = ResolveConfig { rows: 1, max_selected: 12, slots: 16, buckets: 8 };
+    let mut rng = Rng::new(77);
+    let mut device = Device::new(rig, config);
+    let mut cpu: Lru = BucketedLru::new(16, 8).unwrap();
+    let (mut prefetched, mut short) = (0, 0);
+    for step in 0..12 {
+        let name = format!("step {step} on {}", rig.name());
+        while cpu.dirty().count() < step.min(11) {
+            cpu.insert_dirty((100 + step * 16 + cpu.dirty().count()) as u32).unwrap();
+        }
+        let (owners, ages) = tables(&cpu);
+        (device.owners, device.ages) = (rig.upload(&owners), rig.upload(&ages));
+        let mut dirty = vec![0u8; 16];
+        cpu.dirty().for_each(|(slot, _)| dirty[slot] = 1);
+        // In the end twelve pages for five slots.
+        let selected = match step {
+            0..8 => selection(&mut rng, 60, 12, 12),
+            _ => (0..12).map(|i| ((step * 13 + i * 5) % 60) as u32).collect(),
+        };
+        let found = device.run(rig, &selected, None, None, true, &dirty);
+        let expected = cpu.prefetch(&selected);
+        assert_eq!(found.slot_of, expected.slots, "{name}");
+        assert_eq!(found.misses[..found.num_misses[0] as usize], expected.misses, "{name}");
+        assert_eq!((rig.download(&device.owners), rig.download(&device.ages)), tables(&cpu), "{name}");
+        prefetched += expected.misses.len() as u64;
+        short += usize::from(
+            expected.slots.iter().zip(&selected).any(|(&slot, &page)| slot == NONE && page != NONE),
+        );
+        // A step in between makes some pages older.
+        cpu.resolve(&[selected.iter().copied().find(|&page| page != NONE).unwrap_or(1)]).ok();
+    }
+    assert!(prefetched > 0 && short > 0, "{prefetched} pages, {short} times too few slots");
+    let counts = rig.download(&device.counts);
+    assert_eq!((counts[..4].to_vec(), counts[5]), (vec![0; 4], prefetched), "on {}", rig.name());
+    assert_eq!(rig.download(&device.status)[0], 0, "on {}", rig.name());
+}
+
+fn stale_selections_are_refused<R: Rig>(rig: &R) {
+    let config = ResolveConfig { rows: 3, max_selected: 2, slots: 4, buckets: 8 };
+    let mut device = Device::new(rig, config);
+    let found = device.run(rig, &[5, 6, 5, 6, 5, 6], None, Some([&[3, 3, 4], &[3, 4, 4]]), false, &[0; 12]);
+    assert_eq!(found.slot_of, [0, 1, NONE, NONE, 0, 1], "on {}", rig.name());
+    assert_eq!(found.num_misses, [2, 0, 2], "on {}", rig.name());
+    assert_eq!(rig.download(&device.owners)[4..8], [NONE; 4], "on {}", rig.name());
+    let fault = Fault::decode(rig.download(&device.status)[0]);
+    assert_eq!(fault, Some(Fault { code: FaultCode::Stale as u32, index: 1 }), "on {}", rig.name());
 }
 
 #[test]

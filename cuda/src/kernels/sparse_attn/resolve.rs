@@ -9,6 +9,9 @@ use crate::table::Instance;
 const KERNEL: &str = "sparse_resolve";
 const THREADS: u32 = 256;
 
+/// Words of a row's [`SparseCounts`](crate::params::SparseCounts).
+pub const COUNTS: usize = size_of::<crate::params::SparseCounts>() / size_of::<u64>();
+
 /// Most pages that a row may select.
 pub const MAX_SELECTED: usize = 4096;
 /// Most slots of a row.
@@ -21,10 +24,10 @@ const fn hash_entries(max_selected: usize) -> usize {
     (2 * max_selected).next_power_of_two()
 }
 
-/// Dynamic shared memory of a block, in bytes: the histogram of 256 states and 13 words, the hash table of 6 bytes an entry,
+/// Dynamic shared memory of a block, in bytes: the histogram of 256 states and 14 words, the hash table of 6 bytes an entry,
 /// slot and miss of each selected page, and the state of each slot.
 pub const fn resolve_shared_bytes(max_selected: usize, slots: usize) -> usize {
-    (256 + 13) * 4 + hash_entries(max_selected) * 6 + max_selected * 4 + slots
+    (256 + 14) * 4 + hash_entries(max_selected) * 6 + max_selected * 4 + slots
 }
 
 /// `sparse_resolve`: makes the selected pages of every (request, KV head) resident and lists what has to be fetched.
@@ -48,6 +51,10 @@ pub struct ResolveArgs<'a> {
     pub selected: &'a View<'a, u32>,
     /// Whether a row is one `[rows]`: those with 0 touch no state. All are if absent.
     pub active: Option<&'a View<'a, u32>>,
+    /// State of the row's index that the selection was made for, and the state now, `[rows]` each.
+    pub epochs: Option<[&'a View<'a, u32>; 2]>,
+    /// Whether pages are fetched ahead between steps: nothing ages, and what finds no slot stays away.
+    pub prefetch: bool,
     /// Page of each slot `[rows, slots]`, `u32::MAX` for a free one.
     pub owners: ViewMut<'a, u32>,
     /// Age of each slot `[rows, slots]`.
@@ -61,7 +68,7 @@ pub struct ResolveArgs<'a> {
     pub misses: ViewMut<'a, u32>,
     /// Pages to fetch of each row `[rows]`.
     pub num_misses: ViewMut<'a, u32>,
-    /// Counts `[rows, 4]`, as [`SparseCounts`](crate::params::SparseCounts): selected, hits, misses, evicted; added to.
+    /// Counts `[rows, 8]`, as [`SparseCounts`](crate::params::SparseCounts); added to.
     pub counts: ViewMut<'a, u64>,
     /// Status word.
     pub status: ViewMut<'a, u64>,
@@ -96,13 +103,17 @@ impl<F: Function> Resolve<F> {
         if let Some(active) = args.active {
             active.check(KERNEL, "active", args.rows, 4)?;
         }
+        if let Some([selected_epoch, epoch]) = args.epochs {
+            selected_epoch.check(KERNEL, "selected_epoch", args.rows, 4)?;
+            epoch.check(KERNEL, "epoch", args.rows, 4)?;
+        }
         args.owners.check(KERNEL, "owners", slots, 4)?;
         args.ages.check(KERNEL, "ages", slots, 1)?;
         args.dirty.check(KERNEL, "dirty", slots, 1)?;
         args.slot_of.check(KERNEL, "slot_of", places, 4)?;
         args.misses.check(KERNEL, "misses", places.saturating_mul(4), 4)?;
         args.num_misses.check(KERNEL, "num_misses", args.rows, 4)?;
-        args.counts.check(KERNEL, "counts", args.rows.saturating_mul(4), 8)?;
+        args.counts.check(KERNEL, "counts", args.rows.saturating_mul(COUNTS), 8)?;
         args.status.check(KERNEL, "status", 1, 8)?;
 
         let params = SparseResolveParams {
@@ -111,7 +122,7 @@ impl<F: Function> Resolve<F> {
             slots: args.slots as u32,
             buckets: args.buckets as u32,
             hash_entries: hash_entries(args.max_selected) as u32,
-            _pad: 0,
+            prefetch: u32::from(args.prefetch),
         };
         let shared = resolve_shared_bytes(args.max_selected, args.slots);
         let mut config = LaunchConfig::new(params.rows, THREADS).shared(shared as u32);
@@ -119,6 +130,8 @@ impl<F: Function> Resolve<F> {
         let kernel_args = [
             Arg::read("selected", args.selected),
             Arg::read_optional("active", args.active),
+            Arg::read_optional("selected_epoch", args.epochs.map(|epochs| epochs[0])),
+            Arg::read_optional("epoch", args.epochs.map(|epochs| epochs[1])),
             Arg::write("owners", &mut args.owners),
             Arg::write("ages", &mut args.ages),
             Arg::read("dirty", args.dirty),

@@ -7,7 +7,7 @@ use ::sparse_attn::gpu::{
 use ::sparse_attn::metadata::NONE;
 use ::sparse_attn::page::PageSpec;
 use ::sparse_attn::{BucketedLru, bucketed_lru::BUCKETS};
-use criterion::{BenchmarkId, Criterion, criterion_group};
+use criterion::{BenchmarkId, Criterion};
 use longkv_attention::DType;
 use longkv_attention::testing::shuffled_pages;
 use longkv_benches::{GpuBench, throughput};
@@ -27,7 +27,7 @@ fn selections(selected: usize, seed: u64) -> [Vec<u32>; 2] {
     [pages[..selected].to_vec(), pages[late..selected + late].to_vec()]
 }
 
-fn cpu(criterion: &mut Criterion) {
+pub(super) fn cpu(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("sparse-attn/resolve/cpu-reference/u32");
     for (_, selected, slots) in STEPS.into_iter().take(2) {
         let plan = plan(1, selected, slots);
@@ -48,7 +48,7 @@ fn plan(rows: usize, max_selected: usize, slots: usize) -> ResolvePlan {
     ResolvePlan::new(ResolveConfig { rows, max_selected, slots, buckets: BUCKETS }).expect("a valid plan")
 }
 
-fn resolve(criterion: &mut Criterion) {
+pub(super) fn resolve(criterion: &mut Criterion) {
     let Some(mut bench) = GpuBench::new() else { return };
     let mut group = bench.group(criterion, "sparse-attn/resolve", "u32");
     for (rows, selected, slots) in STEPS {
@@ -67,7 +67,7 @@ fn resolve(criterion: &mut Criterion) {
         let mut slot_of = stream.alloc_zeros::<u32>(rows * selected).expect("allocate");
         let mut misses = stream.alloc_zeros::<u32>(rows * selected * 4).expect("allocate");
         let mut num_misses = stream.alloc_zeros::<u32>(rows).expect("allocate");
-        let mut counts = stream.alloc_zeros::<u64>(rows * 4).expect("allocate");
+        let mut counts = stream.alloc_zeros::<u64>(rows * 8).expect("allocate");
         let mut status = StatusWord::new(&stream).expect("allocate");
         let mut step = 0;
         bench.case(&mut group, &format!("{rows}x{selected}of{slots}"), (plan.bytes_moved(), 0), |stream| {
@@ -75,6 +75,8 @@ fn resolve(criterion: &mut Criterion) {
             let args = ResolveArgs {
                 selected: &View::device(&steps[step % 2], stream),
                 active: None,
+                epochs: None,
+                prefetch: false,
                 owners: ViewMut::device(&mut owners, stream),
                 ages: ViewMut::device(&mut ages, stream),
                 dirty: &View::device(&dirty, stream),
@@ -90,7 +92,7 @@ fn resolve(criterion: &mut Criterion) {
 }
 
 /// Over the link: the ceiling is the link's rate, not the memory's, and L2 holds none of it.
-fn gather(criterion: &mut Criterion) {
+pub(super) fn gather(criterion: &mut Criterion) {
     const ROWS: usize = 8;
     let Some(mut bench) = GpuBench::new() else { return };
     let mut group = bench.group(criterion, "sparse-attn/gather", "bf16");
@@ -138,5 +140,3 @@ fn gather(criterion: &mut Criterion) {
         });
     }
 }
-
-criterion_group!(benches, cpu, resolve, gather);

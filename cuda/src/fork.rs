@@ -1,0 +1,116 @@
+//! Work beside the main queue: a side queue waits for the main one, runs along, and is joined again.
+//!
+//! ```no_run
+//! # use longkv_cuda as cuda;
+//! # fn copies(main: &cudarc::driver::CudaStream, side: &cudarc::driver::CudaStream, view: cuda::memory::View<'_, u32>)
+//! # -> Result<(), cuda::Error> {
+//! use cuda::fork::Fork;
+//!
+//! let fork = Fork::new(main, side)?; // side goes on when main has come this far
+//! let on_side = fork.view(&view)?;   // a view that was made for main
+//! // … launches on `fork.side()`, and others on main …
+//! fork.join() // main goes on when side is done
+//! # }
+//! ```
+
+use bytemuck::Pod;
+
+use crate::Error;
+use crate::memory::{StreamHandle, View, ViewMut};
+
+/// What launches are enqueued on, in order.
+pub trait Queue {
+    /// Makes what is enqueued here from now on wait for what is on `other` so far. Does not wait itself.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] when the driver refuses.
+    fn follow(&self, other: &Self) -> Result<(), Error>;
+
+    /// What a view carries that was made for this queue.
+    fn handle(&self) -> StreamHandle;
+}
+
+#[cfg(feature = "driver")]
+impl Queue for cudarc::driver::CudaStream {
+    fn follow(&self, other: &Self) -> Result<(), Error> {
+        if self.cu_stream() == other.cu_stream() {
+            return Ok(());
+        }
+        self.join(other).map_err(crate::driver::failed("cuStreamWaitEvent"))
+    }
+
+    fn handle(&self) -> StreamHandle {
+        Some(self.cu_stream() as usize)
+    }
+}
+
+/// A side queue that has waited for a main one. Dropping it joins them too, so that no error path leaves work behind that
+/// the main queue does not wait for; in a capture that would invalidate the graph.
+#[derive(Debug)]
+pub struct Fork<'q, Q: Queue + ?Sized> {
+    main: &'q Q,
+    side: &'q Q,
+    open: bool,
+}
+
+impl<'q, Q: Queue + ?Sized> Fork<'q, Q> {
+    /// Lets `side` go on from where `main` is now. The two may be the same queue.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] when the driver refuses.
+    pub fn new(main: &'q Q, side: &'q Q) -> Result<Self, Error> {
+        side.follow(main)?;
+        Ok(Fork { main, side, open: true })
+    }
+
+    /// The side queue.
+    pub fn side(&self) -> &'q Q {
+        self.side
+    }
+
+    /// A view that was made for the main queue, for launches on the side queue until the join.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when it was made for another queue.
+    pub fn view<'a, T: Pod>(&self, view: &'a View<'_, T>) -> Result<View<'a, T>, Error> {
+        let handle = self.check(view.stream())?;
+        Ok(view.part(0..view.len())?.for_stream(handle))
+    }
+
+    /// The same for memory that is written. Launches on the main queue must leave it, or what is written of it, alone until the
+    /// join.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when it was made for another queue.
+    pub fn view_mut<'a, T: Pod>(&self, view: &'a mut ViewMut<'_, T>) -> Result<ViewMut<'a, T>, Error> {
+        let handle = self.check(view.stream())?;
+        Ok(view.reborrow().for_stream(handle))
+    }
+
+    fn check(&self, found: StreamHandle) -> Result<StreamHandle, Error> {
+        match found {
+            // Views that fit every queue go on to do so.
+            None => Ok(None),
+            found if found == self.main.handle() => Ok(self.side.handle()),
+            _ => Err(Error::argument("fork", "view", "one made for the main queue", "one made for another")),
+        }
+    }
+
+    /// Lets the main queue go on from where the side queue is now.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] when the driver refuses.
+    pub fn join(mut self) -> Result<(), Error> {
+        self.open = false;
+        self.main.follow(self.side)
+    }
+}
+
+impl<Q: Queue + ?Sized> Drop for Fork<'_, Q> {
+    fn drop(&mut self) {
+        if self.open {
+            // Whoever drops a fork has an error of his own to report.
+            let _ = self.main.follow(self.side);
+        }
+    }
+}
