@@ -10,6 +10,7 @@ mod kv_compress;
 mod kv_compress_calibration;
 mod merge_states;
 mod prefill;
+mod seq_parallel;
 mod sparse_attn;
 
 criterion::criterion_main!(
@@ -21,5 +22,6 @@ criterion::criterion_main!(
     kv_compress_calibration::benches,
     merge_states::benches,
     prefill::benches,
+    seq_parallel::benches,
     sparse_attn::benches
 );

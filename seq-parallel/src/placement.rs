@@ -287,6 +287,50 @@ impl Shards {
         self.sequences.iter().map(of).sum()
     }
 
+    /// The most new tokens and the most keys of any rank, without asking each rank about each sequence.
+    pub(crate) fn most_tokens(&self) -> (usize, usize) {
+        let (mut queries, mut cached) = (vec![0; self.ranks()], vec![0; self.ranks()]);
+        let even = self.shares().all(|share| share == 1);
+        for sequence in &self.sequences {
+            self.add_dealt(self.placement, sequence.new, even, &mut queries);
+            self.add_dealt(self.cached_placement, sequence.cached, even, &mut cached);
+        }
+        let keys = queries.iter().zip(&cached).map(|(queries, cached)| queries + cached);
+        (queries.iter().copied().max().unwrap_or(0), keys.max().unwrap_or(0))
+    }
+
+    /// Adds every rank's part of `n` tokens; `even` says that all shares are 1.
+    fn add_dealt(&self, placement: Placement, n: usize, even: bool, tokens: &mut [usize]) {
+        let ranks = self.ranks();
+        if n == 0 {
+            return;
+        }
+        if !even {
+            for (rank, tokens) in tokens.iter_mut().enumerate() {
+                *tokens += self.dealt(placement, n, rank);
+            }
+            return;
+        }
+        match placement {
+            Placement::Contiguous => {
+                borders(n, ranks).zip(tokens).for_each(|(border, tokens)| *tokens += border.chunk);
+            }
+            // The chunks r from the front and r from the back: borders rounded down and up.
+            Placement::Zigzag => {
+                let mut before = false;
+                for (border, tokens) in borders(n, 2 * ranks).zip(tokens) {
+                    *tokens += 2 * border.chunk + usize::from(border.rounded) - usize::from(before);
+                    before = border.rounded;
+                }
+            }
+            Placement::Striped => {
+                let (each, more) = (n / ranks, n % ranks);
+                tokens.iter_mut().for_each(|tokens| *tokens += each);
+                tokens[..more].iter_mut().for_each(|tokens| *tokens += 1);
+            }
+        }
+    }
+
     /// Where a token is: its rank and its row among that rank's keys.
     pub fn locate_key(&self, sequence: usize, position: usize) -> Option<(usize, usize)> {
         self.locate(sequence, position, |rank| self.keys(rank))
@@ -388,6 +432,26 @@ impl Shards {
     }
 }
 
+/// The end of a chunk.
+struct Border {
+    /// Tokens of the chunk.
+    chunk: usize,
+    /// Whether its end was rounded down.
+    rounded: bool,
+}
+
+/// The ends of the chunks `i · n / chunks .. (i + 1) · n / chunks`, without a division for each.
+fn borders(n: usize, chunks: usize) -> impl Iterator<Item = Border> {
+    let (each, more) = (n / chunks, n % chunks);
+    let mut rest = 0;
+    (0..chunks).map(move |_| {
+        rest += more;
+        let over = usize::from(rest >= chunks);
+        rest -= over * chunks;
+        Border { chunk: each + over, rounded: rest > 0 }
+    })
+}
+
 /// Joins segments whose rows and positions continue each other, and orders them by sequence: what the ranks of a group hold
 /// together, one after the other.
 pub(crate) fn join(parts: impl IntoIterator<Item = Vec<Segment>>) -> Vec<Segment> {
@@ -425,4 +489,31 @@ pub(crate) fn cut(segments: &[Segment], rows: std::ops::Range<usize>) -> Vec<Seg
         })
     };
     segments.iter().filter_map(part).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_most_tokens_of_a_rank() {
+        for (lens, shares) in [
+            (vec![(0, 100), (7, 31), (0, 0), (5, 1)], vec![1; 7]),
+            (vec![(1000, 3), (0, 12_345)], vec![1; 16]),
+            (vec![(13, 30), (0, 9)], vec![2, 0, 1, 4]),
+            (vec![], vec![1, 1]),
+        ] {
+            let sequences: Vec<_> = lens.iter().map(|&(cached, new)| Sequence { cached, new }).collect();
+            for placement in Placement::ALL {
+                for cached in Placement::ALL {
+                    let shards =
+                        Shards::uneven(sequences.clone(), placement, &shares).unwrap().with_cached(cached);
+                    let most = |tokens: &dyn Fn(usize) -> usize| (0..shares.len()).map(tokens).max().unwrap();
+                    let expected =
+                        (most(&|rank| shards.query_tokens(rank)), most(&|rank| shards.key_tokens(rank)));
+                    assert_eq!(shards.most_tokens(), expected, "{placement}, {cached}, {lens:?}, {shares:?}");
+                }
+            }
+        }
+    }
 }

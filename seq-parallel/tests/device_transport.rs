@@ -311,3 +311,45 @@ fn without_nccl_there_is_an_error() {
         Err(other) => panic!("{other}"),
     }
 }
+
+/// The same suite where blocks really are copied by a GPU, each rank on a stream of its own.
+mod one_gpu {
+    use super::{CudaContext, OneGpu, Shared, Staged, World, conform, local};
+
+    #[test]
+    fn gpu() {
+        let Some(_rig) = emulator::rig::gpu_or_skip("one_gpu") else { return };
+        let context = CudaContext::new(0).unwrap();
+        for ranks in [1, 2, 3, 4, 8] {
+            let shared = Shared::default();
+            let ends = World::new(ranks).unwrap().1.into_iter();
+            let ends = ends.map(|end| OneGpu::new(end, shared.clone(), context.new_stream().unwrap()));
+            local::run_on(ends.collect(), |end| conform(&mut Staged::new(end)));
+        }
+    }
+}
+
+/// The same suite over a real NCCL, a GPU for each rank.
+mod nccl {
+    use super::{CudaContext, Nccl, NcclLibrary, Staged, World, conform, local};
+    use seq_parallel::transport::Transport;
+
+    #[test]
+    fn gpus() {
+        let Some(_rig) = emulator::rig::gpu_or_skip("nccl") else { return };
+        let devices = CudaContext::device_count().unwrap() as usize;
+        if devices < 2 {
+            println!("SKIPPED nccl: two GPUs are needed, this machine has {devices}");
+            return;
+        }
+        let library = NcclLibrary::open().unwrap();
+        for ranks in 2..=devices.min(8) {
+            local::run_on(World::new(ranks).unwrap().1, |end| {
+                let stream = CudaContext::new(end.rank()).unwrap().new_stream().unwrap();
+                let mut end = Staged::new(Nccl::connect(library.clone(), end, stream).unwrap());
+                conform(&mut end);
+                end.into_inner().close().unwrap();
+            });
+        }
+    }
+}

@@ -8,7 +8,8 @@ use seq_parallel::placement::{Placement, Shards};
 use seq_parallel::ring::{Ring, RingPlan};
 use seq_parallel::testing::faults::Scenario;
 use seq_parallel::testing::{Contents, sequences, spec};
-use seq_parallel::transport::local::{World, run_on};
+use seq_parallel::transport::local::{Local, World, run_on};
+use seq_parallel::transport::sim::{Link, Sim};
 use seq_parallel::transport::{Failure, Faulty, Operation, Transport};
 use seq_parallel::ulysses::UlyssesPlan;
 use seq_parallel::{Error, Output, PeerFault};
@@ -66,10 +67,20 @@ fn check(
 
 #[test]
 fn every_rank_names_the_culprit() {
+    every_scenario(|end| end);
+}
+
+#[test]
+fn every_rank_names_the_culprit_with_modelled_delay() {
+    every_scenario(|end| Sim::new(end, Link::NIC_100G, 1e9).unwrap());
+}
+
+fn every_scenario<X: Transport>(wrap: impl Fn(Local) -> X) {
     let (world, _) = World::new(RANKS).unwrap();
     for scenario in Scenario::all(RANKS, DEADLINE) {
         let begin = Instant::now();
-        let results = run_on(world.rebuild(RANKS), |mut end| {
+        let ends: Vec<X> = world.rebuild(RANKS).into_iter().map(&wrap).collect();
+        let results = run_on(ends, |mut end| {
             end.set_deadline(DEADLINE);
             scenario.run(end)
         });

@@ -116,6 +116,35 @@ fn published_lengths() {
     }
 }
 
+/// The same at their published size, which take minutes: `EXHAUSTIVE=1`.
+#[test]
+fn published_lengths_at_full_size() {
+    if std::env::var_os("EXHAUSTIVE").is_none_or(|value| value != "1") {
+        return;
+    }
+    let packed = |cumulative: &[usize]| -> Vec<(usize, usize)> {
+        cumulative.windows(2).map(|pair| (0, pair[1] - pair[0])).collect()
+    };
+    for (seed, (lens, ranks)) in [
+        (vec![(0, 3816)], 4),
+        (vec![(0, 3824)], 8),
+        (vec![(0, 4096)], 16),
+        (packed(&[0, 128, 1248, 4240]), 8),
+        (packed(&[0, 120, 1248, 4232]), 3),
+        (vec![(8192, 1000)], 4),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let contents =
+            Contents::<bf16>::new(spec(5, 5, 128, Mask::Causal), sequences(&lens), 100 + seed as u64);
+        let shards = Shards::new(contents.sequences.clone(), Placement::Zigzag, ranks).unwrap();
+        for direction in [Direction::PassKv, Direction::PassQ] {
+            check("published sizes", &contents, &shards, direction);
+        }
+    }
+}
+
 #[test]
 fn prefixes_of_every_size() {
     for (seed, (cached, new)) in [(0, 64), (1, 1), (127, 64), (1000, 1), (1000, 64)].into_iter().enumerate() {

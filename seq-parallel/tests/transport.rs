@@ -143,6 +143,8 @@ fn overlap_on_the_modelled_clock() {
                 "{at}: {} s exposed, not {exposed} s",
                 times.exposed_s
             );
+            // The target where compute takes as long or longer: at most 1 %.
+            assert!(ratio > 1.0 || times.exposed_s <= 0.01 * clock_s, "{at}: {} s exposed", times.exposed_s);
             assert!((times.compute_s - (first_s + 3.0 * step_s)).abs() < 1e-9, "{at}");
         }
     }

@@ -244,10 +244,14 @@ pub fn write<T: Serialize>(path: &Path, value: &T) -> Result<(), String> {
         .map_err(|error| format!("{}: {error}", path.display()))
 }
 
-/// Names of the GPU tests in the output of `--list --format terse`: those that end in `gpu`.
-pub fn gpu_tests(list: &str) -> Vec<String> {
+/// Names of the GPU tests in the output of `--list --format terse`: those that end in `gpu`, and where there are several GPUs those that
+/// end in `gpus`.
+pub fn gpu_tests(list: &str, several: bool) -> Vec<String> {
     let names = list.lines().filter_map(|line| line.strip_suffix(": test"));
-    names.filter(|name| name.ends_with("::gpu") || name.ends_with("_gpu")).map(str::to_string).collect()
+    let wanted = |name: &&str| {
+        name.ends_with("::gpu") || name.ends_with("_gpu") || several && name.ends_with("::gpus")
+    };
+    names.filter(wanted).map(str::to_string).collect()
 }
 
 /// The time now, as `2026-03-01T12:00:00Z`.
@@ -310,7 +314,10 @@ mod tests {
     #[test]
     fn gpu_tests_are_told_by_their_names() {
         let list = "a::gpu: test\na::emulator: test\ngraph_on_a_gpu: test\nb::gpu: benchmark\nagpu: test\n";
-        assert_eq!(gpu_tests(list), ["a::gpu", "graph_on_a_gpu"]);
+        assert_eq!(gpu_tests(list, false), ["a::gpu", "graph_on_a_gpu"]);
+        let several = format!("{list}\nnccl::gpus: test");
+        assert_eq!(gpu_tests(&several, false), gpu_tests(list, true));
+        assert_eq!(gpu_tests(&several, true).last().map(String::as_str), Some("nccl::gpus"));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Ranks as processes of an MPI job: the transport of [`seq_parallel`] over a real MPI, and the engine on it.
 //!
 //! A package of its own, outside the workspace, because it needs an MPI with its headers (Debian: `libopenmpi-dev openmpi-bin`) and
-//! libclang to build. `mpirun -n 4 engine-mpi demo` is the engine's demo with every prompt shared by four processes.
+//! libclang to build; the repository's README has the commands. `mpirun -n 4 engine-mpi demo` is the engine's demo with every prompt shared by four processes.
 //!
 //! # Example
 //!

@@ -35,6 +35,8 @@ fn start(culprit: Option<usize>) -> Mpi {
 fn signal(name: &str) {
     let pid = std::process::id().to_string();
     Command::new("kill").args([name, &pid]).status().unwrap();
+    // Another thread may be the first to get it, and take its time to be scheduled.
+    std::thread::sleep(Duration::from_secs(1));
 }
 
 /// An end whose process gets a signal at an exchange.

@@ -76,12 +76,11 @@ impl RingPlan {
         keys: Option<Vec<Vec<Segment>>>,
     ) -> Result<Self, Error> {
         spec.mask.check()?;
-        let max = |tokens: &dyn Fn(usize) -> usize| (0..shards.ranks()).map(tokens).max().unwrap_or(0);
-        let max_query_tokens = max(&|rank| shards.query_tokens(rank));
-        let max_key_tokens = max(&|rank| match &keys {
-            None => shards.key_tokens(rank),
-            Some(keys) => keys[rank].iter().map(|segment| segment.len).sum(),
-        });
+        let (max_query_tokens, mut max_key_tokens) = shards.most_tokens();
+        if let Some(keys) = &keys {
+            let tokens = |keys: &Vec<Segment>| keys.iter().map(|segment| segment.len).sum();
+            max_key_tokens = keys.iter().map(tokens).max().unwrap_or(0);
+        }
         Ok(RingPlan { spec, direction: Direction::PassKv, keys, max_query_tokens, max_key_tokens, shards })
     }
 

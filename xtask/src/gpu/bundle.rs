@@ -261,7 +261,7 @@ fn gpu_tests(executable: &Path) -> Result<Vec<String>> {
         .args(["--list", "--format", "terse"])
         .output()
         .map_err(|error| format!("{}: {error}", executable.display()))?;
-    Ok(results::gpu_tests(&String::from_utf8_lossy(&output.stdout)))
+    Ok(results::gpu_tests(&String::from_utf8_lossy(&output.stdout), false))
 }
 
 /// Copies `benches/peers`; its programs are the files without a leading underscore.

@@ -6,3 +6,4 @@ pub(crate) mod ledger;
 pub(crate) mod record;
 pub(crate) mod rows;
 pub(crate) mod status;
+pub(crate) mod transports;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use xtask::results::{self, Ceiling, Figure, Results};
 
 use super::ledger::Ledger;
+use super::transports;
 use crate::{Result, workspace};
 
 pub(crate) fn command(arguments: &[String]) -> Result {
@@ -26,7 +27,8 @@ pub(crate) fn record(file: &Path, ledger_folder: &Path, results_folder: &Path) -
     let mut ledger = Ledger::load(ledger_folder)?;
     let labels = ledger.add(&run).map_err(|error| format!("{}: {error}", file.display()))?;
     ledger.save(ledger_folder, &labels)?;
-    println!("{}: {} rows", file.display(), labels.len());
+    let transports = transports::record(&run, ledger_folder)?;
+    println!("{}: {} rows, {} transports", file.display(), labels.len(), transports.len());
 
     let device = results_folder.join(folder_of(run.machine.device.as_deref().unwrap_or("unknown")));
     let ceilings: Vec<Ceiling> = run.parts.values().flat_map(|part| part.ceilings.iter().cloned()).collect();

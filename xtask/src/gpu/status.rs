@@ -6,6 +6,7 @@ use xtask::results::RowDigests;
 
 use super::ledger::{Ledger, Status};
 use super::rows;
+use super::transports::TRANSPORTS;
 use crate::Result;
 
 /// A row and what is known of it.
@@ -76,8 +77,14 @@ pub(crate) fn command(arguments: &[String]) -> Result {
         println!("{label}: in the ledger, but not a shipped row; delete its file");
     }
     println!("{} rows: {}", rows.len(), summary(rows.iter()));
-    if strict && rows.iter().any(|row| row.status != Status::Proven) {
-        return Err("not every row is proven".to_string());
+    let mut proven = rows.iter().all(|row| row.status == Status::Proven);
+    for transport in &TRANSPORTS {
+        let (text, is_proven) = transport.status(&Ledger::folder())?;
+        println!("transport {}: {text}", transport.name);
+        proven &= is_proven;
+    }
+    if strict && !proven {
+        return Err("not every row and transport is proven".to_string());
     }
     Ok(())
 }

@@ -15,6 +15,7 @@ use xtask::results::{self, Ceiling, Figure};
 use crate::gpu::ledger::Ledger;
 use crate::gpu::record::Measured;
 use crate::gpu::status::{self, RowStatus};
+use crate::gpu::transports;
 use crate::{Result, workspace};
 
 /// What one device measured.
@@ -96,8 +97,11 @@ fn generate() -> Result<BTreeMap<PathBuf, String>> {
     Ok(files)
 }
 
-/// The state of a crate's rows in words, or of all rows. A crate may have no kernels yet; a name that is no folder has none ever.
+/// The state of a crate's rows in words, of all rows, or of a transport. A crate may have no kernels yet; a name that is no folder has none ever.
 fn state(rows: &[RowStatus], group: &str) -> Option<String> {
+    if let Some(name) = group.strip_prefix("transport-") {
+        return transports::state(name);
+    }
     let normal = |name: &str| name.replace('_', "-");
     let mut wanted =
         rows.iter().filter(|row| group == "all" || normal(row.group) == normal(group)).peekable();

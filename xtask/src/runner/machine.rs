@@ -28,6 +28,12 @@ pub(crate) fn describe() -> Machine {
     machine
 }
 
+/// How many GPUs there are, as far as `nvidia-smi` tells.
+pub(crate) fn gpus() -> usize {
+    let list = find("nvidia-smi").and_then(|path| output(&path, &["-L"]));
+    list.map_or(0, |list| list.lines().filter(|line| line.starts_with("GPU ")).count())
+}
+
 /// Clocks, temperature and load in one line, if `nvidia-smi` tells.
 pub(crate) fn clocks() -> Option<String> {
     const QUERY: &str = "--query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu";

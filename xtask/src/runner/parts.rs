@@ -197,6 +197,7 @@ impl Run {
     /// GPU tests that `wanted` picks by whether they stress and by name.
     fn tests(&self, wanted: impl Fn(bool, &str) -> bool, limit: Duration) -> Result<Vec<Task>, String> {
         let mut tasks = Vec::new();
+        let several = machine::gpus() > 1;
         for executable in &self.manifest.tests {
             let program = self.bundle.join(&executable.file);
             let list = Command::new(&program).args(["--list", "--format", "terse"]).output();
@@ -205,7 +206,7 @@ impl Run {
                 let words = String::from_utf8_lossy(&list.stderr).into_owned();
                 return Err(format!("{} does not list its tests: {}", executable.name, words.trim()));
             }
-            for test in results::gpu_tests(&String::from_utf8_lossy(&list.stdout)) {
+            for test in results::gpu_tests(&String::from_utf8_lossy(&list.stdout), several) {
                 let stress = STRESS.iter().any(|word| test.contains(word));
                 let name = format!("{} {test}", executable.name);
                 if wanted(stress, &name) {
