@@ -114,3 +114,61 @@ impl<Q: Queue + ?Sized> Drop for Fork<'_, Q> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+    use crate::memory::Space;
+
+    /// A queue that notes whom it waits for.
+    #[derive(Debug)]
+    struct Noted<'a> {
+        number: usize,
+        waits: &'a RefCell<Vec<(usize, usize)>>,
+    }
+
+    impl Queue for Noted<'_> {
+        fn follow(&self, other: &Self) -> Result<(), Error> {
+            self.waits.borrow_mut().push((self.number, other.number));
+            Ok(())
+        }
+
+        fn handle(&self) -> StreamHandle {
+            Some(self.number)
+        }
+    }
+
+    #[test]
+    fn a_fork_waits_on_both_ends_once() {
+        let waits = RefCell::new(Vec::new());
+        let queue = |number| Noted { number, waits: &waits };
+        let (main, side) = (queue(1), queue(2));
+        Fork::new(&main, &side).unwrap().join().unwrap();
+        assert_eq!(waits.take(), [(2, 1), (1, 2)]);
+        // An error on the way joins too.
+        drop(Fork::new(&main, &side).unwrap());
+        assert_eq!(waits.take(), [(2, 1), (1, 2)]);
+    }
+
+    #[test]
+    fn views_go_to_the_side_queue() {
+        let waits = RefCell::new(Vec::new());
+        let queue = |number| Noted { number, waits: &waits };
+        let (main, side) = (queue(1), queue(2));
+        let fork = Fork::new(&main, &side).unwrap();
+        let made_for = |stream| {
+            // SAFETY: nobody reads through this view.
+            unsafe { View::<u32>::from_raw(0, 4, Space::Host) }.for_stream(stream)
+        };
+        assert_eq!(fork.view(&made_for(Some(1))).unwrap().stream(), Some(2));
+        assert_eq!(fork.view(&made_for(None)).unwrap().stream(), None, "a view for every queue stays one");
+        let refused = fork.view(&made_for(Some(3))).unwrap_err().to_string();
+        assert!(refused.contains("made for the main queue"), "{refused}");
+        let mut words = [0u32; 4];
+        let mut view = ViewMut::host(&mut words).for_stream(Some(1));
+        assert_eq!(fork.view_mut(&mut view).unwrap().stream(), Some(2));
+        assert_eq!(view.stream(), Some(1));
+    }
+}

@@ -9,6 +9,7 @@ use attention::testing::Rng;
 use attention::{AttentionSpec, DType, Mask};
 use common::{DIM, Text, cache, configs, normal, spec, worst};
 use sparse_attn::index::gate::GateWeights;
+use sparse_attn::metadata::Metadata;
 use sparse_attn::{Cache, Capacity, Config, Error, Plan};
 
 /// A context up to the budget is attended as if there were no cache at all, to the last bit; one token more is not.
@@ -324,6 +325,9 @@ fn refused_configurations_name_the_argument() {
     assert!(matches!(refused, Err(Error::Argument { argument: "dtype", .. })));
 }
 
+/// Random operations of each configuration.
+const OPERATIONS: usize = 20_000;
+
 /// Requests come, grow and go: pools and tables agree throughout, refused requests harm nobody, and all is empty at the end.
 #[test]
 fn random_requests_leave_nothing_behind() {
@@ -338,7 +342,8 @@ fn random_requests_leave_nothing_behind() {
         let text = Text::new(&mut rng, spec, 240);
         let mut live: Vec<(sparse_attn::RequestId, usize)> = Vec::new();
         let (mut refused, mut admitted) = (0, 0);
-        for operation in 0..400 {
+        // 10⁵ over all configurations.
+        for operation in 0..OPERATIONS {
             let pick = rng.below(live.len().max(1));
             match (rng.below(14), live.get(pick).copied()) {
                 (0 | 1, _) => match cache.try_admit() {
@@ -371,7 +376,16 @@ fn random_requests_leave_nothing_behind() {
                 }
                 _ => {}
             }
-            assert_eq!(cache.check().unwrap(), None, "{name}, operation {operation}");
+            // Bytes take longest to compare; tables are looked at every time.
+            if operation % 50 == 0 || operation + 50 > OPERATIONS {
+                assert_eq!(cache.check().unwrap(), None, "{name}, operation {operation}");
+            }
+            for (id, _) in &live {
+                for kv_head in 0..2 {
+                    let fault = cache.lru(*id, 0, kv_head).unwrap().check();
+                    assert_eq!(fault, None, "{name}, operation {operation}");
+                }
+            }
             let held: usize = cache.budget().grants().map(|(_, grant)| grant.held).sum();
             assert_eq!(held + cache.budget().free(), device_pages, "{name}, operation {operation}");
             assert!(cache.budget().grants().all(|(_, grant)| grant.held >= grant.floor));
@@ -379,6 +393,52 @@ fn random_requests_leave_nothing_behind() {
         assert!(refused > 0 && admitted > 3, "{name}: {admitted} admitted, {refused} refused");
         live.into_iter().for_each(|(id, _)| cache.free(id).unwrap());
         assert_eq!((cache.memory().device(), cache.memory().host), (0, 0), "{name}");
+    }
+}
+
+/// A planted key is attended wherever it lies: in the first page, at a page's edge, in a page that lost its slot (which costs a miss),
+/// among the recent ones and in the open page.
+#[test]
+fn needles_are_read_from_anywhere() {
+    let spec = spec(2, 1);
+    let (_, config) = configs(96).swap_remove(0);
+    for place in [3, 111, 112, 150, 280, 299] {
+        let mut text = Text::new(&mut Rng::new(50), spec, 300);
+        let needle = normal(&mut Rng::new(51), DIM);
+        let length = needle.iter().map(|x| x * x).sum::<f32>().sqrt();
+        // Its logit is above all others by more than 5.
+        let k = &mut text.k[place * DIM..][..DIM];
+        k.iter_mut().zip(&needle).for_each(|(k, x)| *k = x * 30.0 / length);
+        for head in 0..2 {
+            let q = &mut text.q[(299 * 2 + head) * DIM..][..DIM];
+            q.iter_mut().zip(&needle).for_each(|(q, x)| *q = x * 5.0 / length);
+        }
+        let (mut cache, id) = cache(&config, spec, 400);
+        text.prefill(&mut cache, id, 0..200);
+        (200..299).for_each(|token| drop(text.decode(&mut cache, id, token)));
+        let page = (place / 16) as u32;
+        let closed = place / 16 < 299 / 16;
+        let resident = cache.lru(id, 0, 0).unwrap().metadata().lookup(page).is_some();
+        cache.append(id, 0, &text.tokens(299..300)).unwrap();
+        let queries = text.queries(299..300);
+        let selection = cache.select(id, 0, &queries).unwrap();
+        assert_eq!(selection.heads()[0].pages.contains(&page), closed, "needle at {place}");
+        let mut resolved = cache.resolve(id, selection).unwrap();
+        let missed = resolved.heads()[0].misses.iter().any(|miss| miss.page == page);
+        assert_eq!(missed, closed && !resident, "needle at {place}: a page that is not there costs a miss");
+        cache.gather(id, &mut resolved).unwrap();
+        let (mut out, mut lse) = (vec![0.0; 2 * DIM], vec![0.0; 2]);
+        cache.attend(id, &queries, &resolved, &mut out, &mut lse).unwrap();
+        let (dense, dense_lse) = text.dense(300, 1);
+        let largest = text.v.chunks_exact(DIM).map(|v| v.iter().map(|x| x * x).sum::<f32>().sqrt());
+        let largest = largest.fold(0.0, f32::max);
+        for head in 0..2 {
+            let mass = (lse[head] - dense_lse[head]).exp();
+            let of = head * DIM..(head + 1) * DIM;
+            let error = out[of.clone()].iter().zip(&dense[of]).map(|(a, b)| (a - b).powi(2)).sum::<f32>();
+            let bound = 2.0 * (1.0 - mass) * largest + 1e-4;
+            assert!(mass > 0.99 && error.sqrt() <= bound, "needle at {place}: mass {mass}, error {error}");
+        }
     }
 }
 

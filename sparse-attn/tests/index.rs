@@ -245,3 +245,55 @@ fn a_needle_is_found() {
         }
     }
 }
+
+/// Keys that drift from token to token, as they do along a text: the better a summary tells a page's best key from its spread, the
+/// more of the attention its selection captures. An order of these synthetic data, with budgets of a
+/// sixteenth; where neighbours capture almost as much, other data turn it around.
+#[test]
+fn attention_mass_by_scorer() {
+    const DIM: usize = 64;
+    const TOKENS: usize = 4096;
+    const SEEDS: u64 = 16;
+    for page in [8, 16, 32, 64] {
+        let spec = PageSpec::new(page, DIM, DIM, DType::F32).unwrap();
+        let mut partitions = Partitions::default();
+        (0..TOKENS / page).for_each(|_| partitions.push(&spec, page));
+        let scorers = [Scorer::MeanStd { weight: 0.25 }, Scorer::CuboidMean, Scorer::MinMax];
+        // The oracle's mass, then the scorers'.
+        let mut mass = [0.0; 4];
+        for seed in 0..SEEDS {
+            let mut rng = Rng::new(40 + seed);
+            let mut k = normal(&mut rng, DIM);
+            for _ in 1..TOKENS {
+                let last = k[k.len() - DIM..].to_vec();
+                let noise = normal(&mut rng, DIM);
+                k.extend(
+                    last.iter().zip(noise).map(|(last, noise)| 0.9 * last + (1.0f32 - 0.81).sqrt() * noise),
+                );
+            }
+            let q: Vec<f32> = normal(&mut rng, DIM).iter().map(|q| q * 0.3).collect();
+            let weights: Vec<f64> = k.chunks_exact(DIM).map(|key| dot(&q, key).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            let of_page: Vec<f64> =
+                weights.chunks_exact(page).map(|page| page.iter().sum::<f64>() / total).collect();
+            let rule = rule(256 / page, 0, 0, 0.0);
+            let captured = |scores: &[f32]| -> f64 {
+                choose(scores, &partitions, &rule).pages.iter().map(|&page| of_page[page as usize]).sum()
+            };
+            mass[0] += captured(&of_page.iter().map(|&mass| mass as f32).collect::<Vec<_>>());
+            for (mass, scorer) in mass[1..].iter_mut().zip(scorers) {
+                let mut index = PageIndex::new(scorer, page, DIM);
+                index.close(&closing(&k, &k)).unwrap();
+                let mut scores = Vec::new();
+                index.score(&query(&q), &mut scores).unwrap();
+                *mass += captured(&scores);
+            }
+        }
+        let mass = mass.map(|mass| mass / SEEDS as f64);
+        println!(
+            "pages of {page}: oracle {:.3}, meanstd {:.3}, cuboid {:.3}, minmax {:.3}",
+            mass[0], mass[1], mass[2], mass[3]
+        );
+        assert!(mass.windows(2).all(|pair| pair[0] >= pair[1]), "pages of {page}: {mass:?}");
+    }
+}

@@ -1,6 +1,7 @@
 //! Replacement and gather of `sparse-attn`: a layer's step with 2048 pages selected of 12,288 slots per KV head, and misses
 //! over the host link.
 
+use ::sparse_attn::gpu::calibrate;
 use ::sparse_attn::gpu::{
     Gather, GatherArgs, GatherConfig, GatherPlan, Resolve, ResolveArgs, ResolveConfig, ResolvePlan,
 };
@@ -125,6 +126,19 @@ pub(super) fn gather(criterion: &mut Criterion) {
         let host = Mapped::<u8>::zeroed(&bench.gpu, bytes, MappedKind::Cached).expect("pinned memory");
         let mut device = stream.alloc_zeros::<u8>(device_pages * page.bytes()).expect("allocate");
         let mut status = StatusWord::new(&stream).expect("allocate");
+        // What a grid of its own choice, one large copy and a copy per run reach on this link.
+        let measured =
+            calibrate::measure(&bench.gpu, &stream, page, ROWS * misses).expect("measure the link");
+        let choice = calibrate::choose(&measured, 0.03).expect("rates above 0");
+        println!(
+            "{} runs of {} KiB: gather by {} blocks at {:.1} % of a 64 MiB copy's {:.1} GB/s, a copy per run {:.1} GB/s",
+            ROWS * misses,
+            page.bytes() / 1024,
+            choice.blocks,
+            choice.share * 100.0,
+            measured.copy_engine / 1e9,
+            measured.copies / 1e9
+        );
         let work = (plan.bytes_moved(ROWS * misses), 0);
         bench.case(&mut group, &format!("{}of{}KiB", ROWS * misses, page.bytes() / 1024), work, |stream| {
             let args = GatherArgs {

@@ -22,8 +22,8 @@
 //          cp.async and keep their own (m, l, O): the main loop has no block barrier. The warps meet in shared memory at the
 //          end of a part, the parts of an item through its last arriver (tile/split_plan.cuh, tile/last_arriver.cuh).
 // Budget:  168 registers where 3 blocks fit an SM (sm_90), else 255; 64 KB of rings plus 16 rows of q.
-// Limit:   bytes of K and V, each read once. On sm_90a with 128 channels and 8 columns a warp spends 527 instructions on its 16
-//          rows of a tile: 527 of the 1990 clocks in which an SM's share of HBM (16.4 B per clock) brings a tile's 32 KB.
+// Limit:   bytes of K and V, each read once. On sm_90a with 128 channels and 8 columns a warp spends 517 instructions on its 16
+//          rows of a tile: 517 of the 1990 clocks in which an SM's share of HBM (16.4 B per clock) brings a tile's 32 KB.
 #include "core.cuh"
 #include "decode_params.h"
 #include "ptx/cp_async.cuh"

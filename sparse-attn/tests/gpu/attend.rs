@@ -21,6 +21,7 @@ emulator::device_test!(
     hits_and_misses_merge_to_the_whole,
     a_list_of_all_pages_is_the_dense_kernel_bit_by_bit,
     bad_rows_read_nothing_and_the_others_are_right,
+    many_launches_repeat_bitwise,
 );
 
 /// What a row reads.
@@ -462,6 +463,21 @@ fn bad_rows_read_nothing_and_the_others_are_right<R: Rig>(rig: &R) {
         lse[2..].fill(f64::NEG_INFINITY);
         Comparison::attention(&found.out, &out, 64).assert(&name);
         Comparison::new(&found.lse, &lse, Tolerance::LSE).assert(&name);
+    }
+}
+
+/// Parts of a row meet in whichever block comes last: the bits must not show which.
+fn many_launches_repeat_bitwise<R: Rig>(rig: &R) {
+    let mut rng = Rng::new(8);
+    let rows: Vec<RowPages> = [9, 1, 17].map(|count| pages(&mut rng, count, 32, 7)).to_vec();
+    let case = Case::new((4, 1), 64, 32, attention::DType::F16, &rows);
+    let data = Data::<f16>::new(&case);
+    let bits = |found: Found<f16>| {
+        (found.out.iter().map(|x| x.to_bits()).collect::<Vec<_>>(), found.lse, found.fault)
+    };
+    let first = bits(run(rig, &case, &data).0);
+    for launch in 1..(rig.stress_launches() / 10).min(10_000) {
+        assert!(bits(run(rig, &case, &data).0) == first, "launch {launch} on {} differs", rig.name());
     }
 }
 

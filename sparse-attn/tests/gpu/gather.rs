@@ -10,7 +10,11 @@ use sparse_attn::gpu::{Gather, GatherArgs, GatherConfig, GatherPlan, ResolveConf
 use sparse_attn::metadata::NONE;
 use sparse_attn::page::PageSpec;
 
-emulator::device_test!(runs_arrive_byte_by_byte, bad_entries_are_reported_and_the_others_arrive);
+emulator::device_test!(
+    runs_arrive_byte_by_byte,
+    bad_entries_are_reported_and_the_others_arrive,
+    host_pages_may_lie_past_two_gigabytes,
+);
 
 /// Tables and misses of a case; device runs that no miss names keep what they had.
 struct Case {
@@ -160,6 +164,37 @@ fn bad_entries_are_reported_and_the_others_arrive<R: Rig>(rig: &R) {
         let fault = fault.unwrap_or_else(|| panic!("{name} on {}: nothing reported", rig.name()));
         assert_eq!((fault.code, fault.index), (code as u32, 1), "{name} on {}", rig.name());
     }
+}
+
+fn host_pages_may_lie_past_two_gigabytes<R: Rig>(rig: &R) {
+    let page = PageSpec::new(64, 256, 256, DType::BF16).expect("a valid page");
+    let host_pages = (1usize << 31) / (2 * page.bytes()) + 3;
+    let resolve = ResolveConfig { rows: 2, max_selected: 1, slots: 1, buckets: 64 };
+    let config =
+        GatherConfig { resolve, kv_heads: 2, page, max_pages: 1, host_pages, device_pages: 2, blocks: 1 };
+    let kernel =
+        Gather::prepare(rig.device(), &GatherPlan::new(config).expect("a valid plan")).expect("prepare");
+    let mut rng = Rng::new(8);
+    let runs: Vec<u8> = (0..2 * page.bytes()).map(|_| rng.bits() as u8).collect();
+    let mut host = rig.zeroed::<u8>(host_pages * 2 * page.bytes());
+    rig.write(&mut host, (host_pages - 1) * 2 * page.bytes(), &runs);
+    let (misses, num_misses) = (rig.upload(&[0, 0, 0, NONE, 0, 0, 0, NONE]), rig.upload(&[1, 1]));
+    let (host_table, slot_table) = (rig.upload(&[host_pages as u32 - 1]), rig.upload(&[1, 0]));
+    let mut device = rig.poisoned::<u8>(2 * page.bytes());
+    let mut status = rig.zeroed::<u64>(1);
+    let args = GatherArgs {
+        misses: &rig.view(&misses),
+        num_misses: &rig.view(&num_misses),
+        host_table: &rig.view(&host_table),
+        slot_table: &rig.view(&slot_table),
+        host: &rig.view(&host),
+        device: rig.view_mut(&mut device),
+        status: rig.view_mut(&mut status),
+    };
+    kernel.run(rig.queue(), args).expect("run");
+    let (first, second) = runs.split_at(page.bytes());
+    assert!(rig.download(&device) == [second, first].concat(), "on {}", rig.name());
+    assert_eq!(rig.download(&status)[0], 0, "on {}", rig.name());
 }
 
 #[test]

@@ -1,5 +1,8 @@
 //! Selection on the device: summaries and scores up to rounding, and of equal scores the same pages as on the CPU.
 
+use std::sync::Arc;
+
+use attention::rope::{Rope, RopeConfig};
 use attention::testing::Rng;
 use attention::{DType, Element, FaultCode, HeadShape, Score};
 use cuda::status::Fault;
@@ -10,17 +13,19 @@ use sparse_attn::Error;
 use sparse_attn::gpu::{
     Choose, ChooseArgs, ChooseConfig, Extent, Select, SelectArgs, SelectConfig, SelectPlan, SummariseArgs,
 };
+use sparse_attn::index::gate::{GateIndex, GateWeights};
 use sparse_attn::index::pages::{PageIndex, Scorer};
 use sparse_attn::index::{Closing, GroupQuery, Index};
 use sparse_attn::metadata::NONE;
 use sparse_attn::page::PageSpec;
 use sparse_attn::partition::Partitions;
-use sparse_attn::select::{Aggregation, SelectRule, aggregate, choose};
+use sparse_attn::select::{Aggregation, SelectRule, aggregate, choose, select as cpu_select};
 
 emulator::device_test!(
     chunks_are_scored_as_on_the_cpu,
     integers_are_scored_exactly,
     of_given_scores_the_same_pages,
+    gates_choose_by_their_scores,
     bad_rows_select_nothing,
 );
 
@@ -309,6 +314,40 @@ fn of_given_scores_the_same_pages<R: Rig>(rig: &R) {
             }
         }
     }
+}
+
+/// SeerAttention-R: one gate query for the group, blocks of two pages, scores that a gate has made.
+fn gates_choose_by_their_scores<R: Rig>(rig: &R) {
+    let (group, dim, gate_dim, blocks) = (4, 32, 16, 50);
+    let mut rng = Rng::new(23);
+    let mut normal = |count: usize| (0..count).map(|_| rng.normal() as f32).collect::<Vec<f32>>();
+    let rope = Rope::new(RopeConfig::new(gate_dim, 10_000.0), 4096).unwrap();
+    let (w_q, w_k) = (normal(gate_dim * group * dim), normal(gate_dim * 3 * dim));
+    let weights = GateWeights::new(w_q, w_k, (group, dim, gate_dim), rope).unwrap();
+    let mut index = GateIndex::new(Arc::new(weights), 32);
+    let k = normal(blocks * 32 * dim);
+    index.close(&Closing { k: &k, k_unrotated: Some(&k), v: &k, position: 0 }).unwrap();
+    let q = normal(group * dim);
+    let query = GroupQuery { q: &q, q_unrotated: Some(&q), position: blocks * 32 };
+    let mut scores = Vec::new();
+    index.score(&query, &mut scores).unwrap();
+
+    let spec = PageSpec::new(16, 64, 64, DType::F16).unwrap();
+    let mut partitions = Partitions::default();
+    (0..blocks).for_each(|_| partitions.push(&spec, 32));
+    let rule = SelectRule { pages: 20, ..rule(1, 1, 0.0) };
+    let expected = cpu_select(&index, &partitions, &query, &rule).unwrap();
+    let config = ChooseConfig {
+        rows: 1,
+        columns: 1,
+        max_partitions: blocks,
+        partition_pages: 2,
+        max_selected: 20,
+        max_estimated: 0,
+        rule,
+    };
+    let (selected, _, fault) = choose_on_device(rig, &config, &scores, None, &[blocks as u32], &[20]);
+    assert_eq!((selected, fault), (expected.pages, None), "on {}", rig.name());
 }
 
 fn bad_rows_select_nothing<R: Rig>(rig: &R) {
