@@ -66,6 +66,18 @@ struct HybridGemmSchedule {
     uint32_t padding[2];
 };
 
+/* Where the columns of an expert of a grouped product lie: hybrid-gemm/src/grouped.rs. */
+struct HybridGemmExpert {
+    /* Bytes before its columns in host memory. */
+    uint64_t host_offset;
+    /* Bytes before its columns in HBM. */
+    uint64_t hbm_offset;
+    /* Its columns in host memory, the first ones; the rest is in HBM. */
+    uint32_t host_columns;
+    /* 0. */
+    uint32_t padding;
+};
+
 /* What launches moved since the receipt was last zeroed: hybrid-gemm/src/traffic.rs. */
 struct HybridGemmTraffic {
     /* Weight tiles fetched over the host link. */
@@ -76,6 +88,8 @@ struct HybridGemmTraffic {
     uint64_t hbm_tiles;
     /* Bytes of weights from HBM. */
     uint64_t hbm_weight_bytes;
+    /* Bytes of weights that a copy engine wrote to HBM before they were read there; the link has carried them too. */
+    uint64_t staged_bytes;
     /* Bytes of activations. */
     uint64_t activation_bytes;
     /* Bytes of partial sums, written and read. */
@@ -84,6 +98,8 @@ struct HybridGemmTraffic {
     uint64_t output_bytes;
     /* Additions and multiplications. */
     uint64_t flops;
+    /* Nanoseconds that the blocks of each role worked, all together. */
+    uint64_t role_ns[3];
 };
 
 /* Shapes and layouts of one product. */
@@ -98,6 +114,10 @@ struct HybridGemmParams {
     uint64_t column_bytes;
     /* f32 of partial sums that the workspace has. */
     uint64_t partial_len;
+    /* Bytes of all experts' columns in host memory, of a grouped product. */
+    uint64_t host_bytes;
+    /* Bytes of all experts' columns in HBM. */
+    uint64_t hbm_bytes;
     /* Rows of X and O: the schedule's tokens are at most as many. */
     uint32_t max_tokens;
     /* Output features. */
@@ -106,7 +126,7 @@ struct HybridGemmParams {
     uint32_t k;
     /* Slabs of a full tile. */
     uint32_t tile_slabs;
-    /* Columns in host memory, the first ones. */
+    /* Columns in host memory, the first ones; of a grouped product, the most that an expert has there. */
     uint32_t host_columns;
     /* The column that the weights in HBM start with. */
     uint32_t hbm_first;
@@ -122,6 +142,10 @@ struct HybridGemmParams {
     uint32_t out_dtype;
     /* One of HybridGemmActivation. */
     uint32_t activation;
+    /* Experts of a grouped product; 0 for a single one. */
+    uint32_t experts;
+    /* Whether the weights in HBM are a slab that a copy engine has just brought from host memory. */
+    uint32_t hbm_staged;
 };
 
 #endif

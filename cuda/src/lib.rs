@@ -44,7 +44,7 @@
 //! | what | where |
 //! | --- | --- |
 //! | the kernels and how to call them | [`kernels`], [`table`], [`params`], [`storage`], [`status`] |
-//! | what the driver and the emulator share | [`launch`], [`memory`], [`workspace`] |
+//! | what the driver and the emulator share | [`launch`], [`memory`], [`workspace`], [`side_queue`] |
 //! | source to cubin | [`sources`], [`compile`], [`nvrtc`], [`cache`], [`prebuilt`], [`digest`] |
 //! | a real GPU | [`probe`], `driver` (feature `driver`, on by default), `cudarc` re-exported |
 //!
@@ -79,6 +79,7 @@ pub mod nvrtc;
 pub mod params;
 pub mod prebuilt;
 pub mod probe;
+pub mod side_queue;
 pub mod sources;
 pub mod status;
 pub mod storage;

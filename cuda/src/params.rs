@@ -10,7 +10,7 @@ pub const HEADER_DIGESTS: &[(&str, &str)] = &[
     ("hack_append_params.h", "0cf237835d324da496bad60f99fce8340db80df7522d0f16f948896b33bd9f4c"),
     ("hack_decode_params.h", "e12f4ad7aca8ed0caec2bd17dc3dda2690f7691835804a3593ba6ea4d05f660d"),
     ("hack_prefill_params.h", "17f9dff541e61bf3193a769f6b05e07dc40753096f7e6d9519c383383b18352e"),
-    ("hybrid_gemm_params.h", "14744a47f6ef00a570ee1dba268bbbfa19ec05ee38b31fc99d92efcdec3772bf"),
+    ("hybrid_gemm_params.h", "63f190f41c97d92e8fc18016caff83ecade3c886749a5cd2aa09411fe7ef7b8c"),
     ("merge_states_params.h", "a1ca4ca86a37067ead0a7fdbb4a70c68ff2be74458bddc317fa12c2d18667ee8"),
     ("prefill_params.h", "3d61a6398e818b2d2f1de440731d6181a7005a251c83a5fb60c20befdba23406"),
     ("sparse_attend_params.h", "18a584d03a0501efe0b2b325cde70629a4f5aead664e16c7d8e2946dcdb72155"),
@@ -667,6 +667,32 @@ const _: () = {
     ["Offset of field: HybridGemmSchedule::padding"]
         [::core::mem::offset_of!(HybridGemmSchedule, padding) - 56usize];
 };
+#[doc = " Where the columns of an expert of a grouped product lie: hybrid-gemm/src/grouped.rs."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct HybridGemmExpert {
+    #[doc = " Bytes before its columns in host memory."]
+    pub host_offset: u64,
+    #[doc = " Bytes before its columns in HBM."]
+    pub hbm_offset: u64,
+    #[doc = " Its columns in host memory, the first ones; the rest is in HBM."]
+    pub host_columns: u32,
+    #[doc = " 0."]
+    pub padding: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of HybridGemmExpert"][::core::mem::size_of::<HybridGemmExpert>() - 24usize];
+    ["Alignment of HybridGemmExpert"][::core::mem::align_of::<HybridGemmExpert>() - 8usize];
+    ["Offset of field: HybridGemmExpert::host_offset"]
+        [::core::mem::offset_of!(HybridGemmExpert, host_offset) - 0usize];
+    ["Offset of field: HybridGemmExpert::hbm_offset"]
+        [::core::mem::offset_of!(HybridGemmExpert, hbm_offset) - 8usize];
+    ["Offset of field: HybridGemmExpert::host_columns"]
+        [::core::mem::offset_of!(HybridGemmExpert, host_columns) - 16usize];
+    ["Offset of field: HybridGemmExpert::padding"]
+        [::core::mem::offset_of!(HybridGemmExpert, padding) - 20usize];
+};
 #[doc = " What launches moved since the receipt was last zeroed: hybrid-gemm/src/traffic.rs."]
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -679,6 +705,8 @@ pub struct HybridGemmTraffic {
     pub hbm_tiles: u64,
     #[doc = " Bytes of weights from HBM."]
     pub hbm_weight_bytes: u64,
+    #[doc = " Bytes of weights that a copy engine wrote to HBM before they were read there; the link has carried them too."]
+    pub staged_bytes: u64,
     #[doc = " Bytes of activations."]
     pub activation_bytes: u64,
     #[doc = " Bytes of partial sums, written and read."]
@@ -690,7 +718,7 @@ pub struct HybridGemmTraffic {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of HybridGemmTraffic"][::core::mem::size_of::<HybridGemmTraffic>() - 64usize];
+    ["Size of HybridGemmTraffic"][::core::mem::size_of::<HybridGemmTraffic>() - 72usize];
     ["Alignment of HybridGemmTraffic"][::core::mem::align_of::<HybridGemmTraffic>() - 8usize];
     ["Offset of field: HybridGemmTraffic::link_tiles"]
         [::core::mem::offset_of!(HybridGemmTraffic, link_tiles) - 0usize];
@@ -700,14 +728,16 @@ const _: () = {
         [::core::mem::offset_of!(HybridGemmTraffic, hbm_tiles) - 16usize];
     ["Offset of field: HybridGemmTraffic::hbm_weight_bytes"]
         [::core::mem::offset_of!(HybridGemmTraffic, hbm_weight_bytes) - 24usize];
+    ["Offset of field: HybridGemmTraffic::staged_bytes"]
+        [::core::mem::offset_of!(HybridGemmTraffic, staged_bytes) - 32usize];
     ["Offset of field: HybridGemmTraffic::activation_bytes"]
-        [::core::mem::offset_of!(HybridGemmTraffic, activation_bytes) - 32usize];
+        [::core::mem::offset_of!(HybridGemmTraffic, activation_bytes) - 40usize];
     ["Offset of field: HybridGemmTraffic::partial_bytes"]
-        [::core::mem::offset_of!(HybridGemmTraffic, partial_bytes) - 40usize];
+        [::core::mem::offset_of!(HybridGemmTraffic, partial_bytes) - 48usize];
     ["Offset of field: HybridGemmTraffic::output_bytes"]
-        [::core::mem::offset_of!(HybridGemmTraffic, output_bytes) - 48usize];
+        [::core::mem::offset_of!(HybridGemmTraffic, output_bytes) - 56usize];
     ["Offset of field: HybridGemmTraffic::flops"]
-        [::core::mem::offset_of!(HybridGemmTraffic, flops) - 56usize];
+        [::core::mem::offset_of!(HybridGemmTraffic, flops) - 64usize];
 };
 #[doc = " Shapes and layouts of one product."]
 #[repr(C)]
@@ -723,6 +753,10 @@ pub struct HybridGemmParams {
     pub column_bytes: u64,
     #[doc = " f32 of partial sums that the workspace has."]
     pub partial_len: u64,
+    #[doc = " Bytes of all experts' columns in host memory, of a grouped product."]
+    pub host_bytes: u64,
+    #[doc = " Bytes of all experts' columns in HBM."]
+    pub hbm_bytes: u64,
     #[doc = " Rows of X and O: the schedule's tokens are at most as many."]
     pub max_tokens: u32,
     #[doc = " Output features."]
@@ -731,7 +765,7 @@ pub struct HybridGemmParams {
     pub k: u32,
     #[doc = " Slabs of a full tile."]
     pub tile_slabs: u32,
-    #[doc = " Columns in host memory, the first ones."]
+    #[doc = " Columns in host memory, the first ones; of a grouped product, the most that an expert has there."]
     pub host_columns: u32,
     #[doc = " The column that the weights in HBM start with."]
     pub hbm_first: u32,
@@ -747,10 +781,14 @@ pub struct HybridGemmParams {
     pub out_dtype: u32,
     #[doc = " One of HybridGemmActivation."]
     pub activation: u32,
+    #[doc = " Experts of a grouped product; 0 for a single one."]
+    pub experts: u32,
+    #[doc = " Whether the weights in HBM are a slab that a copy engine has just brought from host memory."]
+    pub hbm_staged: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of HybridGemmParams"][::core::mem::size_of::<HybridGemmParams>() - 88usize];
+    ["Size of HybridGemmParams"][::core::mem::size_of::<HybridGemmParams>() - 112usize];
     ["Alignment of HybridGemmParams"][::core::mem::align_of::<HybridGemmParams>() - 8usize];
     ["Offset of field: HybridGemmParams::x_stride"]
         [::core::mem::offset_of!(HybridGemmParams, x_stride) - 0usize];
@@ -762,28 +800,36 @@ const _: () = {
         [::core::mem::offset_of!(HybridGemmParams, column_bytes) - 24usize];
     ["Offset of field: HybridGemmParams::partial_len"]
         [::core::mem::offset_of!(HybridGemmParams, partial_len) - 32usize];
+    ["Offset of field: HybridGemmParams::host_bytes"]
+        [::core::mem::offset_of!(HybridGemmParams, host_bytes) - 40usize];
+    ["Offset of field: HybridGemmParams::hbm_bytes"]
+        [::core::mem::offset_of!(HybridGemmParams, hbm_bytes) - 48usize];
     ["Offset of field: HybridGemmParams::max_tokens"]
-        [::core::mem::offset_of!(HybridGemmParams, max_tokens) - 40usize];
-    ["Offset of field: HybridGemmParams::n"][::core::mem::offset_of!(HybridGemmParams, n) - 44usize];
-    ["Offset of field: HybridGemmParams::k"][::core::mem::offset_of!(HybridGemmParams, k) - 48usize];
+        [::core::mem::offset_of!(HybridGemmParams, max_tokens) - 56usize];
+    ["Offset of field: HybridGemmParams::n"][::core::mem::offset_of!(HybridGemmParams, n) - 60usize];
+    ["Offset of field: HybridGemmParams::k"][::core::mem::offset_of!(HybridGemmParams, k) - 64usize];
     ["Offset of field: HybridGemmParams::tile_slabs"]
-        [::core::mem::offset_of!(HybridGemmParams, tile_slabs) - 52usize];
+        [::core::mem::offset_of!(HybridGemmParams, tile_slabs) - 68usize];
     ["Offset of field: HybridGemmParams::host_columns"]
-        [::core::mem::offset_of!(HybridGemmParams, host_columns) - 56usize];
+        [::core::mem::offset_of!(HybridGemmParams, host_columns) - 72usize];
     ["Offset of field: HybridGemmParams::hbm_first"]
-        [::core::mem::offset_of!(HybridGemmParams, hbm_first) - 60usize];
+        [::core::mem::offset_of!(HybridGemmParams, hbm_first) - 76usize];
     ["Offset of field: HybridGemmParams::hbm_columns"]
-        [::core::mem::offset_of!(HybridGemmParams, hbm_columns) - 64usize];
+        [::core::mem::offset_of!(HybridGemmParams, hbm_columns) - 80usize];
     ["Offset of field: HybridGemmParams::host_row_major"]
-        [::core::mem::offset_of!(HybridGemmParams, host_row_major) - 68usize];
+        [::core::mem::offset_of!(HybridGemmParams, host_row_major) - 84usize];
     ["Offset of field: HybridGemmParams::hbm_row_major"]
-        [::core::mem::offset_of!(HybridGemmParams, hbm_row_major) - 72usize];
+        [::core::mem::offset_of!(HybridGemmParams, hbm_row_major) - 88usize];
     ["Offset of field: HybridGemmParams::k_splits"]
-        [::core::mem::offset_of!(HybridGemmParams, k_splits) - 76usize];
+        [::core::mem::offset_of!(HybridGemmParams, k_splits) - 92usize];
     ["Offset of field: HybridGemmParams::out_dtype"]
-        [::core::mem::offset_of!(HybridGemmParams, out_dtype) - 80usize];
+        [::core::mem::offset_of!(HybridGemmParams, out_dtype) - 96usize];
     ["Offset of field: HybridGemmParams::activation"]
-        [::core::mem::offset_of!(HybridGemmParams, activation) - 84usize];
+        [::core::mem::offset_of!(HybridGemmParams, activation) - 100usize];
+    ["Offset of field: HybridGemmParams::experts"]
+        [::core::mem::offset_of!(HybridGemmParams, experts) - 104usize];
+    ["Offset of field: HybridGemmParams::hbm_staged"]
+        [::core::mem::offset_of!(HybridGemmParams, hbm_staged) - 108usize];
 };
 #[doc = " Shape of one merge of partial attention states."]
 #[repr(C)]

@@ -255,6 +255,52 @@ fn weights_in_host_memory() {
     assert!(!plain.contains("Weights per step"), "{plain}");
 }
 
+/// Evaluation and demo say the same with weights in host memory as with all in HBM, to the last digit, and tell what each step
+/// moved and what it would take on every device.
+#[test]
+fn evaluation_and_demo_with_weights_in_host_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, json) = (folder.path().join("text"), folder.path().join("report.json"));
+    std::fs::write(&file, "import sys\n\nsys.exit(0)\n").unwrap();
+    let moved = |stdout: &str, steps: &[&str]| {
+        let devices = ["H200 (PCIe)", "GH200 ", "GH200 3g", "GH200 2g", "GH200 1g"];
+        let words = ["Weights per step, counted", "link ", "Predicted time", "none was measured"];
+        for word in devices.iter().chain(&words).chain(steps) {
+            assert!(stdout.contains(word), "{word}: {stdout}");
+        }
+        assert!(!stdout.contains("not as predicted"), "{stdout}");
+    };
+    let eval = |weights: &str| {
+        let stdout = succeed(&["eval", "--text", path(&file), "--weights", weights, "--json", path(&json)]);
+        let report = read_json(&json);
+        (stdout, report["nll_per_token"].as_f64().unwrap().to_bits())
+    };
+    let (none, exact) = eval("host:0");
+    let (host, found) = eval("host:0.75");
+    assert_eq!(found, exact, "other bits than with all weights in HBM");
+    moved(&host, &["1 tokens × "]);
+    assert!(host.contains("link ") && none.contains("link 0 B in 0 tiles"), "{none}");
+
+    // A model of a short context, so that the demo's windows are short.
+    let model = copy(&bundled());
+    set_config(model.path(), json!({"max_position_embeddings": 128}));
+    let text = model.path().join("text");
+    std::fs::write(&text, &std::fs::read(heldout()).unwrap()[..240]).unwrap();
+    let demo = |weights: &str| {
+        let arguments = ["demo", "--model", path(model.path()), "--text", path(&text), "--weights", weights];
+        let stdout = succeed(&arguments);
+        // The text that is generated, and of the table everything but speeds.
+        let generated = stdout.split("\nmode ").next().unwrap_or_default().to_string();
+        let row = stdout.lines().find(|line| line.split_whitespace().next() == Some("dense")).unwrap();
+        let cells: Vec<String> = row.split_whitespace().take(6).map(str::to_string).collect();
+        (stdout, generated, cells)
+    };
+    let (all, host) = (demo("host:0"), demo("host:0.75"));
+    assert!(!all.1.is_empty() && all.1 == host.1, "{} instead of {}", host.1, all.1);
+    assert_eq!(all.2, host.2);
+    moved(&host.0, &["1 tokens × "]);
+}
+
 /// The demo asks for less where model and text have less.
 #[test]
 fn the_demo_of_a_small_model_and_a_short_text() {

@@ -1,16 +1,18 @@
 //! Adapting alpha while the link is shared with other tenants.
 //!
-//! Two rules. The paper's compares utilisations: EMAs of `U_c = link bytes / (T B_c)` and `U_h = HBM bytes / (T B_h)`; where the link
+//! Three rules. The paper's compares utilisations: EMAs of `U_c = link bytes / (T B_c)` and `U_h = HBM bytes / (T B_h)`; where the link
 //! is more than τ busier alpha goes down a step (fewer bytes over the link), where HBM is, up; then it rests for some calls. It
 //! counts this product's own bytes, so a link that others take looks idle to it, and it moves the wrong way.
 //!
 //! The makespan rule is robust to that: it estimates the rates that the product really gets, bytes over the time in which the
-//! link (or HBM) had something of this product to carry, and sets alpha where both would finish together at those rates.
+//! link (or HBM) had something of this product to carry, and sets alpha where both would finish together at those rates. A device
+//! does not tell these times; it tells how long the blocks of each role worked, and the third rule, [`Rule::Together`], moves alpha
+//! until the two roles take equally long, whoever else uses link or HBM.
 //!
 //! On a device alpha is a number in device memory that the blocks read, so a captured graph follows without being captured anew.
 
-use crate::Error;
 use crate::cost_model::AlphaTerms;
+use crate::{Error, Prediction, Traffic};
 
 /// What a call tells: its receipt, its duration, and how long link and HBM were busy with it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -25,6 +27,24 @@ pub struct Observation {
     pub link_busy_s: f64,
     /// Seconds in which at least one of HBM was.
     pub hbm_busy_s: f64,
+    /// Seconds that a block of the output-stationary and of the weight-stationary role worked; 0 for a role without blocks.
+    pub role_s: [f64; 2],
+}
+
+impl Observation {
+    /// From what a device tells of a call: its duration, its receipt with the times of the roles, and what its prediction says of
+    /// L2. That is all that [`Rule::Utilisation`] and [`Rule::Together`] ask for; link and HBM count as busy all the time, so that
+    /// [`Rule::Makespan`], which needs their own times, stays where it is.
+    pub fn of_call(time_s: f64, role_s: [f64; 2], counted: &Traffic, predicted: &Prediction) -> Self {
+        Observation {
+            time_s,
+            link_bytes: counted.link_bytes as f64,
+            hbm_bytes: predicted.hbm_bytes as f64,
+            link_busy_s: time_s,
+            hbm_busy_s: time_s,
+            role_s,
+        }
+    }
 }
 
 /// How alpha follows.
@@ -41,12 +61,27 @@ pub enum Rule {
     },
     /// Estimate the rates, finish together.
     Makespan,
+    /// Compare the times of the two roles, take a step. Their blocks have equal columns, so where the link is the slower the
+    /// output-stationary ones, which read more over it, take longer, and where HBM is, the weight-stationary ones.
+    Together {
+        /// Ratio of times, less 1, that is tolerated.
+        tolerance: f64,
+        /// How far alpha moves, and how far it stays from 0 and 1, where a role has nothing to compare.
+        step: f64,
+        /// Calls between two moves.
+        dwell: u32,
+    },
 }
 
 impl Rule {
     /// The paper's rule; it does not give its constants, these are ours: τ = 0.1, steps of 1/16, four calls between two moves.
     pub const fn utilisation() -> Self {
         Rule::Utilisation { tau: 0.1, step: 1.0 / 16.0, dwell: 4 }
+    }
+
+    /// Roles that finish together: within 10 %, in steps of 1/16, two calls between two moves.
+    pub const fn together() -> Self {
+        Rule::Together { tolerance: 0.1, step: 1.0 / 16.0, dwell: 2 }
     }
 }
 
@@ -131,6 +166,27 @@ impl Controller {
                 };
                 self.alpha = (self.alpha + direction * step).clamp(0.0, 1.0);
                 self.rest = dwell;
+            }
+            Rule::Together { tolerance, step, dwell } => {
+                if call.role_s.contains(&0.0) {
+                    // Nothing to compare: off the end.
+                    self.alpha = self.alpha.clamp(step, 1.0 - step);
+                    return;
+                }
+                let Some([os, ws]) = self.average(call.role_s) else { return };
+                if self.rest > 0 {
+                    self.rest -= 1;
+                    return;
+                }
+                let direction = match os / ws {
+                    ratio if ratio > 1.0 + tolerance => -1.0,
+                    ratio if ratio < 1.0 / (1.0 + tolerance) => 1.0,
+                    _ => return,
+                };
+                self.alpha = (self.alpha + direction * step).clamp(step, 1.0 - step);
+                self.rest = dwell;
+                // Times with another alpha are others.
+                self.averages = None;
             }
             Rule::Makespan => {
                 let rates = [call.link_bytes / call.link_busy_s, call.hbm_bytes / call.hbm_busy_s];

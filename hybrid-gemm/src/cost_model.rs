@@ -199,12 +199,7 @@ impl CostModel<'_> {
 
     /// The alpha at which link and HBM finish together, from the predictions of the two pure dataflows.
     pub fn balanced_alpha(&self, output_stationary: &Prediction, weight_stationary: &Prediction) -> f64 {
-        let terms = AlphaTerms {
-            link_output_stationary: output_stationary.traffic.link_bytes as f64,
-            link_weight_stationary: weight_stationary.traffic.link_bytes as f64,
-            hbm_always: output_stationary.hbm_bytes as f64,
-            hbm_weight_stationary: weight_stationary.hbm_bytes as f64 - output_stationary.hbm_bytes as f64,
-        };
+        let terms = AlphaTerms::between(output_stationary, weight_stationary);
         terms.balance(self.device.link_bytes_per_s, self.device.hbm_bytes_per_s)
     }
 }
@@ -242,6 +237,16 @@ pub struct AlphaTerms {
 }
 
 impl AlphaTerms {
+    /// From the predictions of the two pure dataflows.
+    pub fn between(output_stationary: &Prediction, weight_stationary: &Prediction) -> Self {
+        AlphaTerms {
+            link_output_stationary: output_stationary.traffic.link_bytes as f64,
+            link_weight_stationary: weight_stationary.traffic.link_bytes as f64,
+            hbm_always: output_stationary.hbm_bytes as f64,
+            hbm_weight_stationary: weight_stationary.hbm_bytes as f64 - output_stationary.hbm_bytes as f64,
+        }
+    }
+
     /// With a share β of the columns weight-stationary the link carries `W R − β (W R − W)` and HBM `H0 + β H1`. Both finish
     /// together at `β* = (W R / B_c − H0 / B_h) / ((W R − W) / B_c + H1 / B_h)`; gives `1 − β*`, within 0..=1.
     pub fn balance(&self, link_bytes_per_s: f64, hbm_bytes_per_s: f64) -> f64 {

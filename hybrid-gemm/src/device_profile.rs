@@ -74,6 +74,21 @@ impl DeviceProfile {
         }
     }
 
+    /// One GPU of a GB200, over NVLink-C2C: link 200 GB/s with the other GPU of the board at rest, HBM 8 TB/s (nominal),
+    /// 1.6 PFLOP/s of bf16.
+    pub fn gb200() -> Self {
+        DeviceProfile {
+            name: "GB200".into(),
+            sm_count: 148,
+            link_bytes_per_s: 200e9,
+            hbm_bytes_per_s: 8e12,
+            flops_per_s: 1.6e15,
+            l2_bytes: 126e6,
+            link_latency_s: 0.6e-6,
+            ..DeviceProfile::h200()
+        }
+    }
+
     /// A slice of this device that has the whole host link to itself.
     pub fn slice(&self, slice: MigSlice) -> Self {
         let (name, sm_count, memory) = slice.parts();
@@ -87,7 +102,7 @@ impl DeviceProfile {
         }
     }
 
-    /// The built-in profiles: H200 over PCIe, GH200 and its slices.
+    /// The profiles that predictions are given for: H200 over PCIe, GH200 and its slices.
     pub fn all() -> Vec<Self> {
         let gh200 = DeviceProfile::gh200();
         let slices = [MigSlice::ThreeG, MigSlice::TwoG, MigSlice::OneG].map(|slice| gh200.slice(slice));

@@ -62,8 +62,8 @@ pub(crate) struct PathShape<'a> {
     pub(crate) ring_bytes: u64,
 }
 
-/// Slabs in flight: one is filled while the one before is read.
-const RING_SLABS: u64 = 2;
+/// Slots of the ring of slabs: one is read, one is there, one is filled.
+pub(crate) const RING_SLABS: usize = 3;
 /// Room for blocks of the link, over their share of the math: too few starve the link, too many only wait (the measurements
 /// behind the AsymGEMM notes say to err on the large side).
 const LINK_MATH_ROOM: f64 = 1.5;
@@ -104,16 +104,8 @@ impl PathShape<'_> {
                 }
                 let needed = 1 + usize::from(alpha > 0.0 && alpha < 1.0);
                 let link = self.link_blocks(tokens, needed)?;
-                let os_blocks = match alpha {
-                    0.0 => 0,
-                    1.0 => link,
-                    alpha => ((alpha * link as f64).round() as usize).clamp(1, link - 1),
-                };
-                // Equal columns per block.
-                let os_columns = match os_blocks {
-                    0 => 0,
-                    blocks => (host * blocks + link / 2) / link,
-                };
+                let os_blocks = output_stationary_blocks(alpha, link);
+                let os_columns = output_stationary_columns(host, os_blocks, link);
                 one(TileSchedule {
                     os_columns,
                     ws_columns: host - os_columns,
@@ -154,7 +146,7 @@ impl PathShape<'_> {
                 if slab_columns == 0 {
                     return Err("a slab needs a column tile at least".into());
                 }
-                let ring = RING_SLABS * self.placement.column_bytes(0..slab_columns.min(host));
+                let ring = RING_SLABS as u64 * self.placement.column_bytes(0..slab_columns.min(host));
                 if ring > self.ring_bytes {
                     return Err(format!(
                         "a ring of {RING_SLABS} slabs needs {ring} bytes, {} are given",
@@ -177,26 +169,74 @@ impl PathShape<'_> {
         }
     }
 
-    /// Blocks that read the link: enough to keep it busy and to do the math of its columns; all, where nothing lies in HBM.
     fn link_blocks(&self, tokens: usize, needed: usize) -> Result<usize, String> {
-        let (host, hbm) = (self.placement.host_columns(), self.placement.hbm_columns());
-        let most = self.sm_budget - usize::from(hbm > 0 && self.sm_budget > 0);
+        let host = self.placement.host_columns();
+        LinkLoad {
+            columns: [host, self.placement.hbm_columns()],
+            tile_bytes: self.placement.tile_bytes(0, 0),
+            host_bytes: self.placement.host_bytes(),
+            flops: self.operands.flops(self.placement, 0..host, tokens),
+        }
+        .blocks(self.device, self.sm_budget, needed)
+    }
+}
+
+/// What the blocks of a launch do with weights in host memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LinkLoad {
+    /// Columns in host memory and in HBM.
+    pub(crate) columns: [usize; 2],
+    /// Bytes of a tile.
+    pub(crate) tile_bytes: u64,
+    /// Bytes in host memory.
+    pub(crate) host_bytes: u64,
+    /// Math of the columns in host memory.
+    pub(crate) flops: u64,
+}
+
+impl LinkLoad {
+    /// Blocks that read the link: enough to keep it busy and to do the math of its columns; all, where nothing lies in HBM.
+    pub(crate) fn blocks(
+        &self,
+        device: &DeviceProfile,
+        sm_budget: usize,
+        needed: usize,
+    ) -> Result<usize, String> {
+        let [host, hbm] = self.columns;
+        let most = sm_budget - usize::from(hbm > 0 && sm_budget > 0);
         if needed > most {
             let roles = if hbm > 0 { " and 1 for the weights in HBM" } else { "" };
-            return Err(format!("needs {needed} SMs for the link{roles}, the budget is {}", self.sm_budget));
+            return Err(format!("needs {needed} SMs for the link{roles}, the budget is {sm_budget}"));
         }
         if hbm == 0 {
             return Ok(most);
         }
-        let tile = self.placement.tile_bytes(0, 0) as f64;
-        let busy = (self.device.link_bytes_in_flight() / (TILES_IN_FLIGHT * tile)).ceil() as usize;
-        let share = self.sm_budget as f64 * host as f64 / (host + hbm) as f64;
-        let math_s = self.operands.flops(self.placement, 0..host, tokens) as f64 / self.device.flops_per_s;
-        let link_s = self.placement.host_bytes() as f64 / self.device.link_bytes_per_s;
-        let math = (self.device.sm_count as f64 * LINK_MATH_ROOM * math_s / link_s).min(share);
+        let tile = self.tile_bytes as f64;
+        let busy = (device.link_bytes_in_flight() / (TILES_IN_FLIGHT * tile)).ceil() as usize;
+        let share = sm_budget as f64 * host as f64 / (host + hbm) as f64;
+        let math_s = self.flops as f64 / device.flops_per_s;
+        let link_s = self.host_bytes as f64 / device.link_bytes_per_s;
+        let math = (device.sm_count as f64 * LINK_MATH_ROOM * math_s / link_s).min(share);
         // Alpha moves in sixteenths where the columns' share of blocks allows.
         let steps = if needed > 1 { share.min(16.0) as usize } else { 1 };
         Ok(busy.max(math.ceil() as usize).max(steps).max(needed).min(most))
+    }
+}
+
+/// Output-stationary blocks of `link` blocks: alpha's share, at least one of each dataflow that alpha has.
+pub(crate) fn output_stationary_blocks(alpha: f64, link: usize) -> usize {
+    match alpha {
+        0.0 => 0,
+        1.0 => link,
+        alpha => ((alpha * link as f64).round() as usize).clamp(1, link - 1),
+    }
+}
+
+/// Columns of the output-stationary blocks: equal columns per block. The kernels compute the same for experts.
+pub(crate) fn output_stationary_columns(host: usize, os_blocks: usize, link: usize) -> usize {
+    match os_blocks {
+        0 => 0,
+        blocks => (host * blocks + link / 2) / link,
     }
 }
 

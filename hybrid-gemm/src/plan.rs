@@ -94,6 +94,46 @@ pub struct GemmPlan {
     config: GemmConfig,
     panel: usize,
     sm_budget: usize,
+    backend: Backend,
+}
+
+/// Who computes, and so which paths there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Backend {
+    /// The CPU walks every path.
+    Cpu,
+    /// Kernels with panels of [`SMALL_PANEL`] tokens.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    SmallPanels,
+    /// Kernels with panels of [`LARGE_PANEL`] tokens.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    LargePanels,
+}
+
+impl Backend {
+    /// Why it does not have a path.
+    fn refuses(self, path: Path) -> Option<String> {
+        match (self, path) {
+            (Backend::Cpu, _) => None,
+            (_, Path::Multicast { .. }) => {
+                Some("no kernel of thread-block clusters (sm_90a) is written yet".to_string())
+            }
+            (Backend::SmallPanels, Path::Direct { alpha }) if alpha < 1.0 => {
+                Some(format!("no kernel of panels of {SMALL_PANEL} tokens keeps a weight tile"))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Refuses an alpha that is no share.
+pub(crate) fn check_alpha(alpha: Alpha) -> Result<(), Error> {
+    match alpha {
+        Alpha::Fixed(alpha) if !(0.0..=1.0).contains(&alpha) => {
+            Err(Error::argument("alpha", "0 to 1", alpha))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A path that was looked at for a number of tokens.
@@ -113,11 +153,7 @@ impl GemmPlan {
     pub fn new(placement: Placement, config: GemmConfig) -> Result<Self, Error> {
         config.device.check()?;
         config.epilogue.check(placement.tiling().n())?;
-        if let Alpha::Fixed(alpha) = config.alpha
-            && !(0.0..=1.0).contains(&alpha)
-        {
-            return Err(Error::argument("alpha", "0 to 1", alpha));
-        }
+        check_alpha(config.alpha)?;
         let sm_budget = config.sm_budget.unwrap_or(config.device.sm_count);
         if sm_budget == 0 || sm_budget > config.device.sm_count {
             let expected = format!("1 to {}, the SMs of {}", config.device.sm_count, config.device.name);
@@ -127,7 +163,7 @@ impl GemmPlan {
             return Err(Error::argument("max_tokens", format!("1 to {}", u32::MAX), config.max_tokens));
         }
         let panel = if config.max_tokens <= SMALL_PANEL { SMALL_PANEL } else { LARGE_PANEL };
-        GemmPlan::with_panel(placement, config, panel, sm_budget)
+        GemmPlan::with_panel(placement, config, panel, sm_budget, Backend::Cpu)
     }
 
     /// The same with panels of the caller's choice; the arguments are checked.
@@ -136,11 +172,22 @@ impl GemmPlan {
         config: GemmConfig,
         panel: usize,
         sm_budget: usize,
+        backend: Backend,
     ) -> Result<Self, Error> {
-        let plan = GemmPlan { placement, config, panel, sm_budget };
+        let plan = GemmPlan { placement, config, panel, sm_budget, backend };
         // A plan that could not serve its largest call is no plan.
         plan.choose(plan.config.max_tokens)?;
         Ok(plan)
+    }
+
+    /// The plan of one expert, whose launches are the group's.
+    pub(crate) fn unchecked(
+        placement: Placement,
+        config: GemmConfig,
+        panel: usize,
+        sm_budget: usize,
+    ) -> Self {
+        GemmPlan { placement, config, panel, sm_budget, backend: Backend::Cpu }
     }
 
     /// Where the weights lie.
@@ -168,7 +215,9 @@ impl GemmPlan {
     /// # Errors
     /// [`Error::Argument`] for an alpha outside 0..=1.
     pub fn set_alpha(&mut self, alpha: Alpha) -> Result<(), Error> {
-        *self = GemmPlan::new(self.placement, GemmConfig { alpha, ..self.config.clone() })?;
+        check_alpha(alpha)?;
+        let config = GemmConfig { alpha, ..self.config.clone() };
+        *self = GemmPlan::with_panel(self.placement, config, self.panel, self.sm_budget, self.backend)?;
         Ok(())
     }
 
@@ -197,7 +246,7 @@ impl GemmPlan {
     /// As [`choose`](Self::choose).
     pub fn launches(&self, tokens: usize) -> Result<Vec<Launch>, Error> {
         let (path, _) = self.choose(tokens)?;
-        self.shape().launches(path, tokens).map_err(Error::NoPath)
+        self.launches_of(path, tokens).map_err(Error::NoPath)
     }
 
     /// What a call is expected to move and take.
@@ -228,9 +277,8 @@ impl GemmPlan {
                 paths
             }
         };
-        let shape = self.shape();
         let model = self.model();
-        let outcome = |path| shape.launches(path, tokens).map(|launches| model.predict(&launches));
+        let outcome = |path| self.launches_of(path, tokens).map(|launches| model.predict(&launches));
         paths.into_iter().map(|path| Candidate { path, outcome: outcome(path) }).collect()
     }
 
@@ -274,7 +322,10 @@ impl GemmPlan {
 
     /// The launches of a path, or why it cannot be taken.
     pub fn launches_of(&self, path: Path, tokens: usize) -> Result<Vec<Launch>, String> {
-        self.shape().launches(path, tokens)
+        match self.backend.refuses(path) {
+            Some(reason) => Err(reason),
+            None => self.shape().launches(path, tokens),
+        }
     }
 
     fn shape(&self) -> PathShape<'_> {
@@ -290,9 +341,15 @@ impl GemmPlan {
 
     /// Which path a call of `tokens` takes, and what became of the others.
     pub fn explain(&self, tokens: usize) -> String {
+        self.explain_as(tokens, self.choose(tokens).ok().map(|(path, _)| path))
+    }
+
+    /// The same with the path that is taken.
+    pub(crate) fn explain_as(&self, tokens: usize, taken: Option<Path>) -> String {
         let tiling = self.placement.tiling();
         let mut text = format!(
-            "{tokens} tokens × [{}, {}] of {} on {}: {} in host memory, {} in HBM\n",
+            "{tokens} tokens in panels of {} × [{}, {}] of {} on {}: {} in host memory, {} in HBM\n",
+            self.panel,
             tiling.n(),
             tiling.k(),
             tiling.format(),
@@ -300,12 +357,16 @@ impl GemmPlan {
             Bytes(self.placement.host_bytes()),
             Bytes(self.placement.hbm_bytes()),
         );
-        let chosen = self.choose(tokens).map(|(path, _)| path);
-        for Candidate { path, outcome } in self.candidates(tokens) {
+        let mut candidates = self.candidates(tokens);
+        if let Some(path) = taken.filter(|path| candidates.iter().all(|candidate| candidate.path != *path)) {
+            let launches = self.launches_of(path, tokens);
+            let outcome = launches.map(|launches| self.model().predict(&launches));
+            candidates.insert(0, Candidate { path, outcome });
+        }
+        for Candidate { path, outcome } in candidates {
             let _ = match outcome {
                 Ok(prediction) => {
-                    let mark =
-                        if chosen.as_ref().is_ok_and(|chosen| *chosen == path) { "taken" } else { "slower" };
+                    let mark = if taken == Some(path) { "taken" } else { "slower" };
                     writeln!(
                         text,
                         "  {mark:<8} {path}: {:.1} µs, bound by {} (link {:.1}, HBM {:.1}, math {:.1} µs)",
@@ -319,8 +380,8 @@ impl GemmPlan {
                 Err(reason) => writeln!(text, "  {:<8} {path}: {reason}", "dropped"),
             };
         }
-        if let Ok(prediction) = self.predict(tokens) {
-            let _ = writeln!(text, "  moves    {}", prediction.traffic);
+        if let Some(Ok(launches)) = taken.map(|path| self.launches_of(path, tokens)) {
+            let _ = writeln!(text, "  moves    {}", self.model().predict(&launches).traffic);
         }
         text
     }

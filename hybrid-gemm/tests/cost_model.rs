@@ -225,6 +225,8 @@ fn profiles() {
             profile.name
         );
     }
+    DeviceProfile::gb200().check().unwrap();
+    assert_eq!(break_even_tokens(BF16, &DeviceProfile::gb200()).round(), 8000.0);
     assert!(DeviceProfile::custom("here", 132, 48e9, 4.3e12, 780e12).is_ok());
     for (named, profile) in [
         ("sm_count", DeviceProfile::custom("", 0, 1.0, 1.0, 1.0)),

@@ -5,9 +5,9 @@ mod common;
 use common::{device, random, run};
 use half::bf16;
 use hybrid_gemm::cpu::Gemm;
-use hybrid_gemm::grouped::{GroupedArgs, GroupedGemm};
+use hybrid_gemm::grouped::{GroupedArgs, GroupedGemm, GroupedPlan};
 use hybrid_gemm::{
-    Activation, DType, EpilogueSpec, Format, GemmConfig, GemmPlan, MatrixView, MatrixViewMut, Path,
+    Activation, Alpha, DType, EpilogueSpec, Format, GemmConfig, GemmPlan, MatrixView, MatrixViewMut, Path,
     PathChoice, Residency, RowMajor, Weights,
 };
 
@@ -15,18 +15,21 @@ const N: usize = 144;
 const K: usize = 100;
 
 /// Experts in host memory, in HBM, and in both.
-fn experts(count: u64, path: PathChoice) -> Vec<(GemmPlan, Weights)> {
+fn experts(count: u64, alpha: Alpha) -> (GroupedPlan, Vec<Weights>) {
     let residencies = [Residency::Host, Residency::HbmFraction(0.4), Residency::Hbm];
     let expert = |index: u64| {
         let values: Vec<bf16> = random(50 + index, N * K);
         let matrix = RowMajor::from_slice(&values, [N, K]).unwrap();
-        let residency = residencies[index as usize % 3];
-        let weights = Weights::pack(matrix, Format::Float(DType::BF16), residency).unwrap();
-        let epilogue = EpilogueSpec { activation: Activation::SwiGlu, ..EpilogueSpec::plain(DType::F32) };
-        let config = GemmConfig { epilogue, path, ..GemmConfig::new(600, DType::BF16, device(8)) };
-        (GemmPlan::new(*weights.placement(), config).unwrap(), weights)
+        Weights::pack(matrix, Format::Float(DType::BF16), residencies[index as usize % 3]).unwrap()
     };
-    (0..count).map(expert).collect()
+    let weights: Vec<Weights> = (0..count).map(expert).collect();
+    let placements = weights.iter().map(|weights| *weights.placement()).collect();
+    (GroupedPlan::new(placements, config(alpha)).unwrap(), weights)
+}
+
+fn config(alpha: Alpha) -> GemmConfig {
+    let epilogue = EpilogueSpec { activation: Activation::SwiGlu, ..EpilogueSpec::plain(DType::F32) };
+    GemmConfig { epilogue, alpha, ..GemmConfig::new(600, DType::BF16, device(8)) }
 }
 
 #[test]
@@ -37,10 +40,12 @@ fn a_grouped_product_is_a_loop_of_products() {
         ("the last has all", vec![0, 0, 0, 300]),
         ("every other", vec![0, 7, 0, 9]),
         ("a Zipf of routes", vec![260, 130, 65, 32]),
+        ("all full", vec![150, 150, 150, 150]),
         ("one each", vec![1, 1, 1, 1]),
     ] {
-        for path in [PathChoice::Fastest, PathChoice::Direct] {
-            let experts = experts(4, path);
+        for alpha in [Alpha::Auto, Alpha::Fixed(1.0), Alpha::Fixed(0.0), Alpha::Fixed(0.5)] {
+            let case = format!("{case}, {alpha:?}");
+            let (plan, experts) = experts(4, alpha);
             let total: usize = rows.iter().sum();
             let x: Vec<bf16> = random(60, (total + 3) * K);
             let mut offsets = vec![0u32];
@@ -48,10 +53,10 @@ fn a_grouped_product_is_a_loop_of_products() {
                 *end += *rows as u32;
                 Some(*end)
             }));
-            let grouped = GroupedGemm::prepare(experts.clone()).unwrap();
+            let grouped = GroupedGemm::prepare(&plan, experts.clone()).unwrap();
             let canary = -7.0f32;
             let mut out = vec![canary; (total + 3) * N / 2];
-            let mut workspace = vec![f32::NAN; grouped.workspace_len(600)];
+            let mut workspace = vec![f32::NAN; plan.workspace_len()];
             let args = GroupedArgs {
                 x: MatrixView::new(&x, total + 3, K).unwrap(),
                 offsets: &offsets,
@@ -60,23 +65,27 @@ fn a_grouped_product_is_a_loop_of_products() {
             let receipt = grouped.run(args, &mut workspace).unwrap();
             assert_eq!(receipt.counted, receipt.predicted.traffic, "{case}");
 
-            let mut link_bytes = 0;
+            let (mut once, mut read_by_each_panel) = (0, 0);
             let mut first = 0;
-            for ((plan, weights), rows) in experts.into_iter().zip(&rows) {
-                let gemm = Gemm::prepare(&plan, weights).unwrap();
+            for (weights, rows) in experts.into_iter().zip(&rows) {
+                let single =
+                    GemmConfig { path: PathChoice::Only(Path::Direct { alpha: 1.0 }), ..config(alpha) };
+                let gemm =
+                    Gemm::prepare(&GemmPlan::new(*weights.placement(), single).unwrap(), weights).unwrap();
                 let (alone, receipt) =
                     run::<bf16, f32>(&gemm, &x[first * K..(first + rows) * K], None, None).unwrap();
                 assert!(alone == out[first * N / 2..(first + rows) * N / 2], "{case}: rows from {first}");
                 // Experts without rows are not fetched.
-                link_bytes += receipt.counted.link_bytes;
-                assert_eq!(
-                    receipt.counted.link_bytes > 0,
-                    *rows > 0 && plan.placement().host_columns() > 0,
-                    "{case}"
-                );
+                read_by_each_panel += receipt.counted.link_bytes;
+                once += if *rows > 0 { gemm.plan().placement().host_bytes() } else { 0 };
                 first += rows;
             }
-            assert_eq!(receipt.counted.link_bytes, link_bytes, "{case}");
+            let link = receipt.counted.link_bytes;
+            match alpha {
+                Alpha::Fixed(1.0) => assert_eq!(link, read_by_each_panel, "{case}"),
+                Alpha::Fixed(0.0) => assert_eq!(link, once, "{case}: active experts, each byte once"),
+                _ => assert!((once..=read_by_each_panel).contains(&link), "{case}: {link}"),
+            }
             assert!(out[total * N / 2..].iter().all(|value| *value == canary), "{case}: padding was written");
         }
     }
@@ -85,26 +94,31 @@ fn a_grouped_product_is_a_loop_of_products() {
 /// Experts with few rows do not all meet on the first blocks.
 #[test]
 fn experts_continue_the_deal() {
-    let grouped = GroupedGemm::prepare(experts(9, PathChoice::Only(Path::Direct { alpha: 1.0 }))).unwrap();
-    let launches = grouped.launches(&[4; 9]).unwrap();
-    let mut steps = vec![0; 8];
-    for launch in launches.iter().flatten().filter(|launch| launch.schedule.hbm_columns == 0) {
-        for (block, steps) in steps.iter_mut().enumerate() {
+    let (plan, _) = experts(9, Alpha::Fixed(1.0));
+    let launches = plan.launches(&[4; 9]).unwrap();
+    let [mut link, mut hbm] = [vec![0; plan.schedule().os_blocks], vec![0; plan.schedule().hbm_blocks]];
+    for launch in launches.iter().flatten() {
+        for (block, steps) in link.iter_mut().chain(&mut hbm).enumerate() {
             *steps += launch.schedule.steps(block);
         }
     }
-    let (most, least) = (steps.iter().max().unwrap(), steps.iter().min().unwrap());
-    assert!(*most > 0 && most - least <= launches[0][0].schedule.k_tiles, "{steps:?}");
+    for (role, steps) in [("link", link), ("HBM", hbm)] {
+        let (most, least) = (steps.iter().max().unwrap(), steps.iter().min().unwrap());
+        assert!(*most > 0 && most - least <= plan.schedule().k_tiles, "{role}: {steps:?}");
+    }
 }
 
 #[test]
 fn refusals_name_the_argument() {
-    assert!(GroupedGemm::prepare(Vec::new()).unwrap_err().to_string().contains("experts"));
-    let mut two = experts(2, PathChoice::Fastest);
-    two[1].0 = experts(2, PathChoice::Direct).remove(1).0;
-    assert!(GroupedGemm::prepare(two).unwrap_err().to_string().contains("expert 1"));
+    let nobody = GroupedPlan::new(Vec::new(), config(Alpha::Auto));
+    assert!(nobody.unwrap_err().to_string().contains("experts"));
+    let (plan, mut weights) = experts(2, Alpha::Auto);
+    weights.swap(0, 1);
+    assert!(GroupedGemm::prepare(&plan, weights).unwrap_err().to_string().contains("expert 0"));
+    assert!(GroupedGemm::prepare(&plan, Vec::new()).unwrap_err().to_string().contains("2, as planned"));
 
-    let grouped = GroupedGemm::prepare(experts(2, PathChoice::Fastest)).unwrap();
+    let (plan, weights) = experts(2, Alpha::Auto);
+    let grouped = GroupedGemm::prepare(&plan, weights).unwrap();
     let x = vec![bf16::ONE; 10 * K];
     for (case, offsets, named) in [
         ("too few", &[0, 10][..], "3 values"),

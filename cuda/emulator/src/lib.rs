@@ -32,6 +32,7 @@ mod queue;
 #[cfg(not(no_emulator))]
 mod report;
 pub mod rig;
+mod side;
 mod tensor_map;
 #[cfg(no_emulator)]
 mod unavailable;
@@ -39,6 +40,7 @@ mod unavailable;
 #[cfg(not(no_emulator))]
 pub use kernel::{EmulatedKernel, Emulator};
 pub use queue::{Order, Queue, Statistics, Traffic};
+pub use side::{CopyTime, SideCopies};
 pub use tensor_map::{TensorMap, TensorShape};
 #[cfg(no_emulator)]
 pub use unavailable::{EmulatedKernel, Emulator};

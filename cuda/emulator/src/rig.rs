@@ -9,12 +9,13 @@ use std::sync::Arc;
 
 use bytemuck::Pod;
 use cuda::cudarc::driver::{CudaSlice, CudaStream};
-use cuda::driver::{Gpu, Graph};
+use cuda::driver::{Gpu, Graph, SideStream};
 use cuda::launch::{Device, Function};
 use cuda::memory::{Space, View, ViewMut};
+use cuda::side_queue::SideQueue;
 use cuda::workspace::{HostWorkspace, Layout};
 
-use crate::{Emulator, Order, Queue};
+use crate::{CopyTime, Emulator, Order, Queue, SideCopies};
 
 /// Where a device test runs: a device, a queue on it, and buffers that both the test and the kernels can reach.
 pub trait Rig {
@@ -26,6 +27,8 @@ pub trait Rig {
     type Buffer<T: Pod>;
     /// A plan's workspace on the device.
     type Workspace;
+    /// A queue of copies beside the queue of launches.
+    type Side: SideQueue<Main = <Self::Function as Function>::Queue>;
 
     /// The device.
     fn device(&self) -> &Self::Device;
@@ -35,6 +38,9 @@ pub trait Rig {
     fn side_queue(&self) -> &<Self::Function as Function>::Queue {
         self.queue()
     }
+    /// A queue of copies beside it, with marks for `slots` slots. The emulator's copies run as early as they can with
+    /// [`Order::Forward`], else as late as they may.
+    fn side(&self, slots: usize) -> Self::Side;
     /// Copies `host` to the device.
     fn upload<T: Pod>(&self, host: &[T]) -> Self::Buffer<T>;
     /// Overwrites part of a buffer, from element `at` on, in the order of the queue.
@@ -90,6 +96,7 @@ impl Rig for EmulatorRig {
     type Function = <Emulator as Device>::Function;
     type Buffer<T: Pod> = Vec<T>;
     type Workspace = HostWorkspace;
+    type Side = SideCopies;
 
     fn device(&self) -> &Emulator {
         &self.emulator
@@ -97,6 +104,11 @@ impl Rig for EmulatorRig {
 
     fn queue(&self) -> &Queue {
         &self.queue
+    }
+
+    fn side(&self, slots: usize) -> SideCopies {
+        let time = if self.queue.order() == Order::Forward { CopyTime::Early } else { CopyTime::Late };
+        SideCopies::new(time, slots)
     }
 
     fn upload<T: Pod>(&self, host: &[T]) -> Vec<T> {
@@ -197,6 +209,7 @@ impl Rig for GpuRig {
     type Function = <Gpu as Device>::Function;
     type Buffer<T: Pod> = GpuBuffer<T>;
     type Workspace = GpuBuffer<u8>;
+    type Side = SideStream;
 
     fn device(&self) -> &Gpu {
         &self.gpu
@@ -208,6 +221,14 @@ impl Rig for GpuRig {
 
     fn side_queue(&self) -> &<Self::Function as Function>::Queue {
         &self.side
+    }
+
+    fn side(&self, slots: usize) -> SideStream {
+        let context = self.gpu.context();
+        // SAFETY: this rig's views carry no events; its stream and the side stream are ordered by the latter's marks.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().expect("a second stream");
+        SideStream::new(&self.gpu, stream, slots).expect("events")
     }
 
     fn upload<T: Pod>(&self, host: &[T]) -> GpuBuffer<T> {

@@ -35,6 +35,8 @@ DEVICE uint32_t schedule_fault(const HybridGemmSchedule& s, const HybridGemmPara
                                uint32_t blocks) {
     if (s.tokens > params.max_tokens) return FAULT_BAD_LENGTH;
     if (s.panel != panel || s.k_tiles != k_tiles || s.cluster != 1) return FAULT_BAD_INDEX;
+    if (static_cast<uint64_t>(s.os_blocks) + s.ws_blocks + s.hbm_blocks > blocks) return FAULT_BAD_RANGE;
+    if (params.experts > 0) return FAULT_NONE;  // columns are the experts': tile/gemm_products.cuh
     const uint64_t host_end = static_cast<uint64_t>(s.first_column) + s.os_columns + s.ws_columns;
     const uint64_t end = host_end + s.hbm_columns;
     if ((s.os_columns > 0 || s.ws_columns > 0) && host_end > params.host_columns) return FAULT_BAD_RANGE;
@@ -46,10 +48,15 @@ DEVICE uint32_t schedule_fault(const HybridGemmSchedule& s, const HybridGemmPara
         || (s.hbm_columns > 0 && s.hbm_blocks == 0)) {
         return FAULT_BAD_RANGE;
     }
-    if (static_cast<uint64_t>(s.os_blocks) + s.ws_blocks + s.hbm_blocks > blocks) return FAULT_BAD_RANGE;
     const uint64_t partials = static_cast<uint64_t>(s.ws_columns) * s.tokens * HYBRID_TILE_ROWS;
     if (s.tokens > panel && partials > params.partial_len) return FAULT_BAD_RANGE;
     return FAULT_NONE;
+}
+
+// The role of a block.
+DEVICE TileRole role_of(const HybridGemmSchedule& s, uint32_t block) {
+    if (block < s.os_blocks) return TileRole::OUTPUT_STATIONARY;
+    return block < s.os_blocks + s.ws_blocks ? TileRole::WEIGHT_STATIONARY : TileRole::HBM;
 }
 
 // The walk of one block of a valid schedule.

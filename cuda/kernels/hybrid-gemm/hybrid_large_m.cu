@@ -17,6 +17,7 @@
 #include "hybrid_gemm_params.h"
 #include "tile/copy_ring.cuh"
 #include "tile/gemm_epilogue.cuh"
+#include "tile/gemm_products.cuh"
 #include "tile/gemm_traffic.cuh"
 #include "tile/status.cuh"
 #include "tile/tile_schedule.cuh"
@@ -64,35 +65,24 @@ struct Cursor {
 KERNEL(256, 1)
 hybrid_large_m(const Element* x, const unsigned char* host, const unsigned char* hbm, const float* scales, const float* bias,
                const void* residual, void* out, float* partials, uint32_t*, const HybridGemmSchedule* schedule,
-               HybridGemmTraffic* traffic, uint64_t* status, const __grid_constant__ HybridGemmParams params) {
+               const HybridGemmExpert* experts, const uint32_t* offsets, HybridGemmTraffic* traffic, uint64_t* status,
+               const __grid_constant__ HybridGemmParams params) {
     DYNAMIC_SHARED(shared);
     BlockTraffic& counter = *reinterpret_cast<BlockTraffic*>(shared + SLABS_AT + SLAB_SLOTS * SLOT_BYTES);
-    const GemmEpilogue epilogue{scales, bias, residual, out};
     const uint32_t slabs = ceil_div(params.k, Weight::INPUTS);
     const uint32_t k_tiles = ceil_div(slabs, params.tile_slabs);
 
     const HybridGemmSchedule plan = *schedule;
     const uint32_t fault = schedule_fault(plan, params, PANEL, k_tiles, gridDim.x);
-    if (fault != FAULT_NONE) {
-        if (blockIdx.x == 0 && threadIdx.x == 0) report_fault(status, fault, 0);
+    if (fault != FAULT_NONE && blockIdx.x == 0 && threadIdx.x == 0) report_fault(status, fault, 0);
+    if (fault != FAULT_NONE || (params.experts > 0 && group_faulty(plan, params, experts, offsets, status, THREADS))) {
+        const GemmEpilogue epilogue{scales, bias, residual, out};
         epilogue.store_zeros(params, blockIdx.x * THREADS + threadIdx.x, gridDim.x * THREADS);
         return;
     }
-    const TileWalk walk(plan, blockIdx.x);
-    const uint32_t items = walk.own_items();
-    if (items == 0) return;
     const bool counts = threadIdx.x == 0;
     if (counts) counter.clear();
-
-    const bool from_hbm = walk.role == TileRole::HBM;
-    WeightSource source{from_hbm ? hbm : host, from_hbm ? params.hbm_first : 0,
-                        from_hbm ? params.hbm_row_major != 0 : params.host_row_major != 0, false};
-    source.aligned = multiple_of_16(source.base, static_cast<int64_t>(params.k) * sizeof(Element));
     const bool x_aligned = multiple_of_16(x, params.x_stride * static_cast<int64_t>(sizeof(Element)));
-    // A weight-stationary block reads each weight once; the others may find it in L2 for the next panel.
-    const bool once = walk.role == TileRole::WEIGHT_STATIONARY || walk.sums_in_registers();
-    const uint64_t policy = once ? l2_evict_first_policy() : l2_evict_last_policy();
-
     const auto slabs_of = [&](uint32_t k_tile) {
         const uint32_t left = slabs - k_tile * params.tile_slabs;
         return left < params.tile_slabs ? left : params.tile_slabs;
@@ -103,73 +93,93 @@ hybrid_large_m(const Element* x, const unsigned char* host, const unsigned char*
     };
     const uint32_t row0 = warp_index() % 2 * WARP_ROWS;
     const uint32_t token0 = warp_index() / 2 * WARP_TOKENS;
-    Cursor ahead(walk), now = ahead;
 
-    const auto load = [&](uint32_t stage, uint32_t) {
-        const TileStep& step = ahead.step;
-        const uint32_t k_slab = step.k_tile * params.tile_slabs;
-        if (step.fetch != TileFetch::KEPT && ahead.chunk % Weight::X_CHUNKS == 0) {
-            unsigned char* const slot = shared + SLABS_AT + ahead.slot() * SLOT_BYTES;
-            const uint32_t bytes =
-                stage_slab<THREADS, FORMAT, Element>(slot, slot + HYBRID_SLAB_BYTES, source, params, step.column, step.k_tile,
-                                                     ahead.chunk / Weight::X_CHUNKS, policy);
-            if (counts) counter.weights(step.fetch, ahead.chunk == 0, bytes);
-        }
-        if (counts && ahead.chunk == 0) {
-            const uint32_t inputs = params.tile_slabs * Weight::INPUTS, left = params.k - step.k_tile * inputs;
-            const uint64_t products = static_cast<uint64_t>(step.tokens) * (left < inputs ? left : inputs);
-            counter.counts.activation_bytes += products * sizeof(Element);
-            counter.counts.flops += 2 * products * rows_of(step.column);
-        }
-        stage_rows<THREADS, PANEL>(shared + stage * X_BYTES, x + step.first_token * params.x_stride, params.x_stride, step.tokens,
-                                   params.k, k_slab * Weight::INPUTS + ahead.chunk * X_CHUNK_INPUTS, x_aligned,
-                                   [](uint32_t token, uint32_t chunk) { return Weight::x_chunk(token, chunk); });
-        ahead.advance(walk, slabs_of(step.k_tile), items);
-    };
+    GemmProducts products(plan, params, experts, offsets);
+#pragma unroll 1
+    while (products.advance()) {
+        const GemmProduct& product = products.now;
+        const TileWalk walk(product.schedule, blockIdx.x);
+        const uint32_t items = walk.own_items();
+        if (items == 0) continue;
+        const GemmEpilogue epilogue{scales == nullptr ? nullptr : scales + static_cast<uint64_t>(product.expert) * params.n, bias,
+                                    residual, out};
+        const bool from_hbm = walk.role == TileRole::HBM;
+        WeightSource source{from_hbm ? hbm + product.hbm_offset : host + product.host_offset, from_hbm ? product.hbm_first : 0,
+                            from_hbm ? params.hbm_row_major != 0 : params.host_row_major != 0, false};
+        source.aligned = multiple_of_16(source.base, static_cast<int64_t>(params.k) * sizeof(Element));
+        // A weight-stationary block reads each weight once; the others may find it in L2 for the next panel.
+        const bool once = walk.role == TileRole::WEIGHT_STATIONARY || walk.sums_in_registers();
+        const uint64_t policy = once ? l2_evict_first_policy() : l2_evict_last_policy();
+        const uint32_t first_kept = product.schedule.first_column + product.schedule.os_columns;  // weight-stationary column
+        Cursor ahead(walk), now = ahead;
 
-    SlabSums<FORMAT, Element, 2, WARP_TOKENS / 8> block;
-    block.clear();
+        const auto load = [&](uint32_t stage, uint32_t) {
+            const TileStep& step = ahead.step;
+            const uint32_t k_slab = step.k_tile * params.tile_slabs;
+            if (step.fetch != TileFetch::KEPT && ahead.chunk % Weight::X_CHUNKS == 0) {
+                unsigned char* const slot = shared + SLABS_AT + ahead.slot() * SLOT_BYTES;
+                const uint32_t bytes =
+                    stage_slab<THREADS, FORMAT, Element>(slot, slot + HYBRID_SLAB_BYTES, source, params, step.column, step.k_tile,
+                                                         ahead.chunk / Weight::X_CHUNKS, policy);
+                if (counts) counter.weights(step, ahead.chunk == 0, bytes, params.hbm_staged != 0);
+            }
+            if (counts && ahead.chunk == 0) {
+                const uint32_t inputs = params.tile_slabs * Weight::INPUTS, left = params.k - step.k_tile * inputs;
+                const uint64_t products = static_cast<uint64_t>(step.tokens) * (left < inputs ? left : inputs);
+                counter.counts.activation_bytes += products * sizeof(Element);
+                counter.counts.flops += 2 * products * rows_of(step.column);
+            }
+            stage_rows<THREADS, PANEL>(shared + stage * X_BYTES, x + (product.first_row + step.first_token) * params.x_stride,
+                                       params.x_stride, step.tokens, params.k,
+                                       k_slab * Weight::INPUTS + ahead.chunk * X_CHUNK_INPUTS, x_aligned,
+                                       [](uint32_t token, uint32_t chunk) { return Weight::x_chunk(token, chunk); });
+            ahead.advance(walk, slabs_of(step.k_tile), items);
+        };
 
-    const uint32_t passes = walk.role == TileRole::WEIGHT_STATIONARY ? walk.panels : 1;
-    stream_tiles_rolled<X_STAGES>(items * passes * slabs * Weight::X_CHUNKS, load, [&](uint32_t stage, uint32_t) {
-        const TileStep step = now.step;
-        const uint64_t first_sum = static_cast<uint64_t>(step.column - plan.first_column - plan.os_columns) * plan.tokens;
-        float* const kept = partials + (first_sum + step.first_token) * HYBRID_TILE_ROWS;
-        const uint32_t kept_bytes = step.tokens * HYBRID_TILE_ROWS * sizeof(float);
-        if (now.chunk == 0 && step.start == TileStart::WORKSPACE) {
-            block.each_sum(row0, token0, step.tokens, [&](uint32_t token, uint32_t row, float& sum) {
-                sum = kept[token * HYBRID_TILE_ROWS + row];
-            });
-            if (counts) counter.counts.partial_bytes += kept_bytes;
-        }
-        if (token0 < step.tokens) {
-            const unsigned char* const slot = shared + SLABS_AT + now.slot() * SLOT_BYTES;
-            block.add(slot, slot + HYBRID_SLAB_BYTES, shared + stage * X_BYTES, now.chunk % Weight::X_CHUNKS, row0, token0);
-        }
-        if (now.chunk + 1 == slabs_of(step.k_tile) * Weight::X_CHUNKS && step.finish != TileFinish::REGISTERS) {
-            if (step.finish == TileFinish::WORKSPACE) {
+        SlabSums<FORMAT, Element, 2, WARP_TOKENS / 8> block;
+        block.clear();
+
+        const uint32_t passes = walk.role == TileRole::WEIGHT_STATIONARY ? walk.panels : 1;
+        stream_tiles_rolled<X_STAGES>(items * passes * slabs * Weight::X_CHUNKS, load, [&](uint32_t stage, uint32_t) {
+            const TileStep step = now.step;
+            const uint64_t first_sum = static_cast<uint64_t>(step.column - first_kept) * product.schedule.tokens;
+            float* const kept = partials + product.first_partial + (first_sum + step.first_token) * HYBRID_TILE_ROWS;
+            const uint32_t kept_bytes = step.tokens * HYBRID_TILE_ROWS * sizeof(float);
+            if (now.chunk == 0 && step.start == TileStart::WORKSPACE) {
                 block.each_sum(row0, token0, step.tokens, [&](uint32_t token, uint32_t row, float& sum) {
-                    kept[token * HYBRID_TILE_ROWS + row] = sum;
+                    sum = kept[token * HYBRID_TILE_ROWS + row];
                 });
                 if (counts) counter.counts.partial_bytes += kept_bytes;
-            } else {
-                // Nobody needs the activations any more, and they are not refilled before the next barrier: their place takes
-                // the sums of part of the tokens at a time.
-                float* const sums = reinterpret_cast<float*>(shared + stage * X_BYTES);
-#pragma unroll 1
-                for (uint32_t first = 0; first < step.tokens; first += SUMS_TOKENS) {
-                    const uint32_t left = step.tokens - first;
-                    __syncthreads();
-                    if (token0 / SUMS_TOKENS == first / SUMS_TOKENS) block.store(sums, row0, token0 - first);
-                    __syncthreads();
-                    epilogue.finish<THREADS>(params, sums, step.first_token + first, left < SUMS_TOKENS ? left : SUMS_TOKENS,
-                                             step.column);
-                }
-                if (counts) counter.counts.output_bytes += step.tokens * epilogue.bytes(params, rows_of(step.column));
             }
-            block.clear();
-        }
-        now.advance(walk, slabs_of(step.k_tile), items);
-    });
-    if (counts) counter.report(traffic);
+            if (token0 < step.tokens) {
+                const unsigned char* const slot = shared + SLABS_AT + now.slot() * SLOT_BYTES;
+                block.add(slot, slot + HYBRID_SLAB_BYTES, shared + stage * X_BYTES, now.chunk % Weight::X_CHUNKS, row0, token0);
+            }
+            if (now.chunk + 1 == slabs_of(step.k_tile) * Weight::X_CHUNKS && step.finish != TileFinish::REGISTERS) {
+                if (step.finish == TileFinish::WORKSPACE) {
+                    block.each_sum(row0, token0, step.tokens, [&](uint32_t token, uint32_t row, float& sum) {
+                        kept[token * HYBRID_TILE_ROWS + row] = sum;
+                    });
+                    if (counts) counter.counts.partial_bytes += kept_bytes;
+                } else {
+                    // Nobody needs the activations any more, and they are not refilled before the next barrier: their place
+                    // takes the sums of part of the tokens at a time.
+                    float* const sums = reinterpret_cast<float*>(shared + stage * X_BYTES);
+#pragma unroll 1
+                    for (uint32_t first = 0; first < step.tokens; first += SUMS_TOKENS) {
+                        const uint32_t left = step.tokens - first;
+                        __syncthreads();
+                        if (token0 / SUMS_TOKENS == first / SUMS_TOKENS) block.store(sums, row0, token0 - first);
+                        __syncthreads();
+                        epilogue.finish<THREADS>(params, sums, product.first_row + step.first_token + first,
+                                                 left < SUMS_TOKENS ? left : SUMS_TOKENS, step.column);
+                    }
+                    if (counts) counter.counts.output_bytes += step.tokens * epilogue.bytes(params, rows_of(step.column));
+                }
+                block.clear();
+            }
+            now.advance(walk, slabs_of(step.k_tile), items);
+        });
+    }
+    if (counts) counter.report(traffic, role_of(plan, blockIdx.x));
 }

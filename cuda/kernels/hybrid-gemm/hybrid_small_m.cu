@@ -6,9 +6,11 @@
 // out          [max_tokens, out columns] f32, f16 or bf16, rows out_stride apart
 // partials     [k_splits, columns, max_tokens, 64] f32, arrivals [columns, panels] u32, zero before and after: k_splits > 1
 // schedule     which block does what: tile/tile_schedule.cuh. It may change between replays of a graph
+// experts      [experts], offsets [experts + 1] u32: where the weights and the rows of each expert of a grouped product are
+//              (tile/gemm_products.cuh), scales then [experts, n]; null for a single product
 // traffic      what was moved is added to it; may be null
-// status       FAULT_BAD_LENGTH (tokens), FAULT_BAD_INDEX (panel, K tiles, cluster), FAULT_BAD_RANGE (columns, blocks): O is
-//              then zero
+// status       FAULT_BAD_LENGTH (tokens), FAULT_BAD_INDEX (panel, K tiles, cluster, an expert's weights), FAULT_BAD_RANGE
+//              (columns, blocks, an expert's rows): O is then zero
 //
 // A block takes its items of the schedule, each 64 output features for a panel of tokens, one after another, slab by slab
 // through one ring that does not drain in between. Weights are the tensor cores' side of 16, tokens that of 8. With
@@ -19,13 +21,14 @@
 // Arch:    sm_80 and later.
 // Mapping: grid (blocks of the schedule, k_splits), one block per SM. Each of four warps has 16 output features and all
 //          tokens of the panel.
-// Budget:  128 registers up to 16 tokens, 216 for 64; a ring of up to 96 KiB.
+// Budget:  176 registers up to 16 tokens, 252 for 64, which one block per SM has; a ring of up to 96 KiB.
 // Limit:   bytes of W: over the link and from HBM, both at once.
 #include "core.cuh"
 #include "hybrid_gemm_params.h"
 #include "ptx/sync.cuh"
 #include "tile/copy_ring.cuh"
 #include "tile/gemm_epilogue.cuh"
+#include "tile/gemm_products.cuh"
 #include "tile/gemm_traffic.cuh"
 #include "tile/last_arriver.cuh"
 #include "tile/status.cuh"
@@ -76,42 +79,30 @@ struct Cursor {
 KERNEL(128, 1)
 hybrid_small_m(const Element* x, const unsigned char* host, const unsigned char* hbm, const float* scales, const float* bias,
                const void* residual, void* out, float* partials, uint32_t* arrivals, const HybridGemmSchedule* schedule,
-               HybridGemmTraffic* traffic, uint64_t* status, const __grid_constant__ HybridGemmParams params) {
+               const HybridGemmExpert* experts, const uint32_t* offsets, HybridGemmTraffic* traffic, uint64_t* status,
+               const __grid_constant__ HybridGemmParams params) {
     DYNAMIC_SHARED(shared);
     Tail& tail = *reinterpret_cast<Tail*>(shared + STAGES * STAGE_BYTES);
-    const GemmEpilogue epilogue{scales, bias, residual, out};
     const uint32_t slabs = ceil_div(params.k, Weight::INPUTS);
     const uint32_t k_tiles = ceil_div(slabs, params.tile_slabs);
 
     const HybridGemmSchedule plan = *schedule;
     const uint32_t fault = schedule_fault(plan, params, HYBRID_SMALL_PANEL, k_tiles, gridDim.x);
-    if (fault != FAULT_NONE) {
-        const uint32_t block = blockIdx.y * gridDim.x + blockIdx.x;
-        if (block == 0 && threadIdx.x == 0) report_fault(status, fault, 0);
-        epilogue.store_zeros(params, block * THREADS + threadIdx.x, gridDim.x * gridDim.y * THREADS);
+    const uint32_t block_index = blockIdx.y * gridDim.x + blockIdx.x;
+    if (fault != FAULT_NONE && block_index == 0 && threadIdx.x == 0) report_fault(status, fault, 0);
+    if (fault != FAULT_NONE || (params.experts > 0 && group_faulty(plan, params, experts, offsets, status, THREADS))) {
+        const GemmEpilogue epilogue{scales, bias, residual, out};
+        epilogue.store_zeros(params, block_index * THREADS + threadIdx.x, gridDim.x * gridDim.y * THREADS);
         return;
     }
-    const TileWalk walk(plan, blockIdx.x);
-    const uint32_t items = walk.own_items();
     const uint32_t split = blockIdx.y;
     const uint32_t first_tile = split * k_tiles / params.k_splits, end_tile = (split + 1) * k_tiles / params.k_splits;
-    if (items == 0) return;
-
     const uint32_t first_slab = first_tile * params.tile_slabs;
     const uint32_t end_slab = end_tile * params.tile_slabs < slabs ? end_tile * params.tile_slabs : slabs;
     const uint32_t row0 = warp_index() * 16;
     const bool counts = threadIdx.x == 0;
     if (counts) tail.traffic.clear();
-
-    const bool from_hbm = walk.role == TileRole::HBM;
-    WeightSource source{from_hbm ? hbm : host, from_hbm ? params.hbm_first : 0,
-                        from_hbm ? params.hbm_row_major != 0 : params.host_row_major != 0, false};
-    source.aligned = multiple_of_16(source.base, static_cast<int64_t>(params.k) * sizeof(Element));
     const bool x_aligned = multiple_of_16(x, params.x_stride * static_cast<int64_t>(sizeof(Element)));
-    // With one panel every weight is read once; with more the next panel finds it in L2.
-    const uint64_t policy = walk.panels == 1 ? l2_evict_first_policy() : l2_evict_last_policy();
-
-    Cursor ahead(walk, first_tile), now = ahead;
     const auto slabs_of = [&](uint32_t k_tile) {
         const uint32_t left = slabs - k_tile * params.tile_slabs;
         return left < params.tile_slabs ? left : params.tile_slabs;
@@ -125,79 +116,97 @@ hybrid_small_m(const Element* x, const unsigned char* host, const unsigned char*
         return left < HYBRID_TILE_ROWS ? left : uint32_t(HYBRID_TILE_ROWS);
     };
 
-    const auto load = [&](uint32_t slot, uint32_t) {
-        unsigned char* const stage = shared + slot * STAGE_BYTES;
-        const TileStep& step = ahead.step;
-        const uint32_t bytes = stage_slab<THREADS, FORMAT, Element>(stage, stage + SCALES_AT, source, params, step.column,
-                                                                    step.k_tile, ahead.slab, policy);
-        if (counts) {
-            HybridGemmTraffic& count = tail.traffic.counts;
-            tail.traffic.weights(step.fetch, ahead.slab == 0, bytes);
-            if (ahead.slab == 0) {
-                const uint64_t products = static_cast<uint64_t>(step.tokens) * inputs_of(step.k_tile);
-                count.activation_bytes += products * sizeof(Element);
-                count.flops += 2 * products * rows_of(step.column);
-            }
-        }
-        const uint32_t k0 = (step.k_tile * params.tile_slabs + ahead.slab) * Weight::INPUTS;
-        const Element* const tokens = x + step.first_token * params.x_stride;
+    GemmProducts products(plan, params, experts, offsets);
 #pragma unroll 1
-        for (uint32_t chunk = 0; chunk < Weight::X_CHUNKS; chunk++) {
-            stage_rows<THREADS, TOKENS>(stage + X_AT + chunk * X_CHUNK_BYTES, tokens, params.x_stride, step.tokens, params.k,
-                                        k0 + chunk * X_CHUNK_INPUTS, x_aligned,
-                                        [](uint32_t token, uint32_t chunk) { return Weight::x_chunk(token, chunk); });
-        }
-        ahead.advance(walk, slabs_of(ahead.k_tile), first_tile, end_tile, items);
-    };
+    while (products.advance()) {
+        const GemmProduct& product = products.now;
+        const TileWalk walk(product.schedule, blockIdx.x);
+        const uint32_t items = walk.own_items();
+        if (items == 0) continue;
+        const GemmEpilogue epilogue{scales == nullptr ? nullptr : scales + static_cast<uint64_t>(product.expert) * params.n, bias,
+                                    residual, out};
+        const bool from_hbm = walk.role == TileRole::HBM;
+        WeightSource source{from_hbm ? hbm + product.hbm_offset : host + product.host_offset, from_hbm ? product.hbm_first : 0,
+                            from_hbm ? params.hbm_row_major != 0 : params.host_row_major != 0, false};
+        source.aligned = multiple_of_16(source.base, static_cast<int64_t>(params.k) * sizeof(Element));
+        // With one panel every weight is read once; with more the next panel finds it in L2.
+        const uint64_t policy = walk.panels == 1 ? l2_evict_first_policy() : l2_evict_last_policy();
 
-    SlabSums<FORMAT, Element, 1, TOKEN_TILES> block;
-    block.clear();
-
-    // Adds the parts of all splits in the order of K, from and to shared memory; true for the block that has them all.
-    const auto merge = [&](const TileStep& step, float* sums) {
-        const uint32_t columns = params.hbm_first + params.hbm_columns;
-        const uint32_t part_len = step.tokens * HYBRID_TILE_ROWS;
-        const auto part = [&](uint32_t of) {
-            const uint64_t column = static_cast<uint64_t>(of) * columns + step.column;
-            return partials + (column * params.max_tokens + step.first_token) * HYBRID_TILE_ROWS;
-        };
-        const auto of_sum = [](uint32_t i) { return sums_index(i / HYBRID_TILE_ROWS, i % HYBRID_TILE_ROWS); };
-        float* const own = part(split);
-        for (uint32_t i = threadIdx.x; i < part_len; i += THREADS) own[i] = sums[of_sum(i)];
-        if (counts) tail.traffic.counts.partial_bytes += part_len * sizeof(float);
-        const uint32_t panel = step.first_token / HYBRID_SMALL_PANEL;
-        if (!arrive_last(arrivals + step.column * walk.panels + panel, params.k_splits, &tail.last)) return false;
-        if (counts) tail.traffic.counts.partial_bytes += params.k_splits * part_len * sizeof(float);
-        for (uint32_t i = threadIdx.x; i < part_len; i += THREADS) {
-            float sum = 0;
-            for (uint32_t of = 0; of < params.k_splits; of++) sum += part(of)[i];
-            sums[of_sum(i)] = sum;
-        }
-        __syncthreads();
-        return true;
-    };
-
-    stream_tiles_rolled<STAGES>(items * (end_slab - first_slab), load, [&](uint32_t slot, uint32_t) {
-        unsigned char* const stage = shared + slot * STAGE_BYTES;
-#pragma unroll CHUNKS_AT_ONCE
-        for (uint32_t chunk = 0; chunk < Weight::X_CHUNKS; chunk++) {
-            block.add(stage, stage + SCALES_AT, stage + X_AT + chunk * X_CHUNK_BYTES, chunk, row0, 0);
-        }
-        const TileStep step = now.step;
-        const bool item_ends = now.k_tile + 1 == end_tile && now.slab + 1 == slabs_of(now.k_tile);
-        if (item_ends) {
-            // Nobody needs the slab any more, and it is not refilled before the next barrier.
-            float* const sums = reinterpret_cast<float*>(stage);
-            __syncthreads();
-            block.store(sums, row0, 0);
-            block.clear();
-            __syncthreads();
-            if (params.k_splits == 1 || merge(step, sums)) {
-                epilogue.finish<THREADS>(params, sums, step.first_token, step.tokens, step.column);
-                if (counts) tail.traffic.counts.output_bytes += step.tokens * epilogue.bytes(params, rows_of(step.column));
+        Cursor ahead(walk, first_tile), now = ahead;
+        const auto load = [&](uint32_t slot, uint32_t) {
+            unsigned char* const stage = shared + slot * STAGE_BYTES;
+            const TileStep& step = ahead.step;
+            const uint32_t bytes = stage_slab<THREADS, FORMAT, Element>(stage, stage + SCALES_AT, source, params, step.column,
+                                                                        step.k_tile, ahead.slab, policy);
+            if (counts) {
+                HybridGemmTraffic& count = tail.traffic.counts;
+                tail.traffic.weights(step, ahead.slab == 0, bytes, params.hbm_staged != 0);
+                if (ahead.slab == 0) {
+                    const uint64_t products = static_cast<uint64_t>(step.tokens) * inputs_of(step.k_tile);
+                    count.activation_bytes += products * sizeof(Element);
+                    count.flops += 2 * products * rows_of(step.column);
+                }
             }
-        }
-        now.advance(walk, slabs_of(now.k_tile), first_tile, end_tile, items);
-    });
-    if (counts) tail.traffic.report(traffic);
+            const uint32_t k0 = (step.k_tile * params.tile_slabs + ahead.slab) * Weight::INPUTS;
+            const Element* const tokens = x + (product.first_row + step.first_token) * params.x_stride;
+#pragma unroll 1
+            for (uint32_t chunk = 0; chunk < Weight::X_CHUNKS; chunk++) {
+                stage_rows<THREADS, TOKENS>(stage + X_AT + chunk * X_CHUNK_BYTES, tokens, params.x_stride, step.tokens, params.k,
+                                            k0 + chunk * X_CHUNK_INPUTS, x_aligned,
+                                            [](uint32_t token, uint32_t chunk) { return Weight::x_chunk(token, chunk); });
+            }
+            ahead.advance(walk, slabs_of(ahead.k_tile), first_tile, end_tile, items);
+        };
+
+        SlabSums<FORMAT, Element, 1, TOKEN_TILES> block;
+        block.clear();
+
+        // Adds the parts of all splits in the order of K, from and to shared memory; true for the block that has them all.
+        const auto merge = [&](const TileStep& step, float* sums) {
+            const uint32_t columns = params.hbm_first + params.hbm_columns;
+            const uint32_t part_len = step.tokens * HYBRID_TILE_ROWS;
+            const auto part = [&](uint32_t of) {
+                const uint64_t column = static_cast<uint64_t>(of) * columns + step.column;
+                return partials + (column * params.max_tokens + step.first_token) * HYBRID_TILE_ROWS;
+            };
+            const auto of_sum = [](uint32_t i) { return sums_index(i / HYBRID_TILE_ROWS, i % HYBRID_TILE_ROWS); };
+            float* const own = part(split);
+            for (uint32_t i = threadIdx.x; i < part_len; i += THREADS) own[i] = sums[of_sum(i)];
+            if (counts) tail.traffic.counts.partial_bytes += part_len * sizeof(float);
+            const uint32_t panel = step.first_token / HYBRID_SMALL_PANEL;
+            if (!arrive_last(arrivals + step.column * walk.panels + panel, params.k_splits, &tail.last)) return false;
+            if (counts) tail.traffic.counts.partial_bytes += params.k_splits * part_len * sizeof(float);
+            for (uint32_t i = threadIdx.x; i < part_len; i += THREADS) {
+                float sum = 0;
+                for (uint32_t of = 0; of < params.k_splits; of++) sum += part(of)[i];
+                sums[of_sum(i)] = sum;
+            }
+            __syncthreads();
+            return true;
+        };
+
+        stream_tiles_rolled<STAGES>(items * (end_slab - first_slab), load, [&](uint32_t slot, uint32_t) {
+            unsigned char* const stage = shared + slot * STAGE_BYTES;
+#pragma unroll CHUNKS_AT_ONCE
+            for (uint32_t chunk = 0; chunk < Weight::X_CHUNKS; chunk++) {
+                block.add(stage, stage + SCALES_AT, stage + X_AT + chunk * X_CHUNK_BYTES, chunk, row0, 0);
+            }
+            const TileStep step = now.step;
+            const bool item_ends = now.k_tile + 1 == end_tile && now.slab + 1 == slabs_of(now.k_tile);
+            if (item_ends) {
+                // Nobody needs the slab any more, and it is not refilled before the next barrier.
+                float* const sums = reinterpret_cast<float*>(stage);
+                __syncthreads();
+                block.store(sums, row0, 0);
+                block.clear();
+                __syncthreads();
+                if (params.k_splits == 1 || merge(step, sums)) {
+                    epilogue.finish<THREADS>(params, sums, product.first_row + step.first_token, step.tokens, step.column);
+                    if (counts) tail.traffic.counts.output_bytes += step.tokens * epilogue.bytes(params, rows_of(step.column));
+                }
+            }
+            now.advance(walk, slabs_of(now.k_tile), first_tile, end_tile, items);
+        });
+    }
+    if (counts) tail.traffic.report(traffic, role_of(plan, blockIdx.x));
 }

@@ -16,6 +16,7 @@ mod gpu;
 mod graph;
 mod launch_log;
 mod mapped;
+mod side_stream;
 mod timing;
 
 pub use call::failed;
@@ -24,4 +25,5 @@ pub use gpu::Gpu;
 pub use graph::Graph;
 pub use launch_log::{LAUNCH_LOG_VARIABLE, Launched, launches};
 pub use mapped::{Mapped, MappedKind, Registered};
+pub use side_stream::SideStream;
 pub use timing::Timer;

@@ -3,12 +3,16 @@
 //
 // Handles carry their context, so that a call with the wrong context current fails as it would on a GPU.
 #include <atomic>
+//
+// With FAKE_CUDA_ORDER=1 it also keeps and writes down the order between streams: what each stream and event is called, records
+// and waits, and, in a capture, which node comes after which, so that a stream that is not joined fails it.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -23,6 +27,10 @@ enum : Result {
     NOT_READY = 600,
     CAPTURE_UNSUPPORTED = 900,
     CAPTURE_INVALIDATED = 901,
+    CAPTURE_MERGE = 903,
+    CAPTURE_UNJOINED = 904,
+    CAPTURE_ISOLATION = 905,
+    CAPTURE_IMPLICIT = 906,
 };
 
 struct Context {
@@ -37,24 +45,34 @@ struct Function {
     std::string name;
     int dynamic_shared;
 };
+struct Stream;
 struct Graph {
     std::vector<std::string> nodes;
     bool broken;
+    std::vector<std::set<size_t>> before;  // of each node, the nodes right before it
+    std::vector<Stream*> streams;
 };
 struct Stream {
     Context* context;
     Graph* capturing;
+    unsigned id;
+    std::set<size_t> last;  // nodes that the next one comes after
 };
 struct Event {
     Context* context;
     unsigned flags;
     bool recorded;
+    unsigned id;
+    Graph* graph;  // that it was recorded in
+    std::set<size_t> last;
 };
 
 static std::mutex mutex;
 static std::string log_text, taken_text;
 static std::map<std::string, Result> failures;
 static std::vector<size_t> parameter_sizes = {8, 8, 4};
+static std::vector<float> elapsed_times;  // round and round
+static size_t elapsed_asked = 0;
 static Context contexts[2] = {{0}, {1}};
 static thread_local Context* current = nullptr;
 // While set, nothing that was enqueued ever becomes complete.
@@ -77,6 +95,14 @@ static int environment(const char* name, int otherwise) {
     return text ? atoi(text) : otherwise;
 }
 
+static bool keeps_order() { return environment("FAKE_CUDA_ORDER", 0) == 1; }
+
+static unsigned next_id() {
+    static unsigned last = 0;
+    std::lock_guard<std::mutex> lock(mutex);
+    return ++last;
+}
+
 #define TRY(call)                                          \
     do {                                                   \
         if (Result result = outcome(call)) return result;  \
@@ -86,6 +112,8 @@ static int environment(const char* name, int otherwise) {
     if (!current || current != (context_of_handle)) return INVALID_CONTEXT
 
 static std::string number(uint64_t value) { return std::to_string(value); }
+
+static std::string name_of(const Stream* stream) { return number(stream ? stream->id : 0); }
 
 static std::string hex(const void* bytes, size_t count) {
     std::string text;
@@ -102,7 +130,10 @@ static Result enqueue(Stream* stream, const std::string& line) {
     if (stream) IN_CONTEXT(stream->context);
     if (!stream && !current) return INVALID_CONTEXT;
     if (stream && stream->capturing) {
-        stream->capturing->nodes.push_back(line);
+        Graph* graph = stream->capturing;
+        graph->before.push_back(stream->last);
+        stream->last = {graph->nodes.size()};
+        graph->nodes.push_back(line);
         note("captured " + line);
     } else {
         note(line);
@@ -131,6 +162,11 @@ void fake_stuck(unsigned value) { stuck = value != 0; }
 void fake_parameters(const size_t* sizes, size_t count) {
     std::lock_guard<std::mutex> lock(mutex);
     parameter_sizes.assign(sizes, sizes + count);
+}
+void fake_elapsed(const float* milliseconds, size_t count) {
+    std::lock_guard<std::mutex> lock(mutex);
+    elapsed_times.assign(milliseconds, milliseconds + count);
+    elapsed_asked = 0;
 }
 
 // ---- driver and devices ----
@@ -282,7 +318,8 @@ Result cuLaunchKernelEx(const LaunchConfig* config, Function* function, void** p
     line += "] parameters=[";
     for (size_t i = 0; i < parameter_sizes.size(); ++i)
         line += (i ? " " : "") + hex(parameters[i], parameter_sizes[i]);
-    line += std::string("] stream=") + (config->stream ? "caller's" : "default");
+    line += "] stream=";
+    line += keeps_order() ? name_of(config->stream) : config->stream ? "caller's" : "default";
     return enqueue(config->stream, line);
 }
 
@@ -310,6 +347,12 @@ Result cuMemsetD8Async(Address address, unsigned char value, size_t bytes, Strea
 Result cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, Stream*) {
     memcpy(reinterpret_cast<void*>(to), from, bytes);
     return OK;
+}
+// Nothing is moved: pinned memory lies elsewhere than its address says.
+Result cuMemcpyAsync(Address to, Address from, size_t bytes, Stream* stream) {
+    TRY("cuMemcpyAsync");
+    return enqueue(stream, "cuMemcpyAsync to=" + number(to) + " from=" + number(from) + " bytes=" + number(bytes)
+                               + " stream=" + name_of(stream));
 }
 Result cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, Stream* stream) {
     memcpy(to, reinterpret_cast<const void*>(from), bytes);
@@ -360,7 +403,7 @@ Result cuMemHostUnregister(void*) {
 
 Result cuStreamCreate(Stream** stream, unsigned) {
     if (!current) return INVALID_CONTEXT;
-    *stream = new Stream{current, nullptr};
+    *stream = new Stream{current, nullptr, next_id(), {}};
     return OK;
 }
 Result cuStreamDestroy_v2(Stream* stream) {
@@ -372,10 +415,25 @@ Result cuStreamSynchronize(Stream*) {
     note("cuStreamSynchronize");
     return OK;
 }
-Result cuStreamWaitEvent(Stream*, Event*, unsigned) { return OK; }
+Result cuStreamWaitEvent(Stream* stream, Event* event, unsigned) {
+    TRY("cuStreamWaitEvent");
+    if (!keeps_order()) return OK;
+    note("cuStreamWaitEvent event=" + number(event->id) + " stream=" + name_of(stream));
+    Graph* graph = event->graph;
+    if (!graph) return stream && stream->capturing ? CAPTURE_ISOLATION : OK;
+    if (!stream) return CAPTURE_IMPLICIT;
+    if (stream->capturing && stream->capturing != graph) return CAPTURE_MERGE;
+    if (!stream->capturing) {
+        stream->capturing = graph;
+        stream->last.clear();
+        graph->streams.push_back(stream);
+    }
+    stream->last.insert(event->last.begin(), event->last.end());
+    return OK;
+}
 Result cuEventCreate(Event** event, unsigned flags) {
     TRY("cuEventCreate");
-    *event = new Event{current, flags, false};
+    *event = new Event{current, flags, false, next_id(), nullptr, {}};
     note("cuEventCreate flags=" + number(flags));
     return OK;
 }
@@ -383,9 +441,15 @@ Result cuEventDestroy_v2(Event* event) {
     delete event;
     return OK;
 }
-Result cuEventRecord(Event* event, Stream*) {
+Result cuEventRecord(Event* event, Stream* stream) {
+    TRY("cuEventRecord");
     IN_CONTEXT(event->context);
     event->recorded = true;
+    if (keeps_order()) {
+        note("cuEventRecord event=" + number(event->id) + " stream=" + name_of(stream));
+        event->graph = stream ? stream->capturing : nullptr;
+        event->last = event->graph ? stream->last : std::set<size_t>();
+    }
     return OK;
 }
 Result cuEventQuery(Event*) {
@@ -400,7 +464,8 @@ Result cuEventSynchronize(Event*) {
 Result cuEventElapsedTime(float* milliseconds, Event* start, Event* stop) {
     TRY("cuEventElapsedTime");
     if (start->flags || stop->flags || !start->recorded || !stop->recorded) return INVALID_HANDLE;
-    *milliseconds = 1.5f;
+    std::lock_guard<std::mutex> lock(mutex);
+    *milliseconds = elapsed_times.empty() ? 1.5f : elapsed_times[elapsed_asked++ % elapsed_times.size()];
     return OK;
 }
 
@@ -409,7 +474,8 @@ Result cuEventElapsedTime(float* milliseconds, Event* start, Event* stop) {
 Result cuStreamBeginCapture_v2(Stream* stream, unsigned mode) {
     TRY("cuStreamBeginCapture");
     if (!stream) return CAPTURE_UNSUPPORTED;
-    stream->capturing = new Graph{{}, false};
+    stream->capturing = new Graph{{}, false, {}, {stream}};
+    stream->last.clear();
     note("cuStreamBeginCapture mode=" + number(mode));
     return OK;
 }
@@ -418,11 +484,23 @@ Result cuStreamEndCapture(Stream* stream, Graph** graph) {
     note("cuStreamEndCapture");
     *graph = nullptr;
     Graph* recorded = stream->capturing;
-    stream->capturing = nullptr;
     if (!recorded) return INVALID_VALUE;
+    for (Stream* part : recorded->streams) part->capturing = nullptr;
     if (recorded->broken) {
         delete recorded;
         return CAPTURE_INVALIDATED;
+    }
+    // Everything that was captured has to come before the end of the stream that the capture began on.
+    std::set<size_t> joined, open = stream->last;
+    while (!open.empty()) {
+        const size_t node = *open.begin();
+        open.erase(open.begin());
+        if (!joined.insert(node).second) continue;
+        open.insert(recorded->before[node].begin(), recorded->before[node].end());
+    }
+    if (joined.size() != recorded->nodes.size()) {
+        delete recorded;
+        return CAPTURE_UNJOINED;
     }
     *graph = recorded;
     return OK;

@@ -108,6 +108,13 @@ impl FakeDriver {
         set.expect("the stand-in has this symbol")(sizes.as_ptr(), sizes.len());
     }
 
+    /// What events measure from now on, in milliseconds, round and round.
+    pub(crate) fn elapsed(&self, milliseconds: &[f32]) {
+        // SAFETY: the source declares `void fake_elapsed(const float*, size_t)`.
+        let set = unsafe { self.library.get::<extern "C" fn(*const f32, usize)>("fake_elapsed") };
+        set.expect("the stand-in has this symbol")(milliseconds.as_ptr(), milliseconds.len());
+    }
+
     /// Programs compiled by the stand-in for NVRTC.
     pub(crate) fn compiles(&self) -> u32 {
         self.nvrtc.compiles()

@@ -30,11 +30,11 @@ pub(crate) fn nvrtc() -> Option<&'static Nvrtc> {
     }
 }
 
-/// Builds a shared library from one C++ source of `tests/fake`, once per source and options, and gives its path.
+/// Builds a shared library from one C++ source of `cuda/tests/fake`, for tests of other packages too, once per source and options, and gives its path.
 ///
 /// None, with the reason printed, where there is no compiler.
 pub(crate) fn library(source: &str, file_name: &str, options: &[&str]) -> Option<PathBuf> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake").join(source);
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cuda/tests/fake").join(source);
     let text = std::fs::read(&source).expect("the source is part of the crate");
     let parts = std::iter::once(text.as_slice()).chain(options.iter().map(|option| option.as_bytes()));
     let folder =

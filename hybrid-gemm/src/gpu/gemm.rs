@@ -1,5 +1,6 @@
 //! A prepared product.
 
+use bytemuck::Zeroable;
 use cuda::kernels::hybrid_gemm as kernels;
 use cuda::launch::{Device, Function};
 use cuda::memory::{View, ViewMut};
@@ -11,10 +12,11 @@ use cuda::storage::Storage;
 use cuda::workspace::Carver;
 
 use super::Plan;
+use super::staging::Slabs;
 use crate::epilogue::Activation;
-use crate::pack::slab_elements;
+use crate::pack::{Tiling, slab_elements};
 use crate::weights::Layout;
-use crate::{DType, Error};
+use crate::{DType, Error, GemmConfig};
 
 /// Where the columns of a matrix lie, as the device sees them.
 #[derive(Debug, Clone, Copy)]
@@ -54,7 +56,7 @@ pub struct GemmArgs<'a, X, O> {
     pub out: ViewMut<'a, O>,
     /// Distances between rows; without gaps where not given.
     pub strides: Option<Strides>,
-    /// The schedule, from [`Plan::schedule`].
+    /// The schedules of the plan's launches, from [`Plan::schedules`].
     pub schedule: &'a View<'a, HybridGemmSchedule>,
     /// What the call moves is added to it.
     pub traffic: Option<ViewMut<'a, HybridGemmTraffic>>,
@@ -65,25 +67,26 @@ pub struct GemmArgs<'a, X, O> {
 /// A prepared product. `X` is the storage type of activations and of unquantised weights.
 #[derive(Debug, Clone)]
 pub struct Gemm<F, X> {
-    plan: Plan,
+    pub(super) plan: Plan,
     params: HybridGemmParams,
-    kernel: Kernel<F, X>,
+    pub(super) kernel: Kernel<F, X>,
+    /// The launches of a staged plan.
+    pub(super) slabs: Slabs,
 }
 
 #[derive(Debug, Clone)]
-enum Kernel<F, X> {
+pub(super) enum Kernel<F, X> {
     Small(kernels::HybridSmallM<F, X>),
     Large(kernels::HybridLargeM<F, X>),
 }
 
-impl<F: Function, X: Storage> Gemm<F, X> {
-    /// Compiles and loads. May block.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] for a device of another number of SMs than the plan's, or another `X`; [`Error::Cuda`] when the
-    /// kernel cannot be loaded.
-    pub fn prepare<D: Device<Function = F>>(device: &D, plan: &Plan) -> Result<Self, Error> {
-        let config = plan.config();
+impl<F: Function, X: Storage> Kernel<F, X> {
+    pub(super) fn prepare<D: Device<Function = F>>(
+        device: &D,
+        config: &GemmConfig,
+        format: kernels::WeightFormat,
+        large: bool,
+    ) -> Result<Self, Error> {
         match device.sm_count() {
             Some(found) if found as usize != config.device.sm_count => {
                 let expected = format!("{} SMs, as planned", config.device.sm_count);
@@ -94,12 +97,33 @@ impl<F: Function, X: Storage> Gemm<F, X> {
         if X::DTYPE != number(config.x) {
             return Err(Error::argument("x", format!("{}, as planned", config.x), X::NAME));
         }
-        let format = plan.format();
-        let kernel = match plan.is_large() {
+        Ok(match large {
             true => Kernel::Large(kernels::HybridLargeM::prepare(device, format)?),
             false => Kernel::Small(kernels::HybridSmallM::prepare(device, format, config.max_tokens)?),
-        };
-        Ok(Self { params: params(plan), plan: plan.clone(), kernel })
+        })
+    }
+
+    pub(super) fn launch<O: Storage>(
+        &self,
+        queue: &F::Queue,
+        args: kernels::HybridGemmArgs<'_, X, O>,
+    ) -> Result<(), cuda::Error> {
+        match self {
+            Kernel::Small(kernel) => kernel.launch(queue, args),
+            Kernel::Large(kernel) => kernel.launch(queue, args),
+        }
+    }
+}
+
+impl<F: Function, X: Storage> Gemm<F, X> {
+    /// Compiles and loads. May block.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a device of another number of SMs than the plan's, or another `X`; [`Error::Cuda`] when the
+    /// kernel cannot be loaded.
+    pub fn prepare<D: Device<Function = F>>(device: &D, plan: &Plan) -> Result<Self, Error> {
+        let kernel = Kernel::prepare(device, plan.config(), plan.format(), plan.is_large())?;
+        Ok(Self { params: params(plan), slabs: Slabs::new(plan)?, plan: plan.clone(), kernel })
     }
 
     /// The plan.
@@ -110,14 +134,45 @@ impl<F: Function, X: Storage> Gemm<F, X> {
     /// Enqueues O = epilogue(X·Wᵀ) and returns.
     ///
     /// # Errors
-    /// [`Error::Argument`] for operands that the plan has not, or has; [`Error::Cuda`] names an argument or workspace that
-    /// does not fit.
+    /// [`Error::Argument`] for operands that the plan has not, or has, and for a staged plan, which needs
+    /// [`run_staged`](Self::run_staged); [`Error::Cuda`] names an argument or workspace that does not fit.
     pub fn run<O: Storage>(
         &self,
         queue: &F::Queue,
         args: GemmArgs<'_, X, O>,
         workspace: ViewMut<'_, u8>,
     ) -> Result<(), Error> {
+        if self.plan.is_staged() {
+            return Err(Error::argument(
+                "side",
+                "a side queue (`run_staged`): the plan stages slabs",
+                "none",
+            ));
+        }
+        let params = self.params_of(&args)?;
+        let carver = Carver::new("hybrid_gemm", workspace, self.plan.workspace())?;
+        let args = kernels::HybridGemmArgs {
+            params: &params,
+            blocks: self.plan.gemm().sm_budget() as u32,
+            x: args.x,
+            host: args.weights.host,
+            hbm: args.weights.hbm,
+            scales: args.weights.scales,
+            bias: args.bias,
+            residual: args.residual,
+            out: args.out,
+            partials: carver.take(self.plan.partials())?,
+            arrivals: carver.take(self.plan.arrivals())?,
+            schedule: args.schedule,
+            experts: None,
+            traffic: args.traffic,
+            status: args.status,
+        };
+        Ok(self.kernel.launch(queue, args)?)
+    }
+
+    /// The parameters of a call, whose operands are those of the plan.
+    pub(super) fn params_of<O>(&self, args: &GemmArgs<'_, X, O>) -> Result<HybridGemmParams, Error> {
         let epilogue = self.plan.config().epilogue;
         for (argument, planned, given) in [
             ("bias", epilogue.bias, args.bias.is_some()),
@@ -134,28 +189,7 @@ impl<F: Function, X: Storage> Gemm<F, X> {
             params.out_stride = strides.out as i64;
             params.residual_stride = strides.residual as i64;
         }
-        let carver = Carver::new("hybrid_gemm", workspace, self.plan.workspace())?;
-        let args = kernels::HybridGemmArgs {
-            params: &params,
-            blocks: self.plan.gemm().sm_budget() as u32,
-            x: args.x,
-            host: args.weights.host,
-            hbm: args.weights.hbm,
-            scales: args.weights.scales,
-            bias: args.bias,
-            residual: args.residual,
-            out: args.out,
-            partials: carver.take(self.plan.partials())?,
-            arrivals: carver.take(self.plan.arrivals())?,
-            schedule: args.schedule,
-            traffic: args.traffic,
-            status: args.status,
-        };
-        match &self.kernel {
-            Kernel::Small(kernel) => kernel.launch(queue, args)?,
-            Kernel::Large(kernel) => kernel.launch(queue, args)?,
-        }
-        Ok(())
+        Ok(params)
     }
 }
 
@@ -170,25 +204,31 @@ fn number(dtype: DType) -> i64 {
 
 /// What kernels know of a plan. Every size of a plan fits 32 bits.
 fn params(plan: &Plan) -> HybridGemmParams {
-    let (config, placement) = (plan.config(), plan.placement());
-    let tiling = placement.tiling();
+    let placement = plan.placement();
+    HybridGemmParams {
+        partial_len: plan.partials().len() as u64,
+        host_columns: placement.host_columns() as u32,
+        hbm_first: placement.host_columns() as u32,
+        hbm_columns: placement.hbm_columns() as u32,
+        host_row_major: u32::from(placement.host_layout() != Layout::Packed),
+        k_splits: plan.k_splits() as u32,
+        ..shape_params(plan.config(), placement.tiling())
+    }
+}
+
+/// What kernels know of shapes and the epilogue.
+pub(super) fn shape_params(config: &GemmConfig, tiling: &Tiling) -> HybridGemmParams {
     let columns = config.epilogue.out_columns(tiling.n()) as i64;
     HybridGemmParams {
         x_stride: tiling.k() as i64,
         out_stride: columns,
         residual_stride: columns,
         column_bytes: tiling.column_bytes() as u64,
-        partial_len: plan.partials().len() as u64,
         max_tokens: config.max_tokens as u32,
         n: tiling.n() as u32,
         k: tiling.k() as u32,
         tile_slabs: (tiling.tile_k() / slab_elements(tiling.format())) as u32,
-        host_columns: placement.host_columns() as u32,
-        hbm_first: placement.host_columns() as u32,
-        hbm_columns: placement.hbm_columns() as u32,
-        host_row_major: u32::from(placement.host_layout() != Layout::Packed),
-        hbm_row_major: 0,
-        k_splits: plan.k_splits() as u32,
+        k_splits: 1,
         out_dtype: number(config.epilogue.out) as u32,
         activation: match config.epilogue.activation {
             Activation::Identity => HYBRID_IDENTITY,
@@ -196,5 +236,6 @@ fn params(plan: &Plan) -> HybridGemmParams {
             Activation::GeluTanh => HYBRID_GELU_TANH,
             Activation::SwiGlu => HYBRID_SWIGLU,
         },
+        ..HybridGemmParams::zeroed()
     }
 }

@@ -6,20 +6,27 @@
 //! the caller writes from [`Plan::schedule`]; a captured graph follows it. The kernel checks it: a bad one gives O of zeros
 //! and is named by the caller's status word.
 //!
-//! - [`Plan`], [`Gemm`]: one matrix.
-//! - [`DeviceWeights`]: where its columns lie; [`ResidentWeights`] pins the host part and copies the rest to HBM.
-//! - [`DeviceSchedule`], [`DeviceReceipt`]: the schedule and the counters in device memory.
+//! - [`Plan`], [`Gemm`]: one matrix, read where it lies or staged by a copy engine ([`Gemm::run_staged`]).
+//! - [`GroupedPlan`], [`GroupedGemm`]: one matrix per expert (MoE), in one launch; rows per expert lie in device memory too.
+//! - [`DeviceWeights`]: where columns lie; [`ResidentWeights`] and [`ResidentExperts`] pin the host part and copy the rest to HBM.
+//! - [`DeviceSchedule`], [`DeviceTable`], [`DeviceReceipt`]: schedules, experts' places and counters in device memory.
+//! - [`DeviceTimer`], [`AlphaControl`]: paths timed by events ([`Plan::tuned`]), and a controller that moves alpha in device memory.
 //! - The receipt: [`Plan::traffic`] turns the counters of a launch into [`Traffic`](crate::Traffic), to hold against
 //!   [`Plan::predict`].
 //!
 //! Everything but what owns device memory is generic over [`Device`](cuda::launch::Device), so the emulator runs the same plans.
 
+mod adaptive;
 mod gemm;
+mod grouped;
 mod on_device;
 mod plan;
 mod resident;
+mod staging;
 
+pub use adaptive::{AlphaControl, DeviceTimer};
 pub use gemm::{DeviceWeights, Gemm, GemmArgs, Strides};
-pub use on_device::{DeviceReceipt, DeviceSchedule};
+pub use grouped::{GroupedArgs, GroupedGemm, GroupedPlan};
+pub use on_device::{DeviceReceipt, DeviceSchedule, DeviceTable};
 pub use plan::Plan;
-pub use resident::ResidentWeights;
+pub use resident::{ResidentExperts, ResidentWeights};

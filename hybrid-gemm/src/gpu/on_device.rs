@@ -6,12 +6,12 @@ use bytemuck::Zeroable;
 use cuda::cudarc::driver::{CudaSlice, CudaStream};
 use cuda::driver::failed;
 use cuda::memory::{View, ViewMut};
-use cuda::params::{HybridGemmSchedule, HybridGemmTraffic};
+use cuda::params::{HybridGemmExpert, HybridGemmSchedule, HybridGemmTraffic};
 
-use super::Plan;
+use super::{GroupedPlan, Plan};
 use crate::{Error, Traffic};
 
-/// A schedule that calls read, and captured graphs with them: what is written here holds from the next replay on.
+/// The schedules that calls read, and captured graphs with them: what is written here holds from the next replay on.
 #[derive(Debug)]
 pub struct DeviceSchedule {
     bytes: CudaSlice<u8>,
@@ -22,22 +22,51 @@ impl DeviceSchedule {
     ///
     /// # Errors
     /// [`Error::Cuda`] when the driver refuses.
-    pub fn new(stream: &Arc<CudaStream>, schedule: &HybridGemmSchedule) -> Result<Self, Error> {
-        let bytes = stream.clone_htod(bytemuck::bytes_of(schedule)).map_err(failed("cuMemcpyHtoDAsync"))?;
+    pub fn new(stream: &Arc<CudaStream>, schedules: &[HybridGemmSchedule]) -> Result<Self, Error> {
+        let bytes =
+            stream.clone_htod(bytemuck::cast_slice(schedules)).map_err(failed("cuMemcpyHtoDAsync"))?;
         Ok(Self { bytes })
     }
 
-    /// Replaces the schedule, in the order of the stream. Not to be captured: the graph would keep this one.
+    /// Replaces the schedules by as many others, in the order of the stream. Not to be captured: the graph would keep these.
     ///
     /// # Errors
-    /// [`Error::Cuda`] when the driver refuses.
-    pub fn write(&mut self, stream: &Arc<CudaStream>, schedule: &HybridGemmSchedule) -> Result<(), Error> {
-        let written = stream.memcpy_htod(bytemuck::bytes_of(schedule), &mut self.bytes);
+    /// [`Error::Argument`] for another number of schedules; [`Error::Cuda`] when the driver refuses.
+    pub fn write(&mut self, stream: &Arc<CudaStream>, schedules: &[HybridGemmSchedule]) -> Result<(), Error> {
+        let bytes: &[u8] = bytemuck::cast_slice(schedules);
+        if bytes.len() != self.bytes.len() {
+            let expected = self.bytes.len() / size_of::<HybridGemmSchedule>();
+            return Err(Error::argument("schedules", expected, schedules.len()));
+        }
+        let written = stream.memcpy_htod(bytes, &mut self.bytes);
         Ok(written.map_err(failed("cuMemcpyHtoDAsync"))?)
     }
 
     /// For [`Gemm::run`](super::Gemm::run) on `stream`.
     pub fn view<'a>(&'a self, stream: &'a CudaStream) -> View<'a, HybridGemmSchedule> {
+        View::device(&self.bytes, stream).cast()
+    }
+}
+
+/// Where the weights of each expert are, for calls of a [`GroupedPlan`].
+#[derive(Debug)]
+pub struct DeviceTable {
+    bytes: CudaSlice<u8>,
+}
+
+impl DeviceTable {
+    /// Allocates and writes [`GroupedPlan::table`].
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] when the driver refuses.
+    pub fn new(stream: &Arc<CudaStream>, plan: &GroupedPlan) -> Result<Self, Error> {
+        let table = plan.table();
+        let bytes = stream.clone_htod(bytemuck::cast_slice(&table)).map_err(failed("cuMemcpyHtoDAsync"))?;
+        Ok(Self { bytes })
+    }
+
+    /// For [`GroupedGemm::run`](super::GroupedGemm::run) on `stream`.
+    pub fn view<'a>(&'a self, stream: &'a CudaStream) -> View<'a, HybridGemmExpert> {
         View::device(&self.bytes, stream).cast()
     }
 }
@@ -68,11 +97,19 @@ impl DeviceReceipt {
     /// # Errors
     /// [`Error::Cuda`] when the driver refuses, or a kernel before has failed.
     pub fn read(&self, stream: &Arc<CudaStream>, plan: &Plan) -> Result<Traffic, Error> {
+        Ok(plan.traffic(&self.counters(stream)?))
+    }
+
+    /// Waits for the stream and reads the counters, for [`Plan::role_seconds`] too.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn counters(&self, stream: &Arc<CudaStream>) -> Result<HybridGemmTraffic, Error> {
         let mut counted = HybridGemmTraffic::zeroed();
         let read = stream.memcpy_dtoh(&self.bytes, bytemuck::bytes_of_mut(&mut counted));
         read.map_err(failed("cuMemcpyDtoHAsync"))?;
         stream.synchronize().map_err(failed("cuStreamSynchronize"))?;
-        Ok(plan.traffic(&counted))
+        Ok(counted)
     }
 
     /// Back to zero, in the order of the stream.

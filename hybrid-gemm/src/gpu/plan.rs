@@ -2,14 +2,21 @@
 
 use cuda::kernels::hybrid_gemm::{WeightFormat, large_m_supports};
 use cuda::params::{HYBRID_LARGE_PANEL, HYBRID_SMALL_PANEL, HybridGemmSchedule, HybridGemmTraffic};
-use cuda::workspace::{Layout, Region};
+use cuda::workspace::{ALIGNMENT, Layout, Region};
 
-use crate::pack::{TILE_ROWS, slab_elements};
+use crate::pack::{TILE_ROWS, Tiling, slab_elements};
+use crate::path::RING_SLABS;
+use crate::plan::{Backend, LARGE_PANEL, SMALL_PANEL};
 use crate::schedule::TileSchedule;
+use crate::tuner::{Timer, Tuner};
 use crate::weights::Placement;
 use crate::{
-    Alpha, DType, Error, Format, GemmConfig, GemmPlan, Path, PathChoice, Prediction, Summation, Traffic,
+    Alpha, DType, Error, Format, GemmConfig, GemmPlan, Launch, Path, PathChoice, Prediction, Summation,
+    Traffic,
 };
+
+const _: () =
+    assert!(SMALL_PANEL == HYBRID_SMALL_PANEL as usize && LARGE_PANEL == HYBRID_LARGE_PANEL as usize);
 
 /// K parts that are looked at where sums may be grouped.
 const SPLITS: [usize; 4] = [1, 2, 4, 8];
@@ -18,77 +25,98 @@ const MIN_SPLIT_TILES: usize = 2;
 
 /// A plan of products on a GPU: everything that follows from shape and configuration. Needs no device.
 ///
-/// With [`Summation::Bitwise`] an output depends on its rows of X and W alone: not on alpha, on where the weights lie, on the
-/// number of tokens or of SMs. With [`Summation::Fast`] a product of few tokens deals the K tiles of a column to several
-/// blocks, as the number of SMs suggests; the same plan still gives the same bits at every run.
+/// The path is that of the largest call, so that one captured graph serves every call: either direct, where calls and alpha
+/// may change from replay to replay, or staged ([`is_staged`](Self::is_staged)), where the slabs are the same in each.
+///
+/// With [`Summation::Bitwise`] an output depends on its rows of X and W alone: not on the path, on alpha, on where the weights
+/// lie, on the number of tokens or of SMs. With [`Summation::Fast`] a direct product of few tokens deals the K tiles of a column
+/// to several blocks, as the number of SMs suggests; the same plan still gives the same bits at every run.
 #[derive(Debug, Clone)]
 pub struct Plan {
-    /// What schedules come from: panels of the kernel, and a budget of as many blocks as the grid is wide.
+    /// All paths, for whoever wants to know why; its budget of SMs is the caller's.
+    considered: GemmPlan,
+    /// What schedules come from: the path that is taken, and a budget of as many blocks as the grid is wide.
     gemm: GemmPlan,
     format: WeightFormat,
-    /// Whether the kernel of large panels serves it.
-    large: bool,
     k_splits: usize,
     layout: Layout,
     partials: Region<f32>,
     arrivals: Region<u32>,
+    /// Slots of slabs, `slot_bytes` apart.
+    ring: Region<u8>,
+    slot_bytes: usize,
 }
 
 impl Plan {
-    /// Plans products with weights placed like `placement`.
+    /// Plans products with weights placed like `placement`. [`PathChoice::Fastest`] is by the cost model, for the largest call.
     ///
     /// # Errors
     /// [`Error::Argument`] for types that no kernel has, and as [`GemmPlan::new`]; [`Error::NoPath`] for a path that has no
     /// kernel here.
     pub fn new(placement: Placement, config: GemmConfig) -> Result<Self, Error> {
-        let path = match config.path {
-            PathChoice::Fastest | PathChoice::Direct => PathChoice::Direct,
-            PathChoice::Only(Path::Direct { alpha }) => PathChoice::Only(Path::Direct { alpha }),
-            PathChoice::Only(path) => return Err(Error::NoPath(format!("{path} has no kernel"))),
-        };
-        // The arguments' own checks first.
-        let budget = GemmPlan::new(placement, GemmConfig { path, ..config.clone() })?.sm_budget();
-        let tiling = placement.tiling();
-        let format = match (tiling.format(), config.x) {
-            (_, DType::F32) => return Err(Error::argument("x", "f16 or bf16", config.x)),
-            (Format::Float(weights), x) if weights != x => {
-                return Err(Error::argument("weights", format!("{x}, as X"), weights));
-            }
-            (Format::Float(_), _) => WeightFormat::Float,
-            (Format::Int8, _) => WeightFormat::Int8,
-            (Format::Int4 { group }, _) => WeightFormat::Int4 { group },
-        };
+        let (considered, format) = consider(placement, config)?;
+        let path = considered.choose(considered.config().max_tokens)?.0;
+        Plan::on_path(considered, format, path)
+    }
+
+    /// The same with the path that the tuner remembers, or finds by timing the cost model's first candidates.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and what the timer returns.
+    pub fn tuned(
+        placement: Placement,
+        config: GemmConfig,
+        tuner: &mut Tuner,
+        timer: &mut impl Timer,
+    ) -> Result<Self, Error> {
+        let (considered, format) = consider(placement, config)?;
+        let path = tuner.choose(&considered, considered.config().max_tokens, timer)?;
+        Plan::on_path(considered, format, path)
+    }
+
+    fn on_path(considered: GemmPlan, format: WeightFormat, path: Path) -> Result<Self, Error> {
+        let (config, placement) = (considered.config().clone(), *considered.placement());
+        let (tiling, tokens, budget) = (placement.tiling(), config.max_tokens, considered.sm_budget());
+        let large = considered.panel() == LARGE_PANEL;
+        let staged = matches!(path, Path::Staged { .. });
         let k_splits = match config.summation {
-            Summation::Fast if config.max_tokens <= HYBRID_SMALL_PANEL as usize => {
-                k_splits(&placement, config.max_tokens, budget)
-            }
+            Summation::Fast if tokens <= SMALL_PANEL && !staged => k_splits(&placement, tokens, budget),
             _ => 1,
         };
-        // Weight-stationary columns need the kernel of large panels; panels of 64 tokens are output-stationary.
-        let slabs = tiling.tile_k() / slab_elements(tiling.format());
-        let large = config.max_tokens > HYBRID_SMALL_PANEL as usize && large_m_supports(format, slabs);
-        let (panel, config) = match (large, path) {
-            (true, _) => (HYBRID_LARGE_PANEL, GemmConfig { path, ..config }),
-            (false, PathChoice::Only(Path::Direct { alpha })) if alpha < 1.0 => {
-                return Err(Error::NoPath(format!(
-                    "{} has no kernel for {format:?}",
-                    Path::Direct { alpha }
-                )));
+        let (choice, alpha) = match path {
+            // Alpha stays the caller's, for calls of other sizes and for whoever sets it later.
+            Path::Direct { .. } if matches!(config.path, PathChoice::Only(_)) => (config.path, config.alpha),
+            Path::Direct { .. } if !large => (PathChoice::Direct, Alpha::Fixed(1.0)),
+            Path::Direct { alpha } if config.alpha == Alpha::Auto => {
+                // An alpha that was timed stays; the model's own follows the size of each call.
+                let model = considered.choose(tokens)?.0;
+                (PathChoice::Direct, if model == path { Alpha::Auto } else { Alpha::Fixed(alpha) })
             }
-            (false, _) => (HYBRID_SMALL_PANEL, GemmConfig { path, alpha: Alpha::Fixed(1.0), ..config }),
+            Path::Direct { .. } => (PathChoice::Direct, config.alpha),
+            other => (PathChoice::Only(other), config.alpha),
         };
-        let gemm = GemmPlan::with_panel(placement, config, panel as usize, budget / k_splits)?;
+        let backend = if large { Backend::LargePanels } else { Backend::SmallPanels };
+        let config = GemmConfig { path: choice, alpha, ..config };
+        let gemm = GemmPlan::with_panel(placement, config, considered.panel(), budget / k_splits, backend)?;
 
-        let (tokens, columns) = (gemm.config().max_tokens, tiling.column_tiles());
+        let columns = tiling.column_tiles();
         let (mut layout, too_large) = (Layout::new(), usize::MAX);
         let sums = match k_splits {
-            1 if large => Some(gemm.workspace_len(tokens)),
+            1 if large && !staged => Some(gemm.workspace_len(tokens)),
             1 => Some(0),
             _ => k_splits.checked_mul(columns).and_then(|sums| sums.checked_mul(tokens * TILE_ROWS)),
         };
         let partials = layout.scratch(sums.unwrap_or(too_large))?;
+        let slab = match path {
+            Path::Staged { slab_columns } => {
+                placement.column_bytes(0..slab_columns.min(placement.host_columns()))
+            }
+            _ => 0,
+        };
+        let slot_bytes = (slab as usize).next_multiple_of(ALIGNMENT);
+        let ring = layout.scratch(RING_SLABS * slot_bytes)?;
         let arrivals = layout.counters(if k_splits > 1 { columns } else { 0 })?;
-        Ok(Plan { gemm, format, large, k_splits, layout, partials, arrivals })
+        Ok(Plan { considered, gemm, format, k_splits, layout, partials, arrivals, ring, slot_bytes })
     }
 
     /// Where the weights lie.
@@ -96,23 +124,37 @@ impl Plan {
         self.gemm.placement()
     }
 
-    /// What the plan was made for, with the paths that have kernels.
+    /// What the plan was made for, with the path that is taken.
     pub fn config(&self) -> &GemmConfig {
         self.gemm.config()
     }
 
+    /// All the paths that were open, for a tuner's [`Timer`] or a closer look.
+    pub fn considered(&self) -> &GemmPlan {
+        &self.considered
+    }
+
     /// Whether `hybrid_large_m` serves it, in panels of 256 tokens; else `hybrid_small_m` does, in panels of 64.
     pub fn is_large(&self) -> bool {
-        self.large
+        self.gemm.panel() == LARGE_PANEL
+    }
+
+    /// Whether slabs are staged, so that it needs a side queue: [`Gemm::run_staged`](super::Gemm::run_staged).
+    pub fn is_staged(&self) -> bool {
+        self.slot_bytes > 0
+    }
+
+    /// Slots of the ring of slabs, as many as the side queue has marks for; 0 where nothing is staged.
+    pub fn slots(&self) -> usize {
+        if self.is_staged() { RING_SLABS } else { 0 }
     }
 
     /// Sets alpha for the schedules that follow; everything that is prepared stays.
     ///
     /// # Errors
-    /// [`Error::Argument`] for an alpha outside 0..=1.
+    /// [`Error::Argument`] for an alpha outside 0..=1; [`Error::NoPath`] where kernels of this plan have one dataflow only.
     pub fn set_alpha(&mut self, alpha: Alpha) -> Result<(), Error> {
-        *self = Plan::new(*self.placement(), GemmConfig { alpha, ..self.config().clone() })?;
-        Ok(())
+        self.gemm.set_alpha(alpha)
     }
 
     /// Parts that the K tiles of a column are dealt to.
@@ -125,17 +167,30 @@ impl Plan {
         &self.layout
     }
 
-    /// The schedule of a call of `tokens` tokens, to be written to device memory before it.
+    /// The schedules of a call of `tokens` tokens, one per launch, to be written to device memory before it: one for a direct
+    /// product; for a staged one that of the columns in HBM, if there are any, and then one per slab.
     ///
     /// # Errors
     /// [`Error::Argument`] for more tokens than planned.
+    pub fn schedules(&self, tokens: usize) -> Result<Vec<HybridGemmSchedule>, Error> {
+        Ok(self.launches(tokens)?.iter().map(|launch| to_device(&launch.schedule)).collect())
+    }
+
+    /// The one schedule of a direct product: the first of [`schedules`](Self::schedules).
+    ///
+    /// # Errors
+    /// As there.
     pub fn schedule(&self, tokens: usize) -> Result<HybridGemmSchedule, Error> {
+        Ok(to_device(&self.launches(tokens)?[0].schedule))
+    }
+
+    /// The launches of a call: as many for every number of tokens.
+    pub(super) fn launches(&self, tokens: usize) -> Result<Vec<Launch>, Error> {
         let most = self.config().max_tokens;
         if tokens > most {
             return Err(Error::argument("tokens", format!("at most {most}"), tokens));
         }
-        let launches = self.gemm.launches(tokens)?;
-        Ok(to_device(&launches[0].schedule))
+        self.gemm.launches(tokens)
     }
 
     /// What a call is expected to move and take; its traffic is what the kernel counts.
@@ -154,19 +209,45 @@ impl Plan {
         Ok(prediction)
     }
 
+    /// Which path is taken, what became of the others, and why.
+    pub fn explain(&self, tokens: usize) -> String {
+        let taken = self.gemm.choose(tokens).ok().map(|(path, _)| path);
+        let mut text = self.considered.explain_as(tokens, taken);
+        let kernel = if self.is_large() { "hybrid_large_m" } else { "hybrid_small_m" };
+        text += &format!("  kernel   {kernel}, panels of {} tokens", self.gemm.panel());
+        if self.config().max_tokens > self.gemm.panel() && !self.is_large() {
+            text +=
+                &format!(": hybrid_large_m does not take tiles of {}", self.placement().tiling().format());
+        }
+        if self.is_staged() {
+            text += &format!(
+                ", {} slots of {} for slabs",
+                RING_SLABS,
+                crate::traffic::Bytes(self.slot_bytes as u64)
+            );
+        }
+        text + "\n"
+    }
+
     /// The receipt: what the kernel has counted.
     pub fn traffic(&self, counted: &HybridGemmTraffic) -> Traffic {
-        Traffic {
-            link_tiles: counted.link_tiles,
-            link_bytes: counted.link_bytes,
-            hbm_tiles: counted.hbm_tiles,
-            hbm_weight_bytes: counted.hbm_weight_bytes,
-            staged_bytes: 0,
-            activation_bytes: counted.activation_bytes,
-            partial_bytes: counted.partial_bytes,
-            output_bytes: counted.output_bytes,
-            flops: counted.flops,
-        }
+        traffic(counted)
+    }
+
+    /// Seconds that a block of the output-stationary and of the weight-stationary role worked in a call of `tokens` tokens, from the
+    /// counters of that call alone; 0 for a role without blocks, and in the emulator, where no time passes.
+    ///
+    /// # Errors
+    /// As [`schedules`](Self::schedules).
+    pub fn role_seconds(&self, tokens: usize, counted: &HybridGemmTraffic) -> Result<[f64; 2], Error> {
+        let launches = self.launches(tokens)?;
+        let schedule = &launches[0].schedule;
+        let items = schedule.items();
+        let busy = [schedule.os_blocks.min(items[0]), schedule.ws_blocks.min(items[1])];
+        Ok(std::array::from_fn(|role| {
+            let blocks = (busy[role] * self.k_splits).max(1);
+            counted.role_ns[role] as f64 * 1e-9 / blocks as f64
+        }))
     }
 
     pub(super) fn gemm(&self) -> &GemmPlan {
@@ -184,10 +265,67 @@ impl Plan {
     pub(super) fn arrivals(&self) -> Region<u32> {
         self.arrivals
     }
+
+    pub(super) fn ring(&self) -> Region<u8> {
+        self.ring
+    }
+
+    pub(super) fn slot_bytes(&self) -> usize {
+        self.slot_bytes
+    }
+}
+
+/// All paths that kernels have for a matrix and a configuration, and the weights' format.
+fn consider(placement: Placement, config: GemmConfig) -> Result<(GemmPlan, WeightFormat), Error> {
+    // The arguments' own checks first.
+    let any = GemmConfig { path: PathChoice::Fastest, ..config.clone() };
+    let budget = GemmPlan::new(placement, any)?.sm_budget();
+    let format = weight_format(placement.tiling(), config.x)?;
+    let large = config.max_tokens > SMALL_PANEL && is_large(placement.tiling(), format);
+    let (panel, backend) =
+        if large { (LARGE_PANEL, Backend::LargePanels) } else { (SMALL_PANEL, Backend::SmallPanels) };
+    // Panels of 64 tokens are output-stationary whatever alpha says.
+    let alpha =
+        if large || matches!(config.path, PathChoice::Only(_)) { config.alpha } else { Alpha::Fixed(1.0) };
+    let config = GemmConfig { alpha, ..config };
+    Ok((GemmPlan::with_panel(placement, config, panel, budget, backend)?, format))
+}
+
+/// How kernels name the format of weights for activations `x`.
+pub(super) fn weight_format(tiling: &Tiling, x: DType) -> Result<WeightFormat, Error> {
+    match (tiling.format(), x) {
+        (_, DType::F32) => Err(Error::argument("x", "f16 or bf16", x)),
+        (Format::Float(weights), x) if weights != x => {
+            Err(Error::argument("weights", format!("{x}, as X"), weights))
+        }
+        (Format::Float(_), _) => Ok(WeightFormat::Float),
+        (Format::Int8, _) => Ok(WeightFormat::Int8),
+        (Format::Int4 { group }, _) => Ok(WeightFormat::Int4 { group }),
+    }
+}
+
+/// Whether the kernel of large panels takes tiles like these.
+pub(super) fn is_large(tiling: &Tiling, format: WeightFormat) -> bool {
+    large_m_supports(format, tiling.tile_k() / slab_elements(tiling.format()))
+}
+
+/// A receipt from the device.
+pub(super) fn traffic(counted: &HybridGemmTraffic) -> Traffic {
+    Traffic {
+        link_tiles: counted.link_tiles,
+        link_bytes: counted.link_bytes,
+        hbm_tiles: counted.hbm_tiles,
+        hbm_weight_bytes: counted.hbm_weight_bytes,
+        staged_bytes: counted.staged_bytes,
+        activation_bytes: counted.activation_bytes,
+        partial_bytes: counted.partial_bytes,
+        output_bytes: counted.output_bytes,
+        flops: counted.flops,
+    }
 }
 
 /// The schedule as the kernel reads it. Every size of a plan fits 32 bits.
-fn to_device(schedule: &TileSchedule) -> HybridGemmSchedule {
+pub(super) fn to_device(schedule: &TileSchedule) -> HybridGemmSchedule {
     HybridGemmSchedule {
         tokens: schedule.tokens as u32,
         panel: schedule.panel as u32,

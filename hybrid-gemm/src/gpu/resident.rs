@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use cuda::cudarc::driver::{CudaSlice, CudaStream};
-use cuda::driver::Gpu;
+use cuda::driver::{Gpu, Mapped, MappedKind};
 use cuda::memory::{Space, View};
 
 use super::DeviceWeights;
+use crate::weights::Layout;
 use crate::weights::gpu::pin;
 use crate::{Error, Weights};
 
@@ -33,13 +34,8 @@ impl ResidentWeights {
             Ok(_) => weights.clone(),
             Err(_) => pin(gpu, weights)?,
         };
-        // An allocation of nothing has no address.
-        let copied = |error| Error::from(cuda::driver::failed("cuMemcpyHtoDAsync")(error));
-        let bytes = weights.hbm_bytes();
-        let hbm = stream.clone_htod(if bytes.is_empty() { &[0u8][..] } else { bytes }).map_err(copied)?;
-        let scales = weights.channel_scales();
-        let scales =
-            stream.clone_htod(if scales.is_empty() { &[0.0f32][..] } else { scales }).map_err(copied)?;
+        let hbm = to_device(stream, weights.hbm_bytes())?;
+        let scales = to_device(stream, weights.channel_scales())?;
         Ok(Self { ordinal, hbm, scales, weights })
     }
 
@@ -74,4 +70,71 @@ impl ResidentWeights {
         let scales = scaled.then(|| View::device(&self.scales, stream));
         run(DeviceWeights { host: host.as_ref(), hbm: hbm.as_ref(), scales: scales.as_ref() })
     }
+}
+
+/// The weights of experts on both sides of the link, as [`GroupedPlan::table`](super::GroupedPlan::table) has them: the host
+/// parts in pinned memory one behind the other, the other parts in HBM. Dropping it waits for whoever reads it.
+#[derive(Debug)]
+pub struct ResidentExperts {
+    host: Option<Mapped<u8>>,
+    hbm: Option<CudaSlice<u8>>,
+    scales: Option<CudaSlice<f32>>,
+}
+
+impl ResidentExperts {
+    /// Brings the experts of a plan, in its order, to their places. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for weights that are not packed; [`Error::Cuda`] when there is no memory to pin, or none on the device.
+    pub fn new(gpu: &Gpu, stream: &Arc<CudaStream>, experts: &[Weights]) -> Result<Self, Error> {
+        if let Some(index) =
+            experts.iter().position(|expert| expert.placement().host_layout() != Layout::Packed)
+        {
+            return Err(Error::argument("experts", "packed weights", format!("expert {index} row by row")));
+        }
+        let bytes: usize = experts.iter().map(|expert| expert.host_bytes().len()).sum();
+        let mut host = None;
+        if bytes > 0 {
+            let mut arena = Mapped::<u8>::zeroed(gpu, bytes, MappedKind::Cached)?;
+            let mut rest = arena.write()?;
+            for expert in experts {
+                let (place, behind) = rest.split_at_mut(expert.host_bytes().len());
+                place.copy_from_slice(expert.host_bytes());
+                rest = behind;
+            }
+            host = Some(arena);
+        }
+        let hbm: Vec<u8> = experts.iter().flat_map(Weights::hbm_bytes).copied().collect();
+        let scales: Vec<f32> = experts.iter().flat_map(Weights::channel_scales).copied().collect();
+        Ok(ResidentExperts {
+            host,
+            hbm: if hbm.is_empty() { None } else { Some(to_device(stream, &hbm)?) },
+            scales: if scales.is_empty() { None } else { Some(to_device(stream, &scales)?) },
+        })
+    }
+
+    /// Calls with the weights as arguments of [`GroupedGemm::run`](super::GroupedGemm::run).
+    ///
+    /// # Errors
+    /// Those of `run`.
+    pub fn with<R>(
+        &self,
+        stream: &CudaStream,
+        run: impl FnOnce(DeviceWeights<'_>) -> Result<R, Error>,
+    ) -> Result<R, Error> {
+        let host = self.host.as_ref().map(Mapped::view);
+        let hbm = self.hbm.as_ref().map(|hbm| View::device(hbm, stream));
+        let scales = self.scales.as_ref().map(|scales| View::device(scales, stream));
+        run(DeviceWeights { host: host.as_ref(), hbm: hbm.as_ref(), scales: scales.as_ref() })
+    }
+}
+
+/// A copy on the device. An allocation of nothing has no address, so one element stands for it.
+fn to_device<T: cuda::cudarc::driver::DeviceRepr + Default>(
+    stream: &Arc<CudaStream>,
+    values: &[T],
+) -> Result<CudaSlice<T>, Error> {
+    let nothing = [T::default()];
+    let copied = stream.clone_htod(if values.is_empty() { &nothing[..] } else { values });
+    Ok(copied.map_err(cuda::driver::failed("cuMemcpyHtoDAsync"))?)
 }

@@ -7,12 +7,12 @@ use emulator::rig::{EmulatorRig, Rig, gpu_or_skip};
 use half::bf16;
 use hybrid_gemm::gpu::Plan;
 use hybrid_gemm::{
-    DType, EpilogueSpec, Error, Format, GemmConfig, GemmPlan, Path, PathChoice, Residency, RowMajor,
+    Alpha, DType, EpilogueSpec, Error, Format, GemmConfig, GemmPlan, Path, PathChoice, Residency, RowMajor,
     Summation, Tiling, Weights, simulate::simulate,
 };
 
 use crate::common::device;
-use crate::product::{Operands, check, launch_each, verify, weights};
+use crate::product::{Operands, check, fit, launch_each, verify, weights};
 
 emulator::device_test!(
     bits_do_not_depend_on_circumstances,
@@ -55,9 +55,11 @@ fn bits_do_not_depend_on_circumstances<R: Rig>(rig: &R) {
 
 fn splits_repeat_bit_by_bit<R: Rig>(rig: &R) {
     let operands = operands(8, [24, 2100], Residency::Hbm);
-    let plan =
-        Plan::new(*operands.weights.placement(), GemmConfig { summation: Summation::Fast, ..f32_out(8, 4) })
-            .expect("a plan");
+    let plan = Plan::new(
+        *operands.weights.placement(),
+        fit(rig, GemmConfig { summation: Summation::Fast, ..f32_out(8, 4) }),
+    )
+    .expect("a plan");
     assert_eq!(plan.k_splits(), 4, "{}", rig.name());
     let schedules = vec![plan.schedule(8).expect("a schedule"); (rig.stress_launches() / 4).min(1000)];
     let outcomes = launch_each(rig, &plan, &operands, &schedules, false).expect("launches");
@@ -95,7 +97,7 @@ fn fetches_are_those_of_the_simulation<R: Rig>(rig: &R) {
     for (tokens, fraction) in [(1, 0.0), (8, 0.25), (5, 0.5), (8, 1.0)] {
         let operands = operands(8, [330, 520], Residency::HbmFraction(fraction));
         let placement = *operands.weights.placement();
-        let config = f32_out(8, 5);
+        let config = fit(rig, f32_out(8, 5));
         let case = format!("{tokens} tokens, {fraction} in HBM, on {}", rig.name());
         let plan = Plan::new(placement, config.clone()).expect("a plan");
         let schedule = plan.schedule(tokens).expect("a schedule");
@@ -112,7 +114,7 @@ type Mistake = (&'static str, fn(&mut HybridGemmSchedule), params::FaultCode);
 
 fn bad_schedules_are_named<R: Rig>(rig: &R) {
     let operands = operands(8, [200, 80], Residency::HbmFraction(0.5));
-    let plan = Plan::new(*operands.weights.placement(), f32_out(8, 4)).expect("a plan");
+    let plan = Plan::new(*operands.weights.placement(), fit(rig, f32_out(8, 4))).expect("a plan");
     let good = plan.schedule(6).expect("a schedule");
     let mistakes: [Mistake; 9] = [
         ("more tokens than rows", |s| s.tokens = 9, params::FAULT_BAD_LENGTH),
@@ -143,10 +145,39 @@ fn bad_schedules_are_named<R: Rig>(rig: &R) {
     verify("after bad schedules", &plan, &operands, 6, &outcomes[mistakes.len()]);
 }
 
+/// One recorded launch of many tokens follows an alpha that is written to device memory between replays: O keeps its bits, the
+/// counters follow.
+fn alpha_changes_between_replays<R: Rig>(rig: &R) {
+    let tokens = 300;
+    let operands = operands(tokens, [330, 264], Residency::HbmFraction(0.25));
+    let placement = *operands.weights.placement();
+    let mut plan =
+        Plan::new(placement, fit(rig, GemmConfig { path: PathChoice::Direct, ..f32_out(tokens, 6) }))
+            .expect("a plan");
+    let alphas = [1.0, 0.0, 0.5, 1.0];
+    let mut schedules = Vec::new();
+    for alpha in alphas {
+        plan.set_alpha(Alpha::Fixed(alpha)).expect("an alpha");
+        schedules.push(plan.schedule(tokens).expect("a schedule"));
+    }
+    let outcomes = launch_each(rig, &plan, &operands, &schedules, true).expect("replays");
+    let mut link = Vec::new();
+    for (alpha, outcome) in alphas.into_iter().zip(&outcomes) {
+        plan.set_alpha(Alpha::Fixed(alpha)).expect("an alpha");
+        let case = format!("replay with alpha {alpha} on {}", rig.name());
+        let found = verify(&case, &plan, &operands, tokens, outcome);
+        assert!(found == outcomes[0].out, "{case}: other bits");
+        link.push(outcome.traffic.link_bytes);
+    }
+    let once = placement.host_bytes();
+    assert!(link[0] == 2 * once && link[1] == once && link[3] == 2 * once, "{link:?} of {once}");
+    assert!(once < link[2] && link[2] < 2 * once, "{link:?} of {once}");
+}
+
 /// One recorded launch follows the schedule in device memory.
 fn tokens_change_between_replays<R: Rig>(rig: &R) {
     let operands = operands(8, [140, 160], Residency::HbmFraction(0.5));
-    let plan = Plan::new(*operands.weights.placement(), f32_out(8, 3)).expect("a plan");
+    let plan = Plan::new(*operands.weights.placement(), fit(rig, f32_out(8, 3))).expect("a plan");
     let steps = [1, 8, 0, 5, 2];
     let schedules = steps.map(|tokens| plan.schedule(tokens).expect("a schedule"));
     let outcomes = launch_each(rig, &plan, &operands, &schedules, true).expect("replays");
@@ -163,13 +194,16 @@ mod replay {
         emulator::emulator_or_skip!();
         for order in Order::ALL {
             tokens_change_between_replays(&EmulatorRig::new(order));
+            alpha_changes_between_replays(&EmulatorRig::new(order));
         }
     }
 
     #[test]
     fn gpu() {
         if let Some(rig) = gpu_or_skip("contract::replay") {
-            tokens_change_between_replays(&rig.on_own_stream().expect("a stream of its own"));
+            let rig = rig.on_own_stream().expect("a stream of its own");
+            tokens_change_between_replays(&rig);
+            alpha_changes_between_replays(&rig);
         }
     }
 }
@@ -186,10 +220,108 @@ fn plans_without_kernels_say_so() {
         ("f32", Format::Float(DType::F32), GemmConfig::new(8, DType::F32, device(4)), "f16 or bf16"),
         ("two types", Format::Float(DType::F16), f32_out(8, 4), "bf16, as X"),
         ("clusters", bf16, path(Path::Multicast { cluster: 2 }), "no kernel"),
+        (
+            "a weight-stationary product of few tokens",
+            bf16,
+            path(Path::Direct { alpha: 0.0 }),
+            "keeps a weight tile",
+        ),
     ] {
         let error: Error = Plan::new(placement(format), config).expect_err(case);
         assert!(error.to_string().contains(named), "{case}: {error}");
     }
     let plan = Plan::new(placement(bf16), f32_out(8, 4)).expect("a plan");
     assert!(plan.schedule(9).expect_err("too many").to_string().contains("at most 8"));
+}
+
+/// Times of roles are those of a block that had work.
+#[test]
+fn role_times_are_per_busy_block() {
+    let tiling = Tiling::new(640, 256, Format::Float(DType::BF16)).expect("a tiling");
+    let placement = hybrid_gemm::Placement::packed(tiling, Residency::Host).expect("a placement");
+    let config = GemmConfig { path: PathChoice::Direct, alpha: Alpha::Fixed(0.75), ..f32_out(300, 16) };
+    let plan = Plan::new(placement, config).expect("a plan");
+    let schedule = plan.schedule(300).expect("a schedule");
+    // Two panels of eight columns for twelve blocks; two columns for four.
+    assert_eq!((schedule.os_blocks, schedule.os_columns), (12, 8));
+    assert_eq!((schedule.ws_blocks, schedule.ws_columns), (4, 2));
+    let counted = params::HybridGemmTraffic { role_ns: [12_000, 6_000, 0], ..bytemuck::Zeroable::zeroed() };
+    let [os, ws] = plan.role_seconds(300, &counted).expect("times");
+    assert!((os - 1e-6).abs() < 1e-12 && (ws - 3e-6).abs() < 1e-12, "{os}, {ws}");
+    plan.role_seconds(301, &counted).expect_err("more tokens than planned");
+}
+
+/// Which path is taken, in which kernel, and why not another: paths without a kernel keep their place.
+#[test]
+fn plans_explain_themselves() {
+    let h200 = hybrid_gemm::DeviceProfile::h200();
+    let plan = |format, tokens, config: &dyn Fn(GemmConfig) -> GemmConfig| {
+        let tiling = Tiling::new(28672, 4096, format).expect("a tiling");
+        let placement = hybrid_gemm::Placement::packed(tiling, Residency::Host).expect("a placement");
+        Plan::new(placement, config(GemmConfig::new(tokens, DType::BF16, h200.clone())))
+    };
+    let (bf16, same) = (Format::Float(DType::BF16), |config| config);
+    let decode = plan(bf16, 16, &same).expect("a plan");
+    assert!(!decode.is_staged() && !decode.is_large());
+    // PCIe, many tokens: each weight crosses once, and sums stay in registers.
+    let prefill = plan(bf16, 16384, &same).expect("a plan");
+    assert!(prefill.is_staged() && prefill.is_large(), "{}", prefill.explain(16384));
+    assert_eq!(
+        prefill.predict(16384).expect("a prediction").traffic.link_bytes,
+        prefill.placement().host_bytes()
+    );
+    for (case, text, words) in [
+        (
+            "decode",
+            decode.explain(16),
+            vec!["taken    output-stationary", "dropped  multicast to 2 blocks: no kernel", "hybrid_small_m"],
+        ),
+        (
+            "prefill",
+            prefill.explain(16384),
+            vec![
+                "taken    staged in slabs of",
+                "slower   output-stationary",
+                "slower   weight-stationary",
+                "dropped  multicast to 8 blocks: no kernel",
+                "hybrid_large_m, panels of 256 tokens, 3 slots of 16.8 MB",
+            ],
+        ),
+        (
+            "int4 in groups that the large kernel does not take",
+            plan(Format::Int4 { group: 32 }, 256, &|config| GemmConfig {
+                path: PathChoice::Direct,
+                ..config
+            })
+            .expect("a plan")
+            .explain(256),
+            vec!["256 tokens in panels of 64", "hybrid_large_m does not take tiles of int4 in groups of 32"],
+        ),
+        (
+            "a budget of one SM, half in HBM",
+            {
+                let tiling = Tiling::new(4096, 4096, bf16).expect("a tiling");
+                let half =
+                    hybrid_gemm::Placement::packed(tiling, Residency::HbmFraction(0.5)).expect("a placement");
+                let config =
+                    GemmConfig { sm_budget: Some(1), ..GemmConfig::new(300, DType::BF16, h200.clone()) };
+                Plan::new(half, config).expect("staged").explain(300)
+            },
+            vec![
+                "taken    staged",
+                "dropped  output-stationary: needs 1 SMs for the link and 1 for the weights in HBM",
+            ],
+        ),
+    ] {
+        for word in words {
+            assert!(text.contains(word), "{case}: no {word:?} in\n{text}");
+        }
+    }
+    // Panels of 64 tokens read the weights anew each, and the prediction says so.
+    let direct = |config| GemmConfig { path: PathChoice::Direct, ..config };
+    let panels = plan(Format::Int4 { group: 32 }, 256, &direct).expect("a plan");
+    let traffic = panels.predict(256).expect("a prediction").traffic;
+    assert_eq!(traffic.link_bytes, 4 * panels.placement().host_bytes());
+    let staged = plan(Format::Int4 { group: 32 }, 256, &same).expect("a plan");
+    assert!(staged.is_staged(), "{}", staged.explain(256));
 }

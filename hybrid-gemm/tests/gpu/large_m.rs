@@ -5,18 +5,18 @@ use half::{bf16, f16};
 use hybrid_gemm::epilogue::Activation;
 use hybrid_gemm::gpu::Plan;
 use hybrid_gemm::{
-    Alpha, DType, Element, EpilogueSpec, Format, GemmConfig, GemmPlan, Path, Residency, Tiling,
+    Alpha, DType, Element, EpilogueSpec, Format, GemmConfig, GemmPlan, Path, PathChoice, Residency, Tiling,
     simulate::simulate,
 };
 
 use crate::common::device;
-use crate::product::{Operands, check, launch_each, verify, weights};
+use crate::product::{Operands, check, fit, launch_each, verify, weights};
 
 emulator::device_test!(shapes_and_formats, every_alpha_gives_the_same_bits, epilogues);
 
 fn config(max_tokens: usize, x: DType, out: DType) -> GemmConfig {
-    let epilogue = EpilogueSpec::plain(out);
-    GemmConfig { epilogue, ..GemmConfig::new(max_tokens, x, device(5)) }
+    let (epilogue, path) = (EpilogueSpec::plain(out), PathChoice::Direct);
+    GemmConfig { epilogue, path, ..GemmConfig::new(max_tokens, x, device(5)) }
 }
 
 fn shape<R: Rig, X: cuda::storage::Storage + Element>(
@@ -36,7 +36,7 @@ fn shape<R: Rig, X: cuda::storage::Storage + Element>(
     );
     let config =
         GemmConfig { alpha: Alpha::Fixed(alpha), ..config(max_tokens, <X as Element>::DTYPE, DType::F32) };
-    let plan = Plan::new(*operands.weights.placement(), config.clone()).expect("a plan");
+    let plan = Plan::new(*operands.weights.placement(), fit(rig, config.clone())).expect("a plan");
     assert!(plan.is_large(), "[{n}, {k}] of {format}");
     let case = format!("[{n}, {k}] of {format}, {residency:?}, alpha {alpha}, seeds 1 and 2");
     check(rig, &case, config, &operands, tokens);
@@ -51,6 +51,9 @@ fn shapes_and_formats<R: Rig>(rig: &R) {
     shape::<R, f16>(rig, float[0], (260, 260), (129, 77), half, 0.0);
     shape::<R, bf16>(rig, Format::Int8, (258, 258), (72, 700), half, 0.0);
     shape::<R, bf16>(rig, Format::Int8, (130, 128), (64, 136), host, 1.0);
+    shape::<R, bf16>(rig, Format::Int4 { group: 128 }, (258, 258), (72, 1288), half, 0.0);
+    shape::<R, bf16>(rig, Format::Int4 { group: 128 }, (130, 70), (66, 520), half, 1.0);
+    shape::<R, f16>(rig, Format::Int4 { group: 64 }, (260, 257), (70, 1100), host, 0.5);
 }
 
 /// Output-stationary, weight-stationary and both, on the same plan: the schedule alone differs, as when a controller moves alpha
@@ -67,7 +70,7 @@ fn every_alpha_gives_the_same_bits<R: Rig>(rig: &R) {
     );
     let placement = *operands.weights.placement();
     let alphas = [1.0, 0.0, 0.5];
-    let mut plan = Plan::new(placement, config(tokens, DType::BF16, DType::BF16)).expect("a plan");
+    let mut plan = Plan::new(placement, fit(rig, config(tokens, DType::BF16, DType::BF16))).expect("a plan");
     let mut schedules = Vec::new();
     for alpha in alphas {
         plan.set_alpha(Alpha::Fixed(alpha)).expect("an alpha");

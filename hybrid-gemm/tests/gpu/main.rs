@@ -1,11 +1,16 @@
 //! The kernels against the oracle: on the emulator in every order of warps and lanes, and on a GPU.
 #![cfg(feature = "cuda")]
 
+mod adaptive;
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;
+mod grouped;
+mod guard;
 mod large_m;
 mod layouts;
+mod matrix;
 mod product;
 mod resident;
 mod small_m;
+mod staged;

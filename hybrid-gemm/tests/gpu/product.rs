@@ -3,13 +3,15 @@
 use std::cell::RefCell;
 
 use bytemuck::Zeroable;
+use cuda::memory::View;
 use cuda::params::{HybridGemmSchedule, HybridGemmTraffic};
 use cuda::status::Fault;
 use cuda::storage::Storage;
 use emulator::rig::Rig;
 use hybrid_gemm::gpu::{DeviceWeights, Gemm, GemmArgs, Plan, Strides};
 use hybrid_gemm::{
-    Element, EpilogueSpec, Error, GemmConfig, MatrixView, RowMajor, Tiling, Traffic, Weights, reference,
+    DeviceProfile, Element, EpilogueSpec, Error, GemmConfig, MatrixView, RowMajor, Tiling, Traffic, Weights,
+    reference,
 };
 
 use crate::common::{compare, random};
@@ -43,6 +45,15 @@ impl<X: Element, O: Element> Operands<X, O> {
     }
 }
 
+/// A configuration for the device of a rig: its number of SMs, of which as many are used as the configuration has.
+pub(crate) fn fit<R: Rig>(rig: &R, config: GemmConfig) -> GemmConfig {
+    use cuda::launch::Device;
+    let Some(sm_count) = rig.device().sm_count() else { return config };
+    let used = config.sm_budget.unwrap_or(config.device.sm_count);
+    let device = DeviceProfile { sm_count: sm_count as usize, ..config.device };
+    GemmConfig { sm_budget: Some(used.min(device.sm_count)), device, ..config }
+}
+
 /// Packs random weights.
 pub(crate) fn weights<E: Element>(seed: u64, tiling: Tiling, residency: hybrid_gemm::Residency) -> Weights {
     let shape = [tiling.n(), tiling.k()];
@@ -69,25 +80,50 @@ pub(crate) fn launch_each<R: Rig, X: Storage + Element, O: Storage + Element>(
     schedules: &[HybridGemmSchedule],
     recorded: bool,
 ) -> Result<Vec<Outcome<O>>, Error> {
+    let calls: Vec<_> = schedules.iter().map(|schedule| vec![*schedule]).collect();
+    call_each(rig, plan, operands, &calls, recorded)
+}
+
+/// The same for plans of several launches, which have a schedule each.
+pub(crate) fn call_each<R: Rig, X: Storage + Element, O: Storage + Element>(
+    rig: &R,
+    plan: &Plan,
+    operands: &Operands<X, O>,
+    calls: &[Vec<HybridGemmSchedule>],
+    recorded: bool,
+) -> Result<Vec<Outcome<O>>, Error> {
+    let host = rig.upload(operands.weights.host_bytes());
+    call_each_on(rig, plan, operands, &rig.view(&host), calls, recorded)
+}
+
+/// The same with the columns in host memory elsewhere.
+pub(crate) fn call_each_on<R: Rig, X: Storage + Element, O: Storage + Element>(
+    rig: &R,
+    plan: &Plan,
+    operands: &Operands<X, O>,
+    host: &View<'_, u8>,
+    calls: &[Vec<HybridGemmSchedule>],
+    recorded: bool,
+) -> Result<Vec<Outcome<O>>, Error> {
     let gemm = Gemm::<_, X>::prepare(rig.device(), plan)?;
     let (config, weights) = (plan.config(), &operands.weights);
     let columns = config.epilogue.out_columns(weights.placement().tiling().n());
     let strides = operands.strides(columns);
 
     let x = rig.upload(&operands.x);
-    let host = rig.upload(weights.host_bytes());
     let hbm = rig.upload(weights.hbm_bytes());
     let scales = rig.upload(weights.channel_scales());
     let bias = operands.bias.as_ref().map(|bias| rig.upload(bias));
     let residual = operands.residual.as_ref().map(|residual| rig.upload(residual));
-    let schedule = RefCell::new(rig.zeroed::<HybridGemmSchedule>(1));
+    let schedule = RefCell::new(rig.zeroed::<HybridGemmSchedule>(calls.first().map_or(1, Vec::len)));
+    let side = RefCell::new(plan.is_staged().then(|| rig.side(plan.slots())));
     let out = RefCell::new(rig.poisoned::<O>(config.max_tokens * strides.out));
     let poison = rig.download(&out.borrow());
     let traffic = RefCell::new(rig.zeroed::<HybridGemmTraffic>(1));
     let status = RefCell::new(rig.zeroed::<u64>(1));
     let workspace = RefCell::new(rig.workspace(plan.workspace()));
     let enqueue = || {
-        let (host_view, hbm_view, scales_view) = (rig.view(&host), rig.view(&hbm), rig.view(&scales));
+        let (hbm_view, scales_view) = (rig.view(&hbm), rig.view(&scales));
         let (bias, residual) = (bias.as_ref().map(|b| rig.view(b)), residual.as_ref().map(|r| rig.view(r)));
         let (mut out, mut traffic) = (out.borrow_mut(), traffic.borrow_mut());
         let (mut status, mut workspace) = (status.borrow_mut(), workspace.borrow_mut());
@@ -95,7 +131,7 @@ pub(crate) fn launch_each<R: Rig, X: Storage + Element, O: Storage + Element>(
         let args = GemmArgs {
             x: &rig.view(&x),
             weights: DeviceWeights {
-                host: (!weights.host_bytes().is_empty()).then_some(&host_view),
+                host: (!weights.host_bytes().is_empty()).then_some(host),
                 hbm: (!weights.hbm_bytes().is_empty()).then_some(&hbm_view),
                 scales: (!weights.channel_scales().is_empty()).then_some(&scales_view),
             },
@@ -107,12 +143,15 @@ pub(crate) fn launch_each<R: Rig, X: Storage + Element, O: Storage + Element>(
             traffic: Some(rig.view_mut(&mut traffic)),
             status: rig.view_mut(&mut status),
         };
-        gemm.run(rig.queue(), args, rig.workspace_view(&mut workspace))
+        match side.borrow_mut().as_mut() {
+            Some(side) => gemm.run_staged(rig.queue(), side, args, rig.workspace_view(&mut workspace)),
+            None => gemm.run(rig.queue(), args, rig.workspace_view(&mut workspace)),
+        }
     };
     let replay = recorded.then(|| rig.record(Box::new(|| enqueue().expect("a launch to record"))));
     let mut outcomes = Vec::new();
-    for wanted in schedules {
-        rig.write(&mut schedule.borrow_mut(), 0, &[*wanted]);
+    for wanted in calls {
+        rig.write(&mut schedule.borrow_mut(), 0, wanted);
         rig.write(&mut out.borrow_mut(), 0, &poison);
         rig.write(&mut traffic.borrow_mut(), 0, &[HybridGemmTraffic::zeroed()]);
         rig.write(&mut status.borrow_mut(), 0, &[0]);
@@ -139,9 +178,10 @@ pub(crate) fn check<R: Rig, X: Storage + Element, O: Storage + Element>(
     tokens: usize,
 ) -> Vec<O> {
     let case = &format!("{case}, {tokens} tokens, on {}", rig.name());
+    let config = fit(rig, config);
     let plan = Plan::new(*operands.weights.placement(), config).unwrap_or_else(|e| panic!("{case}: {e}"));
-    let schedule = plan.schedule(tokens).unwrap_or_else(|e| panic!("{case}: {e}"));
-    let outcomes = launch_each(rig, &plan, operands, &[schedule], false);
+    let schedules = plan.schedules(tokens).unwrap_or_else(|e| panic!("{case}: {e}"));
+    let outcomes = call_each(rig, &plan, operands, &[schedules], false);
     let outcome = &outcomes.unwrap_or_else(|e| panic!("{case}: {e}"))[0];
     verify(case, &plan, operands, tokens, outcome)
 }

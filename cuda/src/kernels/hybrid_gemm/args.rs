@@ -6,7 +6,7 @@ use crate::launch::{Arg, Function, LaunchConfig};
 use crate::memory::{View, ViewMut};
 use crate::params::{
     HYBRID_FORMAT_FLOAT, HYBRID_FORMAT_INT8, HYBRID_SLAB_BYTES, HYBRID_SWIGLU, HYBRID_TILE_ROWS,
-    HybridGemmParams, HybridGemmSchedule, HybridGemmTraffic,
+    HybridGemmExpert, HybridGemmParams, HybridGemmSchedule, HybridGemmTraffic,
 };
 use crate::storage::Storage;
 
@@ -54,6 +54,15 @@ impl WeightFormat {
     }
 }
 
+/// The experts of a grouped product.
+#[derive(Debug, Clone, Copy)]
+pub struct HybridGemmExperts<'a> {
+    /// Where the weights of each are `[experts]`, within `host` and `hbm`.
+    pub table: &'a View<'a, HybridGemmExpert>,
+    /// First row of X and O of each, and the end `[experts + 1]`: rising from 0.
+    pub offsets: &'a View<'a, u32>,
+}
+
 /// Arguments of a product. `X` is the storage type of activations, `O` that of outputs and residual.
 #[derive(Debug)]
 pub struct HybridGemmArgs<'a, X, O> {
@@ -67,7 +76,7 @@ pub struct HybridGemmArgs<'a, X, O> {
     pub host: Option<&'a View<'a, u8>>,
     /// Columns in HBM from `hbm_first` on.
     pub hbm: Option<&'a View<'a, u8>>,
-    /// Scale of each output feature `[n]`, of int8.
+    /// Scale of each output feature `[n]`, of int8; `[experts, n]` for a grouped product.
     pub scales: Option<&'a View<'a, f32>>,
     /// Bias `[n]`.
     pub bias: Option<&'a View<'a, f32>>,
@@ -81,6 +90,8 @@ pub struct HybridGemmArgs<'a, X, O> {
     pub arrivals: ViewMut<'a, u32>,
     /// The schedule: one.
     pub schedule: &'a View<'a, HybridGemmSchedule>,
+    /// The experts, where `params` has some.
+    pub experts: Option<HybridGemmExperts<'a>>,
     /// What was moved is added to it.
     pub traffic: Option<ViewMut<'a, HybridGemmTraffic>>,
     /// Status word: what is wrong with the schedule.
@@ -121,6 +132,10 @@ pub(super) fn launch<F: Function, X: Storage, O: Storage>(
     let columns = n.div_ceil(ROWS);
     let (host_columns, hbm_first) = (params.host_columns as usize, params.hbm_first as usize);
     let hbm_end = hbm_first + params.hbm_columns as usize;
+    let experts = params.experts as usize;
+    if args.experts.is_some() != (experts > 0) {
+        return wrong("experts", format!("those of {experts} experts"), u64::from(args.experts.is_some()));
+    }
     for (argument, size) in [("n", n), ("k", k), ("tile_slabs", params.tile_slabs as usize)] {
         if size == 0 {
             return wrong(argument, "at least 1".into(), 0);
@@ -141,7 +156,7 @@ pub(super) fn launch<F: Function, X: Storage, O: Storage>(
     if params.k_splits == 0 || params.k_splits as usize > k_tiles.min(65535) {
         return wrong("k_splits", format!("1 to {}", k_tiles.min(65535)), u64::from(params.k_splits));
     }
-    if params.k_splits > 1 && hbm_end != columns {
+    if params.k_splits > 1 && (hbm_end != columns || experts > 0) {
         return wrong("hbm_columns", format!("{columns} columns in all for splits"), hbm_end as u64);
     }
     if i64::from(params.out_dtype) != O::DTYPE {
@@ -162,13 +177,15 @@ pub(super) fn launch<F: Function, X: Storage, O: Storage>(
     let out_columns = if gated { n / 2 } else { n };
     let element = size_of::<X>() as u64;
     args.x.check(kernel, "x", matrix_len(kernel, "x_stride", tokens, k, params.x_stride)?, element)?;
-    let part = |row_major: u32, first: usize, end: usize| match row_major {
+    // An expert's place within its part is checked by the kernel.
+    let part = |row_major: u32, first: usize, end: usize, bytes: u64| match row_major {
+        _ if experts > 0 => (usize::try_from(bytes).unwrap_or(usize::MAX), 16),
         0 => (elements(&[end - first, column_bytes]), 16),
         _ => (elements(&[(end * ROWS).min(n).saturating_sub(first * ROWS), k, size_of::<X>()]), element),
     };
     for (argument, view, (len, alignment)) in [
-        ("host", args.host, part(params.host_row_major, 0, host_columns)),
-        ("hbm", args.hbm, part(params.hbm_row_major, hbm_first, hbm_end)),
+        ("host", args.host, part(params.host_row_major, 0, host_columns, params.host_bytes)),
+        ("hbm", args.hbm, part(params.hbm_row_major, hbm_first, hbm_end, params.hbm_bytes)),
     ] {
         match view {
             Some(view) => view.check(kernel, argument, len, alignment)?,
@@ -176,10 +193,17 @@ pub(super) fn launch<F: Function, X: Storage, O: Storage>(
             None => return Err(Error::argument(kernel, argument, format_args!("{len} bytes"), "none")),
         }
     }
-    for (argument, view) in [("scales", args.scales), ("bias", args.bias)] {
+    if experts > 0 && (row_major || args.bias.is_some()) {
+        return wrong("experts", "packed weights and no bias".into(), experts as u64);
+    }
+    for (argument, view, rows) in [("scales", args.scales, experts.max(1)), ("bias", args.bias, 1)] {
         if let Some(view) = view {
-            view.check(kernel, argument, n, 4)?;
+            view.check(kernel, argument, elements(&[rows, n]), 4)?;
         }
+    }
+    if let Some(group) = &args.experts {
+        group.table.check(kernel, "experts", experts, 8)?;
+        group.offsets.check(kernel, "offsets", experts + 1, 4)?;
     }
     let element = size_of::<O>() as u64;
     if let Some(residual) = args.residual {
@@ -215,6 +239,8 @@ pub(super) fn launch<F: Function, X: Storage, O: Storage>(
         Arg::write("partials", &mut args.partials),
         Arg::write("arrivals", &mut args.arrivals),
         Arg::read("schedule", args.schedule),
+        Arg::read_optional("experts", args.experts.map(|experts| experts.table)),
+        Arg::read_optional("offsets", args.experts.map(|experts| experts.offsets)),
         Arg::write_optional("traffic", args.traffic.as_mut()),
         Arg::write("status", &mut args.status),
         Arg::value("params", params),

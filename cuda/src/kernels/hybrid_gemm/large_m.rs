@@ -16,11 +16,11 @@ const X_CHUNK_BYTES: usize = HYBRID_LARGE_PANEL as usize * 128;
 /// Slabs of weights that a block holds: a tile has as many at most.
 const SLAB_SLOTS: usize = 4;
 /// The receipt of the block.
-const TAIL_BYTES: usize = 64;
+const TAIL_BYTES: usize = 104;
 
 /// Whether [`HybridLargeM`] has a kernel for weights in tiles of so many slabs.
 pub const fn large_m_supports(format: WeightFormat, tile_slabs: usize) -> bool {
-    !matches!(format, WeightFormat::Int4 { .. }) && tile_slabs <= SLAB_SLOTS
+    !matches!(format, WeightFormat::Int4 { group: 0..64 }) && tile_slabs <= SLAB_SLOTS
 }
 
 /// `hybrid_large_m`: products with many tokens. `X` is the storage type of activations and of unquantised weights.

@@ -1,0 +1,180 @@
+//! The matrix of correctness: sizes at and beside every tile, formats, paths, alpha and budgets of SMs, taken together.
+//!
+//! Rows of the table take their path, place and budget in turn, so that every value of one meets most values of the others. On a
+//! GPU the shapes are those of models; there a sample of the outputs is held against the oracle, and the receipt as always.
+
+use cuda::storage::Storage;
+use emulator::Order;
+use emulator::rig::{EmulatorRig, Rig, gpu_or_skip};
+use half::{bf16, f16};
+use hybrid_gemm::gpu::Plan;
+use hybrid_gemm::{DType, Element, EpilogueSpec, Format, GemmConfig, Path, PathChoice, Residency, Tiling};
+
+use crate::common::{compare, device};
+use crate::product::{Operands, call_each, weights};
+
+/// Tokens and shapes of a run.
+struct Sizes {
+    tokens: &'static [usize],
+    shapes: &'static [[usize; 2]],
+    budgets: &'static [usize],
+    sms: usize,
+}
+
+const EMULATED: Sizes = Sizes {
+    tokens: &[0, 1, 2, 7, 8, 9, 16, 31, 63, 64, 65, 127, 257],
+    shapes: &[[8, 16], [72, 80], [136, 264]],
+    budgets: &[1, 2, 5],
+    sms: 5,
+};
+const MODELS: Sizes = Sizes {
+    tokens: &[0, 1, 2, 7, 8, 9, 16, 31, 33, 63, 64, 65, 127, 128, 255, 256, 257, 511, 513, 1000, 2048, 4097],
+    shapes: &[
+        [8, 16],
+        [64, 64],
+        [72, 80],
+        [1000, 1000],
+        [4096, 4096],
+        [6144, 4096],
+        [4104, 4088],
+        [28672, 4096],
+        [4096, 14336],
+    ],
+    budgets: &[4, 16, 32, 60, 132],
+    sms: 132,
+};
+
+/// Counts up, and gives each list its next value.
+#[derive(Default)]
+struct Turns {
+    taken: usize,
+}
+
+impl Turns {
+    fn next<T: Copy>(&mut self, list: &[T]) -> T {
+        self.taken += 1;
+        list[self.taken * 7 / 3 % list.len()]
+    }
+}
+
+fn product<R: Rig, X: Storage + Element>(
+    rig: &R,
+    operands: &Operands<X, f32>,
+    (max_tokens, tokens): (usize, usize),
+    (path, budget, sms): (Path, usize, usize),
+) {
+    let placement = *operands.weights.placement();
+    let tiling = placement.tiling();
+    let (n, k) = (tiling.n(), tiling.k());
+    let case = format!(
+        "{tokens} of {max_tokens} tokens × [{n}, {k}] of {}, {} of {} columns in host memory, {path}, {budget} SMs, on {}, \
+         seeds 1 and 2",
+        tiling.format(),
+        placement.host_columns(),
+        tiling.column_tiles(),
+        rig.name()
+    );
+    let config = GemmConfig {
+        epilogue: EpilogueSpec::plain(DType::F32),
+        path: PathChoice::Only(path),
+        sm_budget: Some(budget),
+        ..GemmConfig::new(max_tokens, <X as Element>::DTYPE, device(sms))
+    };
+    let plan = match Plan::new(placement, config) {
+        Ok(plan) => plan,
+        // Too small a budget, or a path that is another without host columns: said, and tested elsewhere.
+        Err(hybrid_gemm::Error::NoPath(_)) => return,
+        Err(error) => panic!("{case}: {error}"),
+    };
+    // Plans of direct paths are for all tokens; with one panel there is one dataflow.
+    let Ok(schedules) = plan.schedules(tokens) else { return };
+    let outcome =
+        &call_each(rig, &plan, operands, &[schedules], false).unwrap_or_else(|e| panic!("{case}: {e}"))[0];
+    assert_eq!(outcome.fault, None, "{case}");
+    assert_eq!(outcome.traffic, plan.predict(tokens).expect("a prediction").traffic, "{case}");
+    let untouched = outcome.out[tokens * n..].iter().all(|value| value.to_bits() == u32::MAX);
+    assert!(untouched, "{case}: rows past the tokens were written");
+    // All outputs of small products, a sample of large ones.
+    let outputs = tokens * n;
+    let step = (outputs / 512).max(1);
+    let w = operands.weights.dequantize();
+    let (mut found, mut exact, mut scale) = (Vec::new(), Vec::new(), 0.0f64);
+    for index in (0..outputs).step_by(step) {
+        let (token, feature) = (index / n, index % n);
+        let (x, w) = (&operands.x[token * k..][..k], &w[feature * k..][..k]);
+        let (mut sum, mut absolute) = (0.0f64, 0.0f64);
+        for (x, w) in x.iter().zip(w) {
+            let term = f64::from(x.to_f32()) * f64::from(*w);
+            sum += term;
+            absolute += term.abs();
+        }
+        found.push(outcome.out[index]);
+        exact.push(sum);
+        scale = scale.max(absolute);
+    }
+    compare(&case, &found, &exact, scale);
+}
+
+/// Products of one kernel: its most tokens, and those of the list from `from` on that it takes.
+fn kernel<R: Rig, X: Storage + Element>(
+    rig: &R,
+    sizes: &Sizes,
+    turns: &mut Turns,
+    format: Format,
+    (from, max_tokens): (usize, usize),
+) {
+    let direct = |alpha| Path::Direct { alpha };
+    let paths = match max_tokens > 64 {
+        true => vec![direct(1.0), direct(0.0), direct(0.5), direct(0.25), Path::Staged { slab_columns: 2 }],
+        false => vec![direct(1.0), direct(1.0), Path::Staged { slab_columns: 1 }],
+    };
+    let tokens: Vec<usize> =
+        sizes.tokens.iter().copied().filter(|tokens| (from..=max_tokens).contains(tokens)).collect();
+    for [n, k] in sizes.shapes {
+        let fraction = turns.next(&[0.0, 0.5, 1.0, 0.25]);
+        let tiling = Tiling::new(*n, *k, format).expect("a tiling");
+        let weights = weights::<X>(1, tiling, Residency::HbmFraction(fraction));
+        let most = tokens.iter().copied().max().unwrap_or(0).max(from.max(1));
+        let operands = Operands::<X, f32>::new(2, most, weights, EpilogueSpec::plain(DType::F32));
+        for tokens in &tokens {
+            let (path, budget) = (turns.next(&paths), turns.next(sizes.budgets));
+            product(rig, &operands, (most, *tokens), (path, budget, sizes.sms));
+        }
+    }
+}
+
+fn all<R: Rig>(rig: &R, sizes: &Sizes) {
+    let turns = &mut Turns::default();
+    let most = sizes.tokens.iter().copied().max().unwrap_or(0);
+    let [bf16_format, f16_format] = [DType::BF16, DType::F16].map(Format::Float);
+    let int4 = |group| Format::Int4 { group };
+    kernel::<R, bf16>(rig, sizes, turns, bf16_format, (0, 8));
+    kernel::<R, f16>(rig, sizes, turns, f16_format, (9, 16));
+    kernel::<R, bf16>(rig, sizes, turns, bf16_format, (33, 64));
+    kernel::<R, f16>(rig, sizes, turns, Format::Int8, (0, 8));
+    kernel::<R, bf16>(rig, sizes, turns, Format::Int8, (9, 16));
+    kernel::<R, bf16>(rig, sizes, turns, int4(128), (9, 16));
+    kernel::<R, f16>(rig, sizes, turns, int4(32), (33, 64));
+    kernel::<R, bf16>(rig, sizes, turns, bf16_format, (65, most));
+    kernel::<R, f16>(rig, sizes, turns, f16_format, (65, most));
+    kernel::<R, bf16>(rig, sizes, turns, Format::Int8, (65, most));
+    kernel::<R, bf16>(rig, sizes, turns, int4(128), (65, most));
+    kernel::<R, f16>(rig, sizes, turns, int4(64), (65, most));
+    assert!(turns.taken > 100, "{} turns", turns.taken);
+}
+
+#[test]
+fn emulator() {
+    emulator::emulator_or_skip!();
+    for order in [Order::Forward, Order::Random(5)] {
+        all(&EmulatorRig::new(order), &EMULATED);
+    }
+}
+
+#[test]
+fn gpu() {
+    let Some(rig) = gpu_or_skip("matrix") else { return };
+    let sms = cuda::launch::Device::sm_count(rig.device()).map_or(132, |count| count as usize);
+    let budgets: Vec<usize> = MODELS.budgets.iter().map(|budget| (*budget).min(sms)).collect();
+    all(&rig, &Sizes { sms, budgets: Box::leak(budgets.into_boxed_slice()), ..MODELS });
+}

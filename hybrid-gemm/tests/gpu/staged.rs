@@ -1,0 +1,176 @@
+//! Slabs that a copy engine brings, in the emulator as early as copies can be and as late as they may be.
+
+use cuda::storage::Storage;
+use emulator::rig::{EmulatorRig, Rig, gpu_or_skip};
+use emulator::{CopyTime, Order, SideCopies};
+use half::{bf16, f16};
+use hybrid_gemm::gpu::Plan;
+use hybrid_gemm::{
+    Alpha, DType, Element, EpilogueSpec, Format, GemmConfig, GemmPlan, MappedFile, Path, PathChoice,
+    Residency, Tiling, Weights, simulate::simulate,
+};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+
+use crate::common::{device, random};
+use crate::product::{Operands, call_each, check, fit, verify, weights};
+
+emulator::device_test!(slabs_give_the_same_bits, checkpoints_are_staged_row_by_row);
+
+fn config<X: Element>(max_tokens: usize, path: Path) -> GemmConfig {
+    let epilogue = EpilogueSpec::plain(DType::F32);
+    GemmConfig { epilogue, path: PathChoice::Only(path), ..GemmConfig::new(max_tokens, X::DTYPE, device(5)) }
+}
+
+/// Staged and direct give the same bits; each byte of the host part crosses the link once, as simulated.
+fn same_bits<R: Rig, X: Storage + Element>(
+    rig: &R,
+    (max_tokens, tokens): (usize, usize),
+    operands: &Operands<X, f32>,
+    slab_columns: usize,
+) {
+    let placement = *operands.weights.placement();
+    let tiling = placement.tiling();
+    let staged = Path::Staged { slab_columns };
+    let case = format!(
+        "{tokens} of {max_tokens} tokens × [{}, {}] of {}, {} host columns in slabs of {slab_columns}, on {}",
+        tiling.n(),
+        tiling.k(),
+        tiling.format(),
+        placement.host_columns(),
+        rig.name()
+    );
+    let direct = check(rig, &case, config::<X>(max_tokens, Path::Direct { alpha: 1.0 }), operands, tokens);
+    let config = fit(rig, config::<X>(max_tokens, staged));
+    let plan = Plan::new(placement, config.clone()).expect("a plan");
+    let launches = placement.host_columns().div_ceil(slab_columns) + usize::from(placement.hbm_columns() > 0);
+    let schedules = plan.schedules(tokens).expect("schedules");
+    assert_eq!(schedules.len(), launches, "{case}");
+    // Twice: a call finds the ring as the one before has left it.
+    let outcomes = call_each(rig, &plan, operands, &[schedules.clone(), schedules], false).expect("launches");
+    let planned = GemmPlan::new(placement, config).expect("a plan");
+    for outcome in &outcomes {
+        let found = verify(&case, &plan, operands, tokens, outcome);
+        assert!(found == direct, "{case}: other bits than the direct path");
+        assert_eq!(outcome.traffic.link_bytes, placement.host_bytes(), "{case}: 1.00 × W");
+        assert_eq!(outcome.traffic.staged_bytes, placement.host_bytes(), "{case}");
+        if planned.panel() == hybrid_gemm::plan::LARGE_PANEL || tokens <= planned.panel() {
+            let simulated = simulate(&planned, staged, tokens).expect("a simulation");
+            assert_eq!(outcome.traffic, simulated.traffic, "{case}");
+        }
+    }
+}
+
+fn slabs_give_the_same_bits<R: Rig>(rig: &R) {
+    let [host, part] = [Residency::Host, Residency::HbmFraction(0.3)];
+    let operands = |n, k, format, tokens, residency| {
+        let tiling = Tiling::new(n, k, format).expect("a tiling");
+        let weights = weights::<bf16>(61, tiling, residency);
+        Operands::<bf16, f32>::new(62, tokens, weights, EpilogueSpec::plain(DType::F32))
+    };
+    let bf16 = Format::Float(DType::BF16);
+    // More slabs than slots, a last slab that is not full, one slab for all.
+    for (max_tokens, tokens, [n, k], format, residency, slab_columns) in [
+        (8, 8, [330, 200], bf16, host, 1),
+        (16, 5, [330, 520], Format::Int8, part, 2),
+        (8, 8, [520, 80], bf16, part, 64),
+        (260, 258, [330, 136], bf16, part, 1),
+        (130, 130, [330, 264], Format::Int8, host, 2),
+        (70, 66, [150, 520], Format::Int4 { group: 128 }, host, 1),
+    ] {
+        let operands = operands(n, k, format, max_tokens, residency);
+        same_bits(rig, (max_tokens, tokens), &operands, slab_columns);
+    }
+}
+
+/// Rows of a checkpoint, whose last column has fewer than 64.
+fn checkpoints_are_staged_row_by_row<R: Rig>(rig: &R) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (n, k) = (330, 72);
+    let path = folder.path().join("model.safetensors");
+    let values: Vec<f16> = random(63, n * k);
+    let view = TensorView::new(Dtype::F16, vec![n, k], bytemuck::cast_slice(&values)).expect("a tensor");
+    safetensors::serialize_to_file([("w", view)], None, &path).expect("a file");
+    let tensor = MappedFile::open(&path).and_then(|file| file.tensor("w")).expect("the tensor");
+    let weights = Weights::in_place(&tensor, Residency::Host).expect("weights");
+    let operands = Operands::<f16, f32>::new(64, 16, weights, EpilogueSpec::plain(DType::F32));
+    same_bits(rig, (16, 11), &operands, 1);
+}
+
+/// A captured graph with its copies follows the schedules in device memory.
+fn replays_follow_the_schedules<R: Rig>(rig: &R) {
+    let tiling = Tiling::new(330, 136, Format::Float(DType::BF16)).expect("a tiling");
+    let weights = weights::<bf16>(65, tiling, Residency::HbmFraction(0.2));
+    let operands = Operands::<bf16, f32>::new(66, 100, weights, EpilogueSpec::plain(DType::F32));
+    let path = Path::Staged { slab_columns: 1 };
+    let config = fit(rig, config::<bf16>(100, path));
+    let plan = Plan::new(*operands.weights.placement(), config).expect("a plan");
+    let steps = [100, 1, 0, 70];
+    let calls = steps.map(|tokens| plan.schedules(tokens).expect("schedules"));
+    let outcomes = call_each(rig, &plan, &operands, &calls, true).expect("replays");
+    for (tokens, outcome) in steps.into_iter().zip(&outcomes) {
+        verify(&format!("replay of {tokens} tokens on {}", rig.name()), &plan, &operands, tokens, outcome);
+    }
+}
+
+mod replay {
+    use super::*;
+
+    #[test]
+    fn emulator() {
+        emulator::emulator_or_skip!();
+        for order in Order::ALL {
+            replays_follow_the_schedules(&EmulatorRig::new(order));
+        }
+    }
+
+    #[test]
+    fn gpu() {
+        if let Some(rig) = gpu_or_skip("staged::replay") {
+            replays_follow_the_schedules(&rig.on_own_stream().expect("a stream of its own"));
+        }
+    }
+}
+
+/// The emulator's copies would notice a slot that is filled while somebody may read it, and one that nobody waits for.
+#[test]
+fn early_and_late_copies_are_told_apart() {
+    use cuda::memory::{View, ViewMut};
+    use cuda::side_queue::SideQueue;
+    emulator::emulator_or_skip!();
+    let main = emulator::Queue::new(Order::Forward);
+    let (from, mut to) = ([7u8; 4], [0u8; 4]);
+    for (time, after_copy) in [(CopyTime::Early, 7), (CopyTime::Late, 0)] {
+        to.fill(0);
+        let mut side = SideCopies::new(time, 1);
+        side.after(&main).expect("a mark");
+        // SAFETY: both outlive the copy, which nobody else uses meanwhile.
+        unsafe { side.copy(0, &View::host(&from), &mut ViewMut::host(&mut to)) }.expect("a copy");
+        assert_eq!(to[0], after_copy, "{time:?}");
+        assert_eq!(side.unjoined(), usize::from(time == CopyTime::Late), "{time:?}");
+        side.before(&main, 0).expect("a mark");
+        assert_eq!((to[0], side.unjoined()), (7, 0), "{time:?}");
+        // The slot's reader has not been launched yet, so no mark can be behind it.
+        side.after(&main).expect("a mark");
+        // SAFETY: refused before anything is copied.
+        let overtaken = unsafe { side.copy(0, &View::host(&from), &mut ViewMut::host(&mut to)) };
+        assert!(overtaken.expect_err("refused").to_string().contains("last reader"), "{time:?}");
+    }
+}
+
+/// The path follows alpha's absence: a plan of one path has no alpha to set.
+#[test]
+fn alpha_does_not_move_a_staged_plan() {
+    let tiling = Tiling::new(330, 136, Format::Float(DType::BF16)).expect("a tiling");
+    let placement = hybrid_gemm::Placement::packed(tiling, Residency::Host).expect("a placement");
+    let mut plan =
+        Plan::new(placement, config::<bf16>(300, Path::Staged { slab_columns: 2 })).expect("a plan");
+    let before = plan.schedules(300).expect("schedules");
+    plan.set_alpha(Alpha::Fixed(0.5)).expect("an alpha");
+    let after = plan.schedules(300).expect("schedules");
+    assert_eq!(bytemuck::cast_slice::<_, u8>(&before), bytemuck::cast_slice::<_, u8>(&after));
+    assert!(plan.set_alpha(Alpha::Fixed(1.5)).is_err());
+    assert!(
+        plan.is_staged() && plan.slots() >= 2 && plan.workspace().bytes() >= 2 * 2 * tiling.column_bytes()
+    );
+}
