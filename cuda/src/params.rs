@@ -10,7 +10,7 @@ pub const HEADER_DIGESTS: &[(&str, &str)] = &[
     ("hack_append_params.h", "0cf237835d324da496bad60f99fce8340db80df7522d0f16f948896b33bd9f4c"),
     ("hack_decode_params.h", "e12f4ad7aca8ed0caec2bd17dc3dda2690f7691835804a3593ba6ea4d05f660d"),
     ("hack_prefill_params.h", "17f9dff541e61bf3193a769f6b05e07dc40753096f7e6d9519c383383b18352e"),
-    ("hybrid_gemm_params.h", "63f190f41c97d92e8fc18016caff83ecade3c886749a5cd2aa09411fe7ef7b8c"),
+    ("hybrid_gemm_params.h", "f8119041a3dce2d5fa338090e2cb8292fd5fa50b2903774f3cbd8901832afa4b"),
     ("merge_states_params.h", "a1ca4ca86a37067ead0a7fdbb4a70c68ff2be74458bddc317fa12c2d18667ee8"),
     ("prefill_params.h", "3d61a6398e818b2d2f1de440731d6181a7005a251c83a5fb60c20befdba23406"),
     ("sparse_attend_params.h", "18a584d03a0501efe0b2b325cde70629a4f5aead664e16c7d8e2946dcdb72155"),
@@ -715,10 +715,12 @@ pub struct HybridGemmTraffic {
     pub output_bytes: u64,
     #[doc = " Additions and multiplications."]
     pub flops: u64,
+    #[doc = " Nanoseconds that the blocks of each role worked, all together."]
+    pub role_ns: [u64; 3usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of HybridGemmTraffic"][::core::mem::size_of::<HybridGemmTraffic>() - 72usize];
+    ["Size of HybridGemmTraffic"][::core::mem::size_of::<HybridGemmTraffic>() - 96usize];
     ["Alignment of HybridGemmTraffic"][::core::mem::align_of::<HybridGemmTraffic>() - 8usize];
     ["Offset of field: HybridGemmTraffic::link_tiles"]
         [::core::mem::offset_of!(HybridGemmTraffic, link_tiles) - 0usize];
@@ -738,6 +740,8 @@ const _: () = {
         [::core::mem::offset_of!(HybridGemmTraffic, output_bytes) - 56usize];
     ["Offset of field: HybridGemmTraffic::flops"]
         [::core::mem::offset_of!(HybridGemmTraffic, flops) - 64usize];
+    ["Offset of field: HybridGemmTraffic::role_ns"]
+        [::core::mem::offset_of!(HybridGemmTraffic, role_ns) - 72usize];
 };
 #[doc = " Shapes and layouts of one product."]
 #[repr(C)]

@@ -115,6 +115,8 @@ fn the_optimum_of_alpha_is_inside_and_moves_with_the_slice() {
 
 /// What a call on a device would tell.
 fn observe(found: &Simulation, noise: &mut fastrand::Rng) -> Observation {
+    let mut of_roles = noise.clone();
+    let role_s = [0, 1].map(|role| found.role_s[role] * (1.0 + 0.05 * (2.0 * of_roles.f64() - 1.0)));
     let mut noisy = |seconds: f64| seconds * (1.0 + 0.05 * (2.0 * noise.f64() - 1.0));
     Observation {
         time_s: noisy(found.time_s),
@@ -122,7 +124,7 @@ fn observe(found: &Simulation, noise: &mut fastrand::Rng) -> Observation {
         hbm_bytes: found.hbm_bytes,
         link_busy_s: noisy(found.link_busy_s),
         hbm_busy_s: noisy(found.hbm_busy_s),
-        role_s: [noisy(found.role_s[0]), noisy(found.role_s[1])],
+        role_s,
     }
 }
 
@@ -201,8 +203,14 @@ fn a_budget_of_the_link_is_kept() {
         hbm_always: 1e9,
         hbm_weight_stationary: 9e9,
     };
-    let call =
-        Observation { time_s: 0.01, link_bytes: 3e9, hbm_bytes: 5e9, link_busy_s: 0.01, hbm_busy_s: 0.005, role_s: [0.0; 2] };
+    let call = Observation {
+        time_s: 0.01,
+        link_bytes: 3e9,
+        hbm_bytes: 5e9,
+        link_busy_s: 0.01,
+        hbm_busy_s: 0.005,
+        role_s: [0.0; 2],
+    };
     let alpha = |budget| {
         let mut controller = Controller::new(Rule::Makespan, terms, 375e9, 3.4e12, 0.0).unwrap();
         controller.set_link_budget(budget).unwrap();

@@ -4,6 +4,8 @@
 // launch's blocks, and each has the schedule that hybrid-gemm/src/grouped.rs gives it: alpha's share of its own host columns is
 // output-stationary, and its items are dealt on from the block where those of the expert before ended. Every block walks the
 // experts in order; one without rows costs the look at its offset and nothing else. A block's ring drains between two experts.
+//
+// Where a block is lies in its shared memory: between two products it would only take registers from the loop over K.
 #pragma once
 
 #include "core.cuh"
@@ -11,14 +13,16 @@
 #include "tile/status.cuh"
 #include "tile/tile_schedule.cuh"
 
-// One product: what a block needs besides the parameters.
+// One product, and the place in the walk, in shared memory.
 struct GemmProduct {
     HybridGemmSchedule schedule;
-    uint32_t expert = 0;
-    uint32_t first_row = 0;  // of X and O
-    uint32_t hbm_first = 0;  // the column that its weights in HBM start with
-    uint64_t host_offset = 0, hbm_offset = 0;
-    uint64_t first_partial = 0;  // f32 before its partial sums
+    uint64_t host_offset, hbm_offset;
+    uint64_t first_partial;  // f32 before its partial sums
+    uint32_t expert;
+    uint32_t first_row;  // of X and O
+    uint32_t hbm_first;  // the column that its weights in HBM start with
+    uint32_t next;       // expert; for a single product 1 when it was done
+    uint32_t there;      // whether there was another product
 };
 
 // What is wrong with an expert: a FaultCode, FAULT_NONE if its rows, its weights and somebody to compute them are there.
@@ -53,18 +57,20 @@ DEVICE bool group_faulty(const HybridGemmSchedule& s, const HybridGemmParams& pa
     return __syncthreads_or(faulty);
 }
 
-// The products of a valid launch, in order.
+// The products of a valid launch, in order. All threads of the block call.
 struct GemmProducts {
     const HybridGemmParams& params;
     const HybridGemmExpert* experts;
     const uint32_t* offsets;
-    GemmProduct now;
-    uint32_t next = 0;
+    GemmProduct& now;
 
-    DEVICE GemmProducts(const HybridGemmSchedule& schedule, const HybridGemmParams& params, const HybridGemmExpert* experts,
-                        const uint32_t* offsets)
-        : params(params), experts(experts), offsets(offsets) {
+    DEVICE GemmProducts(GemmProduct& place, const HybridGemmSchedule& schedule, const HybridGemmParams& params,
+                        const HybridGemmExpert* experts, const uint32_t* offsets)
+        : params(params), experts(experts), offsets(offsets), now(place) {
+        if (threadIdx.x != 0) return;
         now.schedule = schedule;
+        now.host_offset = now.hbm_offset = now.first_partial = 0;
+        now.expert = now.first_row = now.next = 0;
         now.hbm_first = params.hbm_first;
         if (params.experts == 0) return;
         now.schedule.tokens = now.schedule.first_column = 0;
@@ -74,7 +80,13 @@ struct GemmProducts {
 
     // To the next product that has rows; false after the last.
     DEVICE bool advance() {
-        if (params.experts == 0) return next++ == 0;
+        __syncthreads();  // nobody looks at the one before any more
+        if (threadIdx.x == 0) now.there = params.experts == 0 ? now.next++ == 0 : next_expert();
+        __syncthreads();
+        return now.there;
+    }
+
+    DEVICE bool next_expert() {
         HybridGemmSchedule& s = now.schedule;
         // The expert before leaves its place in the deal and its partial sums behind.
         const uint32_t panels = ceil_div(s.tokens, s.panel);
@@ -82,14 +94,15 @@ struct GemmProducts {
         deal(s.rotation[1], s.ws_columns, s.ws_blocks);
         deal(s.rotation[2], s.hbm_columns * panels, s.hbm_blocks);
         if (panels > 1) now.first_partial += static_cast<uint64_t>(s.ws_columns) * s.tokens * HYBRID_TILE_ROWS;
-        uint32_t first_row = next < params.experts ? offsets[next] : 0;
-        for (; next < params.experts; next++) {
-            const uint32_t end_row = offsets[next + 1];
+        const uint32_t first_row = now.next < params.experts ? offsets[now.next] : 0;
+        for (uint32_t index = now.next; index < params.experts; index++) {
+            const uint32_t end_row = offsets[index + 1];
             if (end_row == first_row) continue;
-            const HybridGemmExpert expert = experts[next];
+            const HybridGemmExpert expert = experts[index];
             const uint32_t columns = ceil_div(params.n, uint32_t(HYBRID_TILE_ROWS));
             const uint32_t link = s.os_blocks + s.ws_blocks;
-            now.expert = next, now.first_row = first_row, now.hbm_first = expert.host_columns;
+            now.expert = index, now.next = index + 1;
+            now.first_row = first_row, now.hbm_first = expert.host_columns;
             now.host_offset = expert.host_offset, now.hbm_offset = expert.hbm_offset;
             s.tokens = end_row - first_row;
             s.os_columns = 0;
@@ -98,9 +111,9 @@ struct GemmProducts {
             }
             s.ws_columns = expert.host_columns - s.os_columns;
             s.hbm_columns = columns - expert.host_columns;
-            next++;
             return true;
         }
+        now.next = params.experts;
         return false;
     }
 

@@ -61,7 +61,7 @@ DEVICE TileRole role_of(const HybridGemmSchedule& s, uint32_t block) {
 
 // The walk of one block of a valid schedule.
 struct TileWalk {
-    HybridGemmSchedule schedule;
+    const HybridGemmSchedule& schedule;
     uint32_t panels;
     TileRole role;
     uint32_t first;   // item

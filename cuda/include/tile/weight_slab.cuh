@@ -12,7 +12,7 @@
 //   int4:    8t … 8t+7 of 32, for two products; B is sixteen bytes of the token's row
 //
 // Codes become 16-bit floats exactly; their scales never touch them: that of int8 belongs to the epilogue, that of an int4
-// group multiplies the group's sum in f32.
+// group multiplies the group's sum in f32, 64 inputs at most at a time.
 #pragma once
 
 #include "core.cuh"
@@ -41,6 +41,8 @@ struct WeightFormat {
     static constexpr uint32_t X_CHUNKS = INPUTS / X_CHUNK_INPUTS;
     // Inputs that share a scale.
     static constexpr uint32_t GROUP = INT4 ? Format : INPUTS;
+    // Inputs whose sum a scale multiplies at a time: a group, or a chunk of activations of it.
+    static constexpr uint32_t SCALED = GROUP < X_CHUNK_INPUTS ? GROUP : X_CHUNK_INPUTS;
     // Bytes of a slab's scales.
     static constexpr uint32_t SCALE_BYTES = INT4 ? INPUTS / GROUP * HYBRID_TILE_ROWS * 2 : 0;
 
@@ -230,6 +232,9 @@ template <int Format, class Element, int RowTiles, int TokenTiles>
 struct SlabSums {
     using W = WeightFormat<Format>;
 
+    // Group sums take the registers in which the second half's operands would wait.
+    static constexpr int HALVES_AT_ONCE = W::INT4 && RowTiles > 1 ? 1 : 2;
+
     float sums[RowTiles][TokenTiles][4];
     float group[W::INT4 ? RowTiles : 1][W::INT4 ? TokenTiles : 1][4];  // of the int4 group under way
 
@@ -262,7 +267,7 @@ struct SlabSums {
     DEVICE void add(const unsigned char* slab, const unsigned char* scales, const unsigned char* x, uint32_t chunk, uint32_t row0,
                     uint32_t token0) {
         const uint32_t codes = shared_address(slab);
-#pragma unroll
+#pragma unroll HALVES_AT_ONCE
         for (uint32_t half = 0; half < 2; half++) {
             const uint32_t slab_half = chunk * 2 + half;
             uint32_t a[RowTiles][2][4];
@@ -285,12 +290,12 @@ struct SlabSums {
                 }
             }
             if constexpr (W::INT4) {
-                if ((slab_half + 1) * 32 % W::GROUP == 0) fold(scales + slab_half * 32 / W::GROUP * HYBRID_TILE_ROWS * 2, row0);
+                if ((slab_half + 1) * 32 % W::SCALED == 0) fold(scales + slab_half * 32 / W::GROUP * HYBRID_TILE_ROWS * 2, row0);
             }
         }
     }
 
-    // Ends an int4 group: its sums times the rows' scales.
+    // Ends an int4 group, or a chunk of it: its sums times the rows' scales.
     DEVICE void fold(const unsigned char* scales, uint32_t row0) {
         const f16* const of_rows = reinterpret_cast<const f16*>(scales) + row0 + lane_index() / 4;
 #pragma unroll

@@ -38,6 +38,11 @@ constexpr uint32_t SLOT_BYTES = HYBRID_SLAB_BYTES + Weight::SCALE_BYTES;
 constexpr uint32_t SLABS_AT = X_STAGES * X_BYTES;
 constexpr uint32_t SUMS_TOKENS = X_BYTES / (HYBRID_TILE_ROWS * sizeof(float));  // that a chunk's place holds sums of
 
+struct Tail {
+    BlockTraffic traffic;
+    GemmProduct product;
+};
+
 // Where a block is: a step of the schedule, a chunk of 64 inputs within its tile, and the slots of the tile's slabs.
 struct Cursor {
     uint32_t item = 0;
@@ -68,7 +73,8 @@ hybrid_large_m(const Element* x, const unsigned char* host, const unsigned char*
                const HybridGemmExpert* experts, const uint32_t* offsets, HybridGemmTraffic* traffic, uint64_t* status,
                const __grid_constant__ HybridGemmParams params) {
     DYNAMIC_SHARED(shared);
-    BlockTraffic& counter = *reinterpret_cast<BlockTraffic*>(shared + SLABS_AT + SLAB_SLOTS * SLOT_BYTES);
+    Tail& tail = *reinterpret_cast<Tail*>(shared + SLABS_AT + SLAB_SLOTS * SLOT_BYTES);
+    BlockTraffic& counter = tail.traffic;
     const uint32_t slabs = ceil_div(params.k, Weight::INPUTS);
     const uint32_t k_tiles = ceil_div(slabs, params.tile_slabs);
 
@@ -94,7 +100,7 @@ hybrid_large_m(const Element* x, const unsigned char* host, const unsigned char*
     const uint32_t row0 = warp_index() % 2 * WARP_ROWS;
     const uint32_t token0 = warp_index() / 2 * WARP_TOKENS;
 
-    GemmProducts products(plan, params, experts, offsets);
+    GemmProducts products(tail.product, plan, params, experts, offsets);
 #pragma unroll 1
     while (products.advance()) {
         const GemmProduct& product = products.now;
@@ -109,7 +115,6 @@ hybrid_large_m(const Element* x, const unsigned char* host, const unsigned char*
         source.aligned = multiple_of_16(source.base, static_cast<int64_t>(params.k) * sizeof(Element));
         // A weight-stationary block reads each weight once; the others may find it in L2 for the next panel.
         const bool once = walk.role == TileRole::WEIGHT_STATIONARY || walk.sums_in_registers();
-        const uint64_t policy = once ? l2_evict_first_policy() : l2_evict_last_policy();
         const uint32_t first_kept = product.schedule.first_column + product.schedule.os_columns;  // weight-stationary column
         Cursor ahead(walk), now = ahead;
 
@@ -118,6 +123,7 @@ hybrid_large_m(const Element* x, const unsigned char* host, const unsigned char*
             const uint32_t k_slab = step.k_tile * params.tile_slabs;
             if (step.fetch != TileFetch::KEPT && ahead.chunk % Weight::X_CHUNKS == 0) {
                 unsigned char* const slot = shared + SLABS_AT + ahead.slot() * SLOT_BYTES;
+                const uint64_t policy = once ? l2_evict_first_policy() : l2_evict_last_policy();
                 const uint32_t bytes =
                     stage_slab<THREADS, FORMAT, Element>(slot, slot + HYBRID_SLAB_BYTES, source, params, step.column, step.k_tile,
                                                          ahead.chunk / Weight::X_CHUNKS, policy);

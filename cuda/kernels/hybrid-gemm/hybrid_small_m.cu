@@ -21,7 +21,7 @@
 // Arch:    sm_80 and later.
 // Mapping: grid (blocks of the schedule, k_splits), one block per SM. Each of four warps has 16 output features and all
 //          tokens of the panel.
-// Budget:  176 registers up to 16 tokens, 252 for 64, which one block per SM has; a ring of up to 96 KiB.
+// Budget:  128 registers up to 16 tokens (160 with int4), 224 for 64; a ring of up to 96 KiB.
 // Limit:   bytes of W: over the link and from HBM, both at once.
 #include "core.cuh"
 #include "hybrid_gemm_params.h"
@@ -54,6 +54,7 @@ constexpr int CHUNKS_AT_ONCE = TOKENS < 32 ? 4 : 1;
 
 struct Tail {
     BlockTraffic traffic;
+    GemmProduct product;
     uint32_t last;
 };
 
@@ -116,7 +117,7 @@ hybrid_small_m(const Element* x, const unsigned char* host, const unsigned char*
         return left < HYBRID_TILE_ROWS ? left : uint32_t(HYBRID_TILE_ROWS);
     };
 
-    GemmProducts products(plan, params, experts, offsets);
+    GemmProducts products(tail.product, plan, params, experts, offsets);
 #pragma unroll 1
     while (products.advance()) {
         const GemmProduct& product = products.now;

@@ -20,7 +20,7 @@ const fn small_row(values: &'static [i64], registers: u32) -> Row {
     let stage = slab(format) + tokens * inputs * 2;
     let stages = 96 * 1024 / stage;
     let stages = if stages < 10 { stages } else { 10 };
-    Row { values, registers, shared: stages * stage + 112, emulated: true }
+    Row { values, registers, shared: stages * stage + 224, emulated: true }
 }
 
 /// Bytes of a slab with its scales.
@@ -33,7 +33,7 @@ const fn slab(format: u32) -> u32 {
 
 /// Two chunks of activations of 256 tokens, four slabs of weights, and the receipt.
 const fn large_row(values: &'static [i64]) -> Row {
-    let shared = 2 * 32 * 1024 + 4 * slab(values[0] as u32) + 104;
+    let shared = 2 * 32 * 1024 + 4 * slab(values[0] as u32) + 216;
     Row { values, registers: 255, shared, emulated: true }
 }
 
@@ -46,13 +46,13 @@ pub(super) const KERNELS: &[Kernel] = &[
         arch: ArchClass::Portable,
         threads: 128,
         rows: &[
-            small_row(&[8, 0, dtype::BF16], 152),
-            small_row(&[16, 0, dtype::F16], 152),
-            small_row(&[64, 0, dtype::BF16], 200),
-            small_row(&[16, 1, dtype::BF16], 144),
-            small_row(&[8, 1, dtype::F16], 144),
-            small_row(&[16, 128, dtype::BF16], 176),
-            small_row(&[64, 32, dtype::F16], 252),
+            small_row(&[8, 0, dtype::BF16], 128),
+            small_row(&[16, 0, dtype::F16], 128),
+            small_row(&[64, 0, dtype::BF16], 184),
+            small_row(&[16, 1, dtype::BF16], 128),
+            small_row(&[8, 1, dtype::F16], 128),
+            small_row(&[16, 128, dtype::BF16], 160),
+            small_row(&[64, 32, dtype::F16], 224),
         ],
     },
     Kernel {

@@ -5,9 +5,7 @@ use cuda::memory::{View, ViewMut};
 use cuda::status::StatusWord;
 use cuda::workspace::Workspace;
 use half::bf16;
-use hybrid_gemm::gpu::{
-    DeviceSchedule, DeviceTable, GroupedArgs, GroupedGemm, GroupedPlan, ResidentExperts,
-};
+use hybrid_gemm::gpu::{DeviceSchedule, DeviceTable, GroupedArgs, GroupedGemm, GroupedPlan, ResidentExperts};
 use hybrid_gemm::{DType, DeviceProfile, Format, GemmConfig, Residency, RowMajor, Weights};
 
 use crate::order::operations;

@@ -36,7 +36,8 @@ fn recorded_launches_follow_the_controller<R: Rig>(rig: &R) {
             let (link_bytes, hbm_bytes) = (predicted.traffic.link_bytes as f64, predicted.hbm_bytes as f64);
             let (link_busy_s, hbm_busy_s) = (link_bytes / link, hbm_bytes / hbm);
             let time_s = link_busy_s.max(hbm_busy_s);
-            let call = Observation { time_s, link_bytes, hbm_bytes, link_busy_s, hbm_busy_s, role_s: [0.0; 2] };
+            let call =
+                Observation { time_s, link_bytes, hbm_bytes, link_busy_s, hbm_busy_s, role_s: [0.0; 2] };
             control.observe(&call).expect("a schedule");
         }
         states.push(control.clone());
@@ -97,7 +98,8 @@ fn the_controller_follows_a_step() {
             if announced {
                 control = AlphaControl::new(&plan, rule, 1024, alpha(&control)).expect("both dataflows");
             }
-            let time = |alpha| simulate(plan.considered(), Path::Direct { alpha }, 1024).expect("a simulation");
+            let time =
+                |alpha| simulate(plan.considered(), Path::Direct { alpha }, 1024).expect("a simulation");
             for _ in 0..100 {
                 let call = time(alpha(&control));
                 let predicted = control.plan().predict(1024).expect("a prediction");
@@ -106,11 +108,18 @@ fn the_controller_follows_a_step() {
                 let Some(schedule) = control.observe(&call).expect("a schedule") else { continue };
                 let link = f64::from(schedule.os_blocks + schedule.ws_blocks);
                 let share = f64::from(schedule.os_blocks) / link;
-                assert!((share - alpha(&control)).abs() <= 1.0 / link, "{} of {link} blocks", schedule.os_blocks);
+                assert!(
+                    (share - alpha(&control)).abs() <= 1.0 / link,
+                    "{} of {link} blocks",
+                    schedule.os_blocks
+                );
             }
             let (alpha, found) = (alpha(&control), time(alpha(&control)).time_s);
             let best = (0..=16).map(|i| time(f64::from(i) / 16.0).time_s).fold(f64::INFINITY, f64::min);
-            assert!(found <= 1.15 * best, "{rule:?}, link at {share}: alpha {alpha} takes {found}, the best {best}");
+            assert!(
+                found <= 1.15 * best,
+                "{rule:?}, link at {share}: alpha {alpha} takes {found}, the best {best}"
+            );
         }
     }
 }

@@ -40,8 +40,10 @@ impl Guarded {
         let base = unsafe { libc::mmap(std::ptr::null_mut(), room + page, access, kind, -1, 0) };
         assert_ne!(base, libc::MAP_FAILED, "no memory");
         let guarded = Guarded { base, mapped: room + page, start: room - bytes.len(), len: bytes.len() };
+        // SAFETY: within the mapping.
+        let last = unsafe { base.byte_add(room) };
         // SAFETY: the last page of the mapping, which nobody uses.
-        let closed = unsafe { libc::mprotect(base.byte_add(room), page, libc::PROT_NONE) };
+        let closed = unsafe { libc::mprotect(last, page, libc::PROT_NONE) };
         assert_eq!(closed, 0, "the guard");
         // SAFETY: the bytes end where the guard begins.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), guarded.first(), bytes.len()) };

@@ -111,7 +111,8 @@ mod pinned_experts {
         let ([n, k], epilogue) = ([768, 1032], EpilogueSpec::plain(DType::F32));
         let tiling = Tiling::new(n, k, Format::Float(DType::BF16)).expect("a tiling");
         let places = [Residency::Host, Residency::HbmFraction(0.5), Residency::Hbm, Residency::Host];
-        let experts: Vec<_> = (0..).zip(places).map(|(seed, place)| weights::<bf16>(seed, tiling, place)).collect();
+        let experts: Vec<_> =
+            (0..).zip(places).map(|(seed, place)| weights::<bf16>(seed, tiling, place)).collect();
         let device = DeviceProfile { sm_count: gpu.sm_count() as usize, ..DeviceProfile::h200() };
         for rows in [[3, 0, 4, 1], [0, 300, 20, 0]] {
             let tokens = rows.iter().sum();
@@ -151,9 +152,15 @@ mod pinned_experts {
             for (index, expert) in experts.iter().enumerate() {
                 let range = ends[index] as usize..ends[index + 1] as usize;
                 let view = MatrixView::new(&x[range.start * k..range.end * k], range.len(), k).expect("x");
-                let exact = reference::gemm::<bf16, f32>(view, expert, &epilogue, None, None).expect("the oracle");
+                let exact =
+                    reference::gemm::<bf16, f32>(view, expert, &epilogue, None, None).expect("the oracle");
                 // Norms of rows of such values are about 66.
-                compare(&format!("{rows:?}, expert {index}"), &found[range.start * n..range.end * n], &exact, 66.0 * 66.0);
+                compare(
+                    &format!("{rows:?}, expert {index}"),
+                    &found[range.start * n..range.end * n],
+                    &exact,
+                    66.0 * 66.0,
+                );
             }
         }
     }

@@ -15,8 +15,8 @@ const X_STAGES: usize = 2;
 const X_CHUNK_BYTES: usize = HYBRID_LARGE_PANEL as usize * 128;
 /// Slabs of weights that a block holds: a tile has as many at most.
 const SLAB_SLOTS: usize = 4;
-/// The receipt of the block.
-const TAIL_BYTES: usize = 104;
+/// The receipt of the block, and its place among the products.
+const TAIL_BYTES: usize = 216;
 
 /// Whether [`HybridLargeM`] has a kernel for weights in tiles of so many slabs.
 pub const fn large_m_supports(format: WeightFormat, tile_slabs: usize) -> bool {

@@ -13,8 +13,8 @@ const KERNEL: &str = "hybrid_small_m";
 const THREADS: u32 = 128;
 const RING_BYTES: usize = 96 * 1024;
 const MOST_STAGES: usize = 10;
-/// The receipt of the block and a flag, aligned to 8.
-const TAIL_BYTES: usize = 112;
+/// The receipt of the block, its place among the products, and a flag, aligned to 8.
+const TAIL_BYTES: usize = 224;
 
 /// Tokens that the kernel for `max_tokens` is compiled for: with more than 64, panels of 64.
 pub const fn small_tokens(max_tokens: usize) -> usize {
