@@ -2,10 +2,10 @@
 // the test reads. Calls can be told to fail with a code.
 //
 // Handles carry their context, so that a call with the wrong context current fails as it would on a GPU.
-#include <atomic>
 //
 // With FAKE_CUDA_ORDER=1 it also keeps and writes down the order between streams: what each stream and event is called, records
 // and waits, and, in a capture, which node comes after which, so that a stream that is not joined fails it.
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
