@@ -166,9 +166,8 @@ fn all<R: Rig>(rig: &R, sizes: &Sizes) {
 #[test]
 fn emulator() {
     emulator::emulator_or_skip!();
-    for order in [Order::Forward, Order::Random(5)] {
-        all(&EmulatorRig::new(order), &EMULATED);
-    }
+    // One order: the tests of each kernel go through all of them.
+    all(&EmulatorRig::new(Order::Random(5)), &EMULATED);
 }
 
 #[test]
