@@ -167,7 +167,7 @@ fn all<R: Rig>(rig: &R, sizes: &Sizes) {
     kernel::<R, bf16>(rig, sizes, turns, Format::Int8, (65, most));
     kernel::<R, bf16>(rig, sizes, turns, int4(128), (65, most));
     kernel::<R, f16>(rig, sizes, turns, int4(64), (65, most));
-    assert!(turns.ran > 60 && turns.ran > 2 * turns.dropped, "{} ran, {} dropped", turns.ran, turns.dropped);
+    assert!(turns.ran > 50 && turns.ran > turns.dropped, "{} ran, {} dropped", turns.ran, turns.dropped);
 }
 
 #[test]
