@@ -8,6 +8,8 @@
 //! | transport | ranks are | for |
 //! |---|---|---|
 //! | [`local`] | threads of this process | one machine, tests |
+//! | MPI: the package `seq-parallel/mpi` | processes of an MPI job | many machines |
+//! | `gpu::transport` (features `cuda`, `nccl`) | threads on one GPU, or ranks over NCCL, with blocks in device memory | GPUs |
 //! | [`sim`] | any of the others, with modelled links and compute on a clock of their own | planning, tests of overlap |
 //!
 //! # Faults
