@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let model = Model::load(&folder, &"dense".parse()?)?;
     let compressor = Compressor::new(&model, &calibration, CONTEXT, |_, _| {})?;
     let files = tempfile::tempdir()?;
-    let windows = Windows::new(CONTEXT, CONTEXT / 4, 4)?;
+    let windows = Windows::new(CONTEXT, CONTEXT / 4, 8)?;
     let mut reports: Vec<Report> = Vec::new();
     let mut score = |kv: &str, name: &str| -> Result<(), Box<dyn std::error::Error>> {
         let mut session = Session::new(&model, &kv.parse()?, Box::new(ranks::Single), CONTEXT)?;

@@ -7,16 +7,13 @@ use kv_compress::{CompressionPlan, calibrate::Calibration};
 use ndarray::Axis;
 
 use crate::eval::negative_log_likelihood;
-use crate::kv::{Dense, Fdc, FdcStorage, Geometry, KvCache, Recorder};
+use crate::kv::{Dense, Fdc, FdcStorage, Geometry, KvCache, Probe, Recorder};
 use crate::{Error, Model};
 
 /// Windows to calibrate on, spread over the text.
 const CALIBRATION_WINDOWS: usize = 24;
 /// Windows to measure on, none of them calibrated on.
 const MEASURED_WINDOWS: usize = 4;
-/// Sides of heads up to which each is weighed by measuring the model, for every one takes a pass over the measured windows; of
-/// more heads those of a layer are weighed together.
-const WEIGHED_SIDES: usize = 64;
 
 /// What ranks are chosen for.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -49,9 +46,10 @@ impl Target {
 /// How bytes are spread over heads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Allocation {
-    /// Where the model suffers most from their lack: by what bases lose, weighed by measuring the model.
+    /// Where the model suffers most from their lack: by what bases lose of their layer's output, the keys and the values of each
+    /// layer weighed by measuring the model.
     Adaptive,
-    /// By what bases lose alone.
+    /// By what bases lose of their layer's output alone.
     Profile,
     /// Per layer, one energy threshold for all (EigenAttention).
     LayerThreshold,
@@ -143,8 +141,6 @@ impl<'m> Compressor<'m> {
         let bases = layers
             .map(|(l, layer)| project(l, layer, projection))
             .collect::<Result<Vec<_>, kv_compress::Error>>()?;
-        let scales: Vec<f32> = self.geometry.layers.iter().map(|spec| spec.score.scale()).collect();
-        let profile = Profile::new(&self.calibration, &bases, &scales)?;
         let measure = |ranks: &RankPlan| -> Result<f64, Box<dyn std::error::Error + Send + Sync>> {
             Ok(self.plan_nll(&self.cut(projection, &bases, ranks)?)?)
         };
@@ -153,7 +149,8 @@ impl<'m> Compressor<'m> {
         let ranks = match (allocation, target) {
             (Allocation::Uniform, Target::Ratio(ratio)) => RankPlan::uniform(&shapes, bytes(dense, ratio))?,
             (Allocation::LayerThreshold, Target::Ratio(ratio)) => {
-                layer_threshold(&profile, bytes(dense, ratio))?
+                let scales: Vec<f32> = self.geometry.layers.iter().map(|spec| spec.score.scale()).collect();
+                layer_threshold(&Profile::new(&self.calibration, &bases, &scales)?, bytes(dense, ratio))?
             }
             (Allocation::Uniform | Allocation::LayerThreshold, Target::KeepAccuracy(_)) => {
                 let found = format!("{allocation:?}");
@@ -164,14 +161,11 @@ impl<'m> Compressor<'m> {
                 ));
             }
             (Allocation::Adaptive | Allocation::Profile, target) => {
-                let sides: usize = shapes.iter().map(|shape| 2 * shape.kv_heads()).sum();
+                let profile = self.output_profile(&bases)?;
                 let smallest =
                     shapes.iter().map(|shape| shape.qk_dim().min(shape.v_dim())).min().unwrap_or(0);
                 let probe = (smallest / 64 * 16).max(16);
                 let weights = match allocation {
-                    Allocation::Adaptive if probe < smallest && sides <= WEIGHED_SIDES => {
-                        Weights::measured(&profile, probe, measure)?
-                    }
                     Allocation::Adaptive if probe < smallest => {
                         Weights::measured_by_layer(&profile, probe, measure)?
                     }
@@ -185,6 +179,17 @@ impl<'m> Compressor<'m> {
             }
         };
         Ok(self.cut(projection, &bases, &ranks)?)
+    }
+
+    /// What every rank of bases `[layers][kv_heads]` loses of its layer's output, on the measured windows. Gram matrices alone
+    /// would weigh the scores of all pairs of tokens alike, those that the softmax makes nothing of too.
+    fn output_profile(&self, bases: &[Vec<HeadBasis>]) -> Result<Profile, Error> {
+        let mut probe = Probe::new(self.geometry.clone(), bases)?;
+        for window in &self.measured {
+            probe.clear();
+            self.model.forward(window, 0, &mut probe)?;
+        }
+        probe.finish()
     }
 
     fn cut(

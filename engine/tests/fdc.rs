@@ -2,8 +2,9 @@
 
 mod support;
 
-use kv_compress::CompressionPlan;
-use kv_compress::projection::Projection;
+use kv_compress::projection::{Projection, project};
+use kv_compress::rank_plan::RankPlan;
+use kv_compress::{CompressionPlan, LayerRanks};
 use longkv_engine::compress::{Allocation, Compressor, Target};
 use longkv_engine::eval::{Windows, evaluate};
 use longkv_engine::kv::{self, Fdc, FdcStorage, KvCache, plan_path, read_plan};
@@ -39,6 +40,88 @@ fn the_models_own_plans_keep_their_promises() {
         let plan = read_plan(&plan_path(&mode(name), &bundled()).unwrap()).unwrap();
         assert_eq!(plan.bytes_per_token() as f64, bytes, "{name}");
         assert_eq!(plan.reasons().len(), 16, "{name} can say why");
+    }
+}
+
+/// A cache that remembers the first layer's attention output.
+struct First<C> {
+    cache: C,
+    out: Option<ndarray::Array2<f32>>,
+}
+
+impl<C: KvCache> KvCache for First<C> {
+    fn forward(&mut self, step: &kv::Step<'_>) -> Result<ndarray::Array2<f32>, Error> {
+        let out = self.cache.forward(step)?;
+        if step.layer == 0 {
+            self.out = Some(out.clone());
+        }
+        Ok(out)
+    }
+    fn append(&mut self, step: &kv::Step<'_>) -> Result<(), Error> {
+        self.cache.append(step)
+    }
+    fn len(&self) -> usize {
+        self.cache.len()
+    }
+    fn memory(&self) -> kv::KvMemory {
+        self.cache.memory()
+    }
+    fn clear(&mut self) {
+        self.cache.clear();
+    }
+    fn scramble(&mut self, rng: &mut fastrand::Rng) {
+        self.cache.scramble(rng);
+    }
+}
+
+/// What a probe says that keys or values of a head lose at a rank is what a cache of that rank loses of its layer's output.
+#[test]
+fn a_probe_foresees_the_error_of_the_output() {
+    let model = load(&bundled()).unwrap();
+    let tokens = &text("calibration.txt")[..256];
+    let geometry = kv::Geometry::new(model.config(), 256).unwrap();
+    let mut recorder = kv::Recorder::new(geometry.clone()).unwrap();
+    model.forward(tokens, 0, &mut recorder).unwrap();
+    let calibration = recorder.finish();
+    let layers = calibration.layers().iter().enumerate();
+    let bases: Vec<_> = layers.map(|(l, layer)| project(l, layer, Projection::Optimal).unwrap()).collect();
+    let mut probe = kv::Probe::new(geometry.clone(), &bases).unwrap();
+    model.forward(tokens, 0, &mut probe).unwrap();
+    let profile = probe.finish().unwrap();
+    for heads in profile.layers() {
+        let whole: f64 = heads.iter().map(|head| head.values[0]).sum();
+        assert!((whole - 1.0).abs() < 1e-3, "without values nothing is left of the output: {whole}");
+        for losses in heads.iter().flat_map(|head| [&head.keys, &head.values]) {
+            assert_eq!((losses.len(), losses[4]), (5, 0.0));
+            assert!(losses.windows(2).all(|pair| pair[1] < pair[0]), "{losses:?}");
+        }
+    }
+
+    let shapes: Vec<_> = geometry.layers.iter().map(|spec| spec.shape).collect();
+    let first = |cut: Option<(usize, bool)>| {
+        let mut layers: Vec<_> = shapes.iter().map(|shape| LayerRanks::full(shape).unwrap()).collect();
+        if let Some((head, keys)) = cut {
+            let mut ranks = layers[0].heads().to_vec();
+            *(if keys { &mut ranks[head].k } else { &mut ranks[head].v }) = 16;
+            layers[0] = LayerRanks::new(&shapes[0], ranks).unwrap();
+        }
+        let ranks = RankPlan::new(layers).unwrap();
+        let plan = CompressionPlan::new(&calibration, Projection::Optimal, &bases, &ranks).unwrap();
+        let mut cache = First { cache: Fdc::new(&geometry, plan, &FdcStorage::Half).unwrap(), out: None };
+        model.forward(tokens, 0, &mut cache).unwrap();
+        cache.out.unwrap()
+    };
+    let whole = first(None);
+    let energy = |x: &ndarray::Array2<f32>| x.iter().map(|x| f64::from(x * x)).sum::<f64>();
+    for head in 0..2 {
+        for keys in [true, false] {
+            let lost = energy(&(first(Some((head, keys))) - &whole)) / energy(&whole);
+            let of_head = &profile.layers()[0][head];
+            let foreseen = if keys { of_head.keys[1] } else { of_head.values[1] };
+            // Heads of a group may add to each other's errors or cancel them, which the probe does not see.
+            let ratio = lost / foreseen;
+            assert!((0.5..2.0).contains(&ratio), "head {head}, keys {keys}: {lost}, foreseen {foreseen}");
+        }
     }
 }
 

@@ -17,7 +17,7 @@ use crate::linear::Linear;
 use crate::mode::{Method, Mode};
 use crate::{Config, Error, Model};
 pub use dense::Dense;
-pub use fdc::{Fdc, PLANS, Recorder, Storage as FdcStorage, plan_path, read_plan};
+pub use fdc::{Fdc, PLANS, Probe, Recorder, Storage as FdcStorage, plan_path, read_plan};
 pub use hack::{Hack, Options as HackOptions, QuantizedLayer};
 pub use sparse::{Options as SparseOptions, Sparse};
 

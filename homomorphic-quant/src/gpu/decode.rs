@@ -14,8 +14,6 @@ use super::params::{Queried, params};
 use super::{Places, Pools, check_dtype, side_args, to_u32};
 use crate::Error;
 
-/// Blocks per SM; the rings of three fit the 227 KB of an sm_90 SM.
-const BLOCKS_PER_SM: u32 = 3;
 /// Units below which a block's range is not split further: two pages for each of four teams.
 const MIN_UNITS_PER_BLOCK: u32 = 8;
 
@@ -128,9 +126,10 @@ impl DecodePlan {
             soft_cap: config.score.soft_cap().is_some(),
         };
 
-        let blocks = config.sm_count.checked_mul(BLOCKS_PER_SM).filter(|blocks| *blocks <= i32::MAX as u32);
+        let per_sm = variant.blocks_per_sm();
+        let blocks = config.sm_count.checked_mul(per_sm).filter(|blocks| *blocks <= i32::MAX as u32);
         let blocks = blocks.ok_or_else(|| {
-            let expected = format!("at most {}", i32::MAX as u32 / BLOCKS_PER_SM);
+            let expected = format!("at most {}", i32::MAX as u32 / per_sm);
             Error::argument("sm_count", expected, config.sm_count)
         })?;
         let slots = kernels::part_slots(&params, blocks).saturating_mul(columns);

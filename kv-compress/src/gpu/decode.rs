@@ -16,8 +16,6 @@ use super::{check_sm_count, head_dim, heads, page_shift, to_u32};
 use crate::Error;
 use crate::cache::PageLayout;
 
-/// Blocks per SM; the rings of three fit the 227 KB of an sm_90 SM.
-const BLOCKS_PER_SM: u32 = 3;
 /// Bytes of 16 tokens of 16 channels: the kernel's unit of work.
 const WEIGHT_BYTES: usize = (FDC_GROUP * FDC_RANK_STEP) as usize * 2;
 /// Work of an item besides its bytes, in weights: the start and end of an item cost about as much as 8 KB of keys.
@@ -192,9 +190,10 @@ impl DecodePlan {
         let variant =
             kernels::FdcDecodeVariant { head_dim, column_tiles, soft_cap: config.score.soft_cap().is_some() };
 
-        let blocks = config.sm_count.checked_mul(BLOCKS_PER_SM).filter(|blocks| *blocks <= 1 << 16);
+        let per_sm = variant.blocks_per_sm();
+        let blocks = config.sm_count.checked_mul(per_sm).filter(|blocks| *blocks <= 1 << 16);
         let blocks = blocks.ok_or_else(|| {
-            Error::argument("sm_count", format!("at most {}", (1 << 16) / BLOCKS_PER_SM), config.sm_count)
+            Error::argument("sm_count", format!("at most {}", (1 << 16) / per_sm), config.sm_count)
         })?;
         let columns = kernels::columns(column_tiles);
         let slots = kernels::part_slots(&params, blocks).saturating_mul(columns);

@@ -53,7 +53,9 @@ pub struct Profile {
 }
 
 impl Profile {
-    /// The profile of bases `[layers][kv_heads]` on what was calibrated. `scales` are the layers' softmax scales.
+    /// The profile of bases `[layers][kv_heads]` on what was calibrated. `scales` are the layers' softmax scales. It needs no more than
+    /// Gram matrices, and so counts scores of all pairs of tokens alike; whoever has activations can measure the outputs' errors
+    /// themselves, which the softmax decides, and bring them by [`from_losses`](Self::from_losses).
     ///
     /// - Values: an error in V·W_O goes to the output as it is; its energy is ‖VW_O - ṼW̃_O‖² per token.
     /// - Keys: an error δ in a score moves the output by about δ times the value it weighs, so the energy is that of the

@@ -199,6 +199,16 @@ impl DecodeVariant {
         columns * self.qk_dim * 2 + teams * self.ring_bytes() + 32 + 8 + teams * columns * 8 + 52 + 4
     }
 
+    /// Blocks that share an SM of a data-centre GPU: as many as its registers hold, by the kernel's launch bounds (`BLOCKS_PER_SM` of
+    /// tile/hack_attention.cuh), and its shared memory.
+    pub const fn blocks_per_sm(&self) -> u32 {
+        let short = self.qk_dim <= 128 && self.v_dim <= 128 && self.partition <= 64;
+        let few = self.column_tiles == 1 && !self.soft_cap && self.k_bits < 8 && self.v_bits < 8;
+        let by_registers = if short && few { 3 } else { 2 };
+        let by_shared = crate::kernels::fitting_blocks(self.shared_bytes());
+        if by_shared < by_registers { by_shared } else { by_registers }
+    }
+
     /// The ring of a team, in bytes.
     pub(super) const fn ring_bytes(&self) -> usize {
         let segment = self.segment();

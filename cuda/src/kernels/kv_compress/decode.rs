@@ -37,9 +37,17 @@ pub struct FdcDecodeVariant {
 
 impl FdcDecodeVariant {
     /// Dynamic shared memory of a block, in bytes: the queries, four rings and the tail.
-    pub fn shared_bytes(&self) -> usize {
+    pub const fn shared_bytes(&self) -> usize {
         let columns = columns(self.column_tiles);
         16 * self.head_dim * 2 + WARPS * WARP_RING + (WARPS * columns * 2 + 1) * size_of::<f32>()
+    }
+
+    /// Blocks that share an SM of a data-centre GPU: as many as its registers hold, by the kernel's launch bounds, and its shared
+    /// memory.
+    pub const fn blocks_per_sm(&self) -> u32 {
+        let by_registers = if self.column_tiles == 2 && self.soft_cap { 2 } else { 3 };
+        let by_shared = crate::kernels::fitting_blocks(self.shared_bytes());
+        if by_shared < by_registers { by_shared } else { by_registers }
     }
 }
 

@@ -6,6 +6,7 @@
 //! groups then evens out their channels, at no cost, because it is folded into the maps.
 
 mod paged;
+mod probe;
 mod quantized;
 mod recorder;
 mod store;
@@ -22,6 +23,7 @@ use crate::linear::{self, Linear, Weight};
 use crate::mode::Mode;
 use crate::{Error, Model};
 use paged::Paged;
+pub use probe::Probe;
 use quantized::Quantized;
 pub use recorder::Recorder;
 use store::Store;
