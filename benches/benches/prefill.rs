@@ -104,7 +104,7 @@ fn gpu(criterion: &mut Criterion) {
                 kv_start: Some(&View::device(&kv_start, stream)),
                 status: status.view_mut(stream),
             };
-            let tiles = planner.run(stream, args, workspace.view_mut(stream)).expect("plan");
+            let mut tiles = planner.run(stream, args, workspace.view_mut(stream)).expect("plan");
             let inputs = PrefillInputs {
                 q: &View::device(&q, stream),
                 k: &View::device(&k, stream),
@@ -117,13 +117,13 @@ fn gpu(criterion: &mut Criterion) {
                     ml: ViewMut::device(&mut ml, stream),
                     resume: true,
                 };
-                prefill.run_step(stream, inputs, state, &tiles).expect("launch");
+                prefill.run_step(stream, inputs, state, &mut tiles).expect("launch");
             } else {
                 let output = PrefillOutput {
                     out: ViewMut::device(&mut out, stream),
                     lse: ViewMut::device(&mut lse, stream),
                 };
-                prefill.run(stream, inputs, output, &tiles).expect("launch");
+                prefill.run(stream, inputs, output, &mut tiles).expect("launch");
             }
         });
         assert_eq!(status.read(&stream).expect("read the status"), None, "{name}");

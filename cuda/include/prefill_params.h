@@ -4,7 +4,18 @@
 
 #include <stdint.h>
 
-/* A tile of the rows of a segment: a run of queries, aligned to the end of the keys that go with them. */
+/* What the rows of a tile of a carrying kernel start from and end as: bits of PrefillTile's flags. */
+enum PrefillTileFlags {
+    /* The rows' state is stored already and goes on; without it, it starts empty. */
+    PREFILL_TILE_RESUME = 1,
+    /* No keys follow in later launches: the rows end as output. */
+    PREFILL_TILE_FINISH = 2
+};
+
+/*
+ * A tile of the rows of a segment, which is a run of queries, with a span of keys. Query i of the segment sees the span's keys
+ * from i + begin on and before i + end, its first keys before `prefix`, and of those before i + end the first `sinks`.
+ */
 struct PrefillTile {
     /* Row of the block table. */
     uint32_t sequence;
@@ -14,14 +25,22 @@ struct PrefillTile {
     uint32_t queries;
     /* The tile's first row, among queries * group. */
     uint32_t first_row;
-    /* First token of the segment's keys in a contiguous cache. */
+    /* First token of the span in a contiguous cache. */
     uint32_t kv_start;
-    /* Keys of the segment; 0 where its rows see nothing. */
+    /* Keys of the span; 0 where its rows see nothing. */
     uint32_t kv_len;
-    /* 1 where a query sees the keys up to its own position, 0 where it sees all. */
-    uint32_t causal;
-    /* Explicit padding, always 0. */
-    uint32_t _pad;
+    /* Where what a query sees ends, less the query; kv_len for all. */
+    int32_t end;
+    /* Where it begins, less the query; -queries for the first key. */
+    int32_t begin;
+    /* First keys of the span that stay visible before `begin`. */
+    uint32_t sinks;
+    /* First keys of the span that every query sees, past `end` too. */
+    uint32_t prefix;
+    /* Entry of the list with the same rows' next span, further behind; 0 for none. For carrying kernels. */
+    uint32_t next;
+    /* PrefillTileFlags, of a tile that is no other's `next`. */
+    uint32_t flags;
 };
 
 /* Shape, layout and mask of one prefill. */
@@ -70,7 +89,7 @@ struct PrefillParams {
     uint32_t prefix;
     /* Rows of a tile: the kernel's own number. */
     uint32_t tile_rows;
-    /* Tiles that the list has room for. */
+    /* Entries that the list has room for. */
     uint32_t max_tiles;
     /* 1 where the softmax state starts from the one stored, 0 where it starts empty. */
     uint32_t resume;

@@ -65,6 +65,7 @@ pub const HEADERS: &[(&str, &str)] = headers! {
     "tile/hack_tokens.cuh"
     "tile/last_arriver.cuh"
     "tile/low_rank.cuh"
+    "tile/prefill_list.cuh"
     "tile/prefill_rows.cuh"
     "tile/prefill_tiles.cuh"
     "tile/quantizer.cuh"

@@ -49,6 +49,7 @@ struct Buffers {
     tiles: Region<PrefillTile>,
     tile_count: Region<u32>,
     arrivals: Region<u32>,
+    work: Region<u32>,
 }
 
 impl PrefillPlan {
@@ -115,6 +116,7 @@ impl PrefillPlan {
             tiles: layout.scratch(max_tiles)?,
             tile_count: layout.scratch(1)?,
             arrivals: layout.counters(1)?,
+            work: layout.counters(1)?,
             layout,
         };
         Ok(Self { config, variant, params, buffers })
@@ -219,7 +221,7 @@ impl<F: Function> PrefillTiles<F> {
 
 /// A batch that [`PrefillTiles::run`] has planned on a queue: which queries see which keys.
 ///
-/// It holds the plan's workspace, so that nobody else writes what the kernel trusts.
+/// It holds the plan's workspace, so that nobody else writes what the kernels read.
 #[derive(Debug)]
 pub struct PlannedTiles<'w> {
     plan: Arc<PrefillPlan>,
@@ -285,7 +287,7 @@ impl<F: Function, E: Storage> Prefill<F, E> {
         queue: &F::Queue,
         inputs: PrefillInputs<'_, E>,
         output: PrefillOutput<'_, E>,
-        tiles: &PlannedTiles<'_>,
+        tiles: &mut PlannedTiles<'_>,
     ) -> Result<(), Error> {
         let result = kernels::PrefillResult::Output { out: output.out, lse: output.lse };
         self.launch(queue, inputs, result, false, tiles)
@@ -301,9 +303,9 @@ impl<F: Function, E: Storage> Prefill<F, E> {
         queue: &F::Queue,
         inputs: PrefillInputs<'_, E>,
         state: PrefillState<'_>,
-        tiles: &PlannedTiles<'_>,
+        tiles: &mut PlannedTiles<'_>,
     ) -> Result<(), Error> {
-        let result = kernels::PrefillResult::State { o: state.o, ml: state.ml };
+        let result = kernels::PrefillResult::State { o: state.o, ml: state.ml, out: None, lse: None };
         self.launch(queue, inputs, result, state.resume, tiles)
     }
 
@@ -313,27 +315,31 @@ impl<F: Function, E: Storage> Prefill<F, E> {
         inputs: PrefillInputs<'_, E>,
         result: kernels::PrefillResult<'_, E>,
         resume: bool,
-        tiles: &PlannedTiles<'_>,
+        tiles: &mut PlannedTiles<'_>,
     ) -> Result<(), Error> {
         if tiles.plan.config != self.plan.config {
             return Err(Error::argument("tiles", "tiles of the same plan", "tiles of another"));
         }
         let params = PrefillParams { resume: u32::from(resume), ..self.plan.params };
         let buffers = &self.plan.buffers;
+        let carver = Carver::new("prefill", tiles.workspace.reborrow(), &buffers.layout)?;
+        let valid_len = carver.take(buffers.valid_len)?;
+        let list = carver.take(buffers.tiles)?;
+        let tile_count = carver.take(buffers.tile_count)?;
         let args = kernels::PrefillArgs {
             params: &params,
             q: inputs.q,
             k: inputs.k,
             v: inputs.v,
             block_table: inputs.block_table,
-            tiles: &buffers.layout.view(buffers.tiles, &tiles.workspace)?,
-            tile_count: &buffers.layout.view(buffers.tile_count, &tiles.workspace)?,
-            valid_len: &buffers.layout.view(buffers.valid_len, &tiles.workspace)?,
+            tiles: &list.part(0..list.len())?,
+            tile_count: &tile_count.part(0..1)?,
+            valid_len: Some(&valid_len.part(0..valid_len.len())?),
             result,
+            work: carver.take(buffers.work)?,
+            status: None,
             programmatic: false,
         };
-        // SAFETY: the three buffers lie in the workspace of tiles that `PrefillTiles::run` planned by the same configuration,
-        // hence with the same parameters; the tiles borrow it exclusively, so nobody has written it since.
-        Ok(unsafe { self.kernel.launch(queue, args) }?)
+        Ok(self.kernel.launch(queue, args)?)
     }
 }

@@ -151,7 +151,7 @@ fn prefill<R: Rig, E: Storage>(
         status: rig.view_mut(&mut status),
     };
     let fail = |error: Error| -> ! { panic!("{case:?} on {}: {error}", rig.name()) };
-    let tiles = PrefillTiles::prepare(rig.device(), &plan)
+    let mut tiles = PrefillTiles::prepare(rig.device(), &plan)
         .and_then(|planner| planner.run(rig.queue(), args, rig.workspace_view(&mut workspace)))
         .unwrap_or_else(|error| fail(error));
     let inputs = PrefillInputs {
@@ -161,7 +161,7 @@ fn prefill<R: Rig, E: Storage>(
         block_table: block_table.as_ref(),
     };
     let output = PrefillOutput { out: rig.view_mut(&mut out), lse: rig.view_mut(&mut lse) };
-    kernel.run(rig.queue(), inputs, output, &tiles).unwrap_or_else(|error| fail(error));
+    kernel.run(rig.queue(), inputs, output, &mut tiles).unwrap_or_else(|error| fail(error));
     drop(tiles);
     assert!(rig.counters_are_zero(&mut workspace, plan.workspace()), "{case:?}: counters");
     let (out, lse) = (rig.download(&out), rig.download(&lse));
@@ -280,7 +280,7 @@ fn run_steps<R: Rig, E: Storage + Element>(rig: &R, steps: &[Step<E>]) -> States
             kv_start: kv_start.as_ref(),
             status: rig.view_mut(&mut status),
         };
-        let tiles =
+        let mut tiles =
             planner.run(rig.queue(), args, rig.workspace_view(&mut workspace)).expect("plan the tiles");
         let inputs = PrefillInputs {
             q: &rig.view(&q),
@@ -290,7 +290,7 @@ fn run_steps<R: Rig, E: Storage + Element>(rig: &R, steps: &[Step<E>]) -> States
         };
         let state = PrefillState { o: rig.view_mut(&mut o), ml: rig.view_mut(&mut ml), resume: index > 0 };
         kernel
-            .run_step(rig.queue(), inputs, state, &tiles)
+            .run_step(rig.queue(), inputs, state, &mut tiles)
             .unwrap_or_else(|error| panic!("{case:?}, step {index} on {}: {error}", rig.name()));
     }
     assert_eq!(Fault::decode(rig.download(&status)[0]), None, "{:?} on {}", steps[0].case, rig.name());

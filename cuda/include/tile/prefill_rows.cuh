@@ -24,23 +24,27 @@ struct PrefillBuffers {
     const uint32_t* valid_len;
 };
 
-// The rows that one block works on, and where their keys lie.
+// The rows that one block works on, and where their keys lie. It lies in shared memory and not in registers, of which the loop
+// over keys has none to spare.
 template <class Element, bool Paged>
 struct PrefillItem {
-    const PrefillTile& tile;
-    uint32_t kv_head;
-    uint32_t kv_len;  // of this head: 0 where its pages cannot be read
+    PrefillTile tile;
     const uint32_t* table;
     const Element* keys;
     const Element* values;
+    uint32_t kv_head;
+    uint32_t kv_len;  // of this head: 0 where its pages cannot be read
 
-    DEVICE PrefillItem(const PrefillTile& tile, const PrefillBuffers<Element>& buffers, const PrefillParams& params)
-        : tile(tile), kv_head(blockIdx.y), kv_len(tile.kv_len), table(nullptr) {
+    // Works out the rest from the tile; for one thread.
+    DEVICE void place(uint32_t head, const PrefillBuffers<Element>& buffers, const PrefillParams& params) {
+        kv_head = head;
+        kv_len = tile.kv_len;
+        table = nullptr;
         int64_t start = 0;
         if (Paged) {
             // A head whose own pages cannot be read sees nothing; the others' keys are as many as the tile says.
             if (params.table_head_stride != 0 && kv_len > 0) {
-                kv_len = valid_len_of(buffers.valid_len, tile.sequence, kv_head, params);
+                kv_len = min(kv_len, valid_len_of(buffers.valid_len, tile.sequence, kv_head, params));
             }
             table = buffers.block_table + kv_head * params.table_head_stride + tile.sequence * params.table_batch_stride;
         } else {
@@ -51,7 +55,7 @@ struct PrefillItem {
     }
 
     DEVICE Visible visible_to_row(uint32_t row, const PrefillParams& params) const {
-        return visible_to(row / params.group, tile.queries, kv_len, tile.causal != 0, params);
+        return visible_to(row / params.group, tile, kv_len);
     }
 
     // Page of a key, 0 for keys that are not seen.
@@ -84,22 +88,27 @@ DEVICE int64_t PrefillItem<Element, Paged>::place_of_query(uint32_t row, uint32_
     return (token * params.kv_heads * params.group + head) * q_dim;
 }
 
-// What the rows of a block see, and the tiles of `Keys` keys that some row sees, in order: those of the sinks, then those from
-// `main_begin` on.
+// What the rows of a block see of a span of keys, worked out once and kept in shared memory, so that the loop over keys neither
+// divides nor holds it in registers; and the tiles of `Keys` keys that some row sees, in order: those of the sinks, then those
+// from `main_begin` on.
 template <uint32_t Rows, uint32_t Keys>
 struct KeyTiles {
-    Visible seen;
+    Visible of_row[Rows];  // rows past the last see what the last sees
+    Visible seen;          // by some row
     uint32_t of_first_end;
     uint32_t of_last_begin;
     uint32_t sink_end;
     uint32_t main_begin;
     uint32_t end;
 
+    // For the threads from `thread` on, one per row; a barrier before anyone looks. Thread 0 fills in what is not of one row.
     template <class Item>
-    DEVICE KeyTiles(const Item& item, const PrefillParams& params) {
-        const uint32_t last_row = min(item.tile.first_row + Rows, item.tile.queries * params.group) - 1;
+    DEVICE void fill(uint32_t thread, const Item& item, const PrefillParams& params) {
+        const uint32_t last_row = item.tile.queries * params.group - 1;
+        if (thread < Rows) of_row[thread] = item.visible_to_row(min(item.tile.first_row + thread, last_row), params);
+        if (thread != 0) return;
         const Visible of_first = item.visible_to_row(item.tile.first_row, params);
-        const Visible of_last = item.visible_to_row(last_row, params);
+        const Visible of_last = item.visible_to_row(min(item.tile.first_row + Rows - 1, last_row), params);
         seen = {of_first.begin, of_last.end, of_last.sinks};
         of_first_end = of_first.end;
         of_last_begin = of_last.begin;
@@ -114,6 +123,16 @@ struct KeyTiles {
         return first_key < of_last_begin || first_key + Keys > of_first_end;
     }
 };
+
+// Two neighbouring values, in the type of their place.
+template <class T>
+DEVICE void store_pair(T* place, float left, float right) {
+    *reinterpret_cast<uint32_t*>(place) = pack2<T>(left, right);
+}
+template <>
+DEVICE void store_pair<float>(float* place, float left, float right) {
+    *reinterpret_cast<float2*>(place) = make_float2(left, right);
+}
 
 // Some warps' rows and their softmax state, as accumulators of 16x8 tiles: a lane holds rows lane/4 and lane/4 + 8 of each row
 // tile. The first of the warps is `FirstWarp`.
@@ -165,22 +184,43 @@ struct PrefillRows {
         }
     }
 
-    // Puts −inf where a row does not see a key. Few tiles need it, so what rows see is worked out anew, not held in registers.
-    template <class Item>
-    DEVICE void mask(float (&s)[RowTiles][KEY_TILES][4], uint32_t first_key, const Item& item,
-                     const PrefillParams& params) const {
+    // Words of the hidden keys of a row tile, which has 4 · KEY_TILES scores in a lane; and the bit of score i of a key tile.
+    static constexpr uint32_t HIDDEN = KEY_TILES > 8 ? 2 : 1;
+    static DEVICE constexpr uint32_t hidden_bit(uint32_t n, uint32_t i) {
+        return HIDDEN == 2 ? 1u << (n * 2 + i % 2) : 1u << (n * 4 + i);
+    }
+
+    // Which of a tile's keys this lane's rows do not see, bit n · 2 + i for column i of key tile n; `of_row` is what each row of
+    // the block sees. Worked out before the scores take their registers.
+    DEVICE void hide(uint32_t (&hidden)[RowTiles * HIDDEN], uint32_t first_key, const Visible* of_row) const {
+        const uint32_t lane_key = first_key + accumulator_column(lane_index(), 0);
 #pragma unroll
         for (uint32_t r = 0; r < RowTiles; r++) {
 #pragma unroll
             for (uint32_t e = 0; e < 2; e++) {
-                const Visible visible = item.visible_to_row(row_of(item, r, e), params);
+                const Visible visible = of_row[warp_row() + r * 16 + accumulator_row(lane_index(), 2 * e)];
+                uint32_t& bits = hidden[(r * 2 + e) * HIDDEN / 2];
+                if (e == 0 || HIDDEN == 2) bits = 0;
 #pragma unroll
                 for (uint32_t n = 0; n < KEY_TILES; n++) {
 #pragma unroll
-                    for (uint32_t i = 2 * e; i < 2 * e + 2; i++) {
-                        const uint32_t key = first_key + n * 8 + accumulator_column(lane_index(), i);
-                        if (!visible.sees(key)) s[r][n][i] = NEGATIVE_INFINITY;
+                    for (uint32_t i = 0; i < 2; i++) {
+                        if (!visible.sees(lane_key + n * 8 + i)) bits |= hidden_bit(n, 2 * e + i);
                     }
+                }
+            }
+        }
+    }
+
+    // Puts −inf where a row does not see a key.
+    DEVICE void mask(float (&s)[RowTiles][KEY_TILES][4], const uint32_t (&hidden)[RowTiles * HIDDEN]) const {
+#pragma unroll
+        for (uint32_t r = 0; r < RowTiles; r++) {
+#pragma unroll
+            for (uint32_t n = 0; n < KEY_TILES; n++) {
+#pragma unroll
+                for (uint32_t i = 0; i < 4; i++) {
+                    if (hidden[(r * 2 + i / 2) * HIDDEN / 2] & hidden_bit(n, i)) s[r][n][i] = NEGATIVE_INFINITY;
                 }
             }
         }
@@ -258,54 +298,79 @@ struct PrefillRows {
     }
     static DEVICE uint32_t row_lanes() { return 0xfu << (lane_index() & ~3u); }
 
-    // out [rows, VDim] and lse [rows].
-    template <class Element, class Item>
-    DEVICE void write_output(Element* out, float* lse, const Item& item, const PrefillParams& params) const {
+    // Whether the row has seen no key yet.
+    DEVICE bool untouched(uint32_t r, uint32_t e) const { return m[r][e] == NEGATIVE_INFINITY && row_sum(r, e) == 0.0f; }
+
+    // Divides O by l, and leaves lse [rows].
+    template <class Item>
+    DEVICE void normalise(float* lse, const Item& item, const PrefillParams& params) {
         for_each_row(item, params, [&](uint32_t r, uint32_t e, uint64_t row) {
-            const uint32_t t = lane_index() % 4;
             SoftmaxState state;
             state.m = m[r][e] * LN_2;
             state.l = row_sum(r, e);
-            if (t == 0) lse[row] = state.lse();
+            if (lane_index() % 4 == 0) lse[row] = state.lse();
             const float scale = state.l > 0.0f || state.l != state.l ? 1.0f / state.l : 0.0f;
 #pragma unroll
-            for (uint32_t tile = 0; tile < V_TILES; tile++) {
-                *reinterpret_cast<uint32_t*>(out + row * VDim + tile * 8 + t * 2) =
-                    pack2<Element>(o[r][tile][2 * e] * scale, o[r][tile][2 * e + 1] * scale);
+            for (uint32_t v = 0; v < V_TILES; v++) {
+                o[r][v][2 * e] *= scale;
+                o[r][v][2 * e + 1] *= scale;
             }
         });
     }
 
-    // state_o [rows, VDim] and state_ml [rows, 2]. The state so far joins here, at the end, when the scores' registers are free.
-    template <class Item>
-    DEVICE void carry_state(float* state_o, float* state_ml, const Item& item, const PrefillParams& params) const {
+    // O to out [rows, VDim]; rows that are untouched stay as they are stored where `resume` says that they are.
+    template <class Out, class Item>
+    DEVICE void store(Out* out, bool resume, const Item& item, const PrefillParams& params) const {
         for_each_row(item, params, [&](uint32_t r, uint32_t e, uint64_t row) {
+            if (resume && untouched(r, e)) return;
+            Out* const first = out + row * VDim + lane_index() % 4 * 2;
+#pragma unroll
+            for (uint32_t v = 0; v < V_TILES; v++) store_pair(first + v * 8, o[r][v][2 * e], o[r][v][2 * e + 1]);
+        });
+    }
+
+    // Takes in the state so far, state_o [rows, VDim] and state_ml [rows, 2]; at the end, when the scores' registers are free.
+    // Untouched rows stay so, unless they are to end as output.
+    template <class Item>
+    DEVICE void join_state(const float* state_o, const float* state_ml, bool finish, const Item& item,
+                           const PrefillParams& params) {
+        for_each_row(item, params, [&](uint32_t r, uint32_t e, uint64_t row) {
+            if (!finish && untouched(r, e)) return;
             const uint32_t t = lane_index() % 4;
-            float sum = row_sum(r, e);
-            if (params.resume && m[r][e] == NEGATIVE_INFINITY && sum == 0.0f) return;  // nothing to add
-            const float m_before = params.resume ? state_ml[2 * row] * LOG2_E : NEGATIVE_INFINITY;
+            const float2 before = *reinterpret_cast<const float2*>(state_ml + 2 * row);
+            const float m_before = before.x * LOG2_E;
             const float m_new = fmaxf(m[r][e], m_before);
             const float reference = m_new == NEGATIVE_INFINITY ? 0.0f : m_new;
             const float scale = exp2_approx(m[r][e] - reference);
             const float scale_before = exp2_approx(m_before - reference);
-            const bool joins = scale_before != 0.0f;  // an empty state's O may hold anything
-            if (joins) sum = sum * scale + state_ml[2 * row + 1] * scale_before;
-            __syncwarp(row_lanes());  // all four have read what one of them overwrites
-            if (t == 0) {
-                // The running maximum passes NaN over; a state without a maximum would count as empty in the next step.
-                state_ml[2 * row] = sum != sum ? sum : m_new * LN_2;
-                state_ml[2 * row + 1] = sum;
-            }
+            m[r][e] = m_new;
+            l[r][e] *= scale;
 #pragma unroll
-            for (uint32_t tile = 0; tile < V_TILES; tile++) {
-                float2* const place = reinterpret_cast<float2*>(state_o + row * VDim + tile * 8 + t * 2);
-                float2 pair = make_float2(o[r][tile][2 * e], o[r][tile][2 * e + 1]);
-                if (joins) {
-                    const float2 before = *place;
-                    pair = make_float2(pair.x * scale + before.x * scale_before, pair.y * scale + before.y * scale_before);
-                }
-                *place = pair;
+            for (uint32_t v = 0; v < V_TILES; v++) {
+                o[r][v][2 * e] *= scale;
+                o[r][v][2 * e + 1] *= scale;
             }
+            if (scale_before == 0.0f) return;  // an empty state's O may hold anything
+            if (t == 0) l[r][e] += before.y * scale_before;
+#pragma unroll
+            for (uint32_t v = 0; v < V_TILES; v++) {
+                const float2 pair = *reinterpret_cast<const float2*>(state_o + row * VDim + v * 8 + t * 2);
+                o[r][v][2 * e] += pair.x * scale_before;
+                o[r][v][2 * e + 1] += pair.y * scale_before;
+            }
+        });
+    }
+
+    // m and l to state_ml [rows, 2], of the rows of which store leaves the rest of the state.
+    template <class Item>
+    DEVICE void store_sums(float* state_ml, bool resume, const Item& item, const PrefillParams& params) const {
+        for_each_row(item, params, [&](uint32_t r, uint32_t e, uint64_t row) {
+            if (resume && untouched(r, e)) return;
+            const float sum = row_sum(r, e);
+            __syncwarp(row_lanes());  // all four have read what one of them overwrites
+            if (lane_index() % 4 != 0) return;
+            // The running maximum passes NaN over; a state without a maximum would count as empty in the next step.
+            store_pair(state_ml + 2 * row, sum != sum ? sum : m[r][e] * LN_2, sum);
         });
     }
 };

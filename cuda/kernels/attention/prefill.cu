@@ -5,23 +5,29 @@
 // q           [num_queries, q_heads, QK_DIM]  KV_DTYPE
 // k, v        by the strides of params; paged: token t of sequence s lies in slot t % page of page block_table[head, s, t / page];
 //             contiguous: at token kv_start of the tile + t. Vectors are 16-byte aligned.
-// tiles       [tile_count] PrefillTile, of prefill_plan: which rows see which keys
+// tiles       [max_tiles] PrefillTile, of prefill_plan or another list: which rows see which keys. The rows of a tile meet the
+//             spans of keys of its `next` too.
+// tile_count  [1] u32, tiles of the list that begin rows
 // valid_len   of prefill_plan; read where every KV head has its own block table
-// CARRY 0:    out [num_queries, q_heads, V_DIM] KV_DTYPE, lse [num_queries, q_heads] f32, natural log
-// CARRY 1:    state_o [num_queries, q_heads, V_DIM] f32 and state_ml [num_queries, q_heads, 2] f32: the raw state (m, l, O) in
-//             natural units, continued where params.resume is 1 and left there; what one step of a ring needs
+// out, lse    [num_queries, q_heads, V_DIM] KV_DTYPE and [num_queries, q_heads] f32, natural log
+// state_o,    CARRY 1: [num_queries, q_heads, V_DIM] f32 and [num_queries, q_heads, 2] f32: the raw state (m, l, O) in natural
+// state_ml    units, continued where params.resume is 1 or the tile says so, and left there unless the tile says that the rows
+//             are finished: then out and lse get them, or state_o and lse where out is null; where both are, none is
+// work        [1] u32, zero before and after the launch
+// status      FAULT_BAD_RANGE or FAULT_BAD_INDEX with the tile: one outside q, the cache or the list is skipped, and so are the
+//             spans behind it
 //
-// Query i of n sits at p = kv_len − n + i. It sees keys up to p if causal (all if not), of them the last `window`, and the
-// first `sinks` up to p and the first `prefix` whatever p is. A query without keys gets out 0 and lse −inf, or its carried
-// state stays bit for bit as it is. Keys and values that some row of a tile sees are finite, or their NaN may reach its other
-// rows; memory of all others may hold anything.
+// In the tiles of prefill_plan query i of n sits at p = kv_len − n + i. It sees keys up to p if causal (all if not), of them the
+// last `window`, and the first `sinks` up to p and the first `prefix` whatever p is. A query without keys gets out 0 and lse −inf,
+// or its carried state stays bit for bit as it is. Keys and values that some row of a tile sees are finite, or their NaN may
+// reach its other rows; memory of all others may hold anything.
 //
 // Arch:    sm_80 and later.
 // Mapping: a block owns ROWS rows of one sequence and KV head; row r is query head r % group of token r / group, so that all
 //          heads of a group share K and V and short chunks still fill a tile. Four warps split the rows. Keys stream in tiles
 //          of 64: K of the next tile loads during PV, V during QKᵀ (FlashAttention-2, algorithm 1). The list has the longest
-//          tiles first; heads follow one another, so that the blocks of a head share its keys in L2.
-// Budget:  255 registers, ROWS·QK_DIM·2 + 64·(QK_DIM + V_DIM)·2 + 2080 bytes of shared memory. A tile of keys at d 128 takes 1750
+//          tiles first; blocks stay and draw one tile of one head after another, all heads of the longest first.
+// Budget:  255 registers, ROWS·QK_DIM·2 + 64·(QK_DIM + V_DIM)·2 + 2176 + 12·ROWS bytes of shared memory. A tile of keys at d 128 takes 1750
 //          instructions on sm_90a: 256 mma, 80 ldmatrix, and over a third that only tiles on an edge of the mask run.
 // Limit:   flops: 2·(QK_DIM + V_DIM) per visible key and row on the tensor cores.
 #include "core.cuh"
@@ -29,7 +35,9 @@
 #include "ptx/cp_async.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/sync.cuh"
+#include "status_params.h"
 #include "tile/fragment.cuh"
+#include "tile/prefill_list.cuh"
 #include "tile/prefill_rows.cuh"
 #include "types.cuh"
 
@@ -50,6 +58,7 @@ constexpr uint32_t K_BYTES = KEYS * K_ROW;
 constexpr uint32_t V_BYTES = KEYS * V_ROW;
 
 using Rows = PrefillRows<0, ROW_TILES, KEYS, V_DIM, SOFT_CAP>;
+using Tiles = KeyTiles<ROWS, KEYS>;
 constexpr uint32_t KEY_TILES = Rows::KEY_TILES;
 using Scores = float[ROW_TILES][KEY_TILES][4];
 
@@ -60,10 +69,13 @@ struct RowPlaces {
 };
 static_assert(THREADS == 2 * KEYS, "one thread per row of K and of V");
 
-// Beside q, K and V. The tile's description lies here and not in registers, of which the main loop has none to spare.
+// Beside q, K and V.
 struct Shared {
     RowPlaces places;
-    PrefillTile tile;
+    Tiles tiles;
+    Item item;
+    PrefillDraw draw;
+    uint32_t q_tile;  // address
 };
 
 // Row of the tile, and whether of K or V, that this thread places.
@@ -84,7 +96,11 @@ DEVICE void place(RowPlaces& places, uint32_t buffer, uint32_t first_key, uint32
 template <uint32_t RowBytes>
 DEVICE void load_tile(uint32_t tile_address, const Element* base, const int64_t (&offset)[KEYS]) {
     constexpr uint32_t CHUNKS = RowBytes / 16;
-    constexpr uint32_t AHEAD = PAGED ? 4 : 2;  // what registers are left for on sm_120
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+    constexpr uint32_t AHEAD = 1;  // what registers are left for there
+#else
+    constexpr uint32_t AHEAD = PAGED && K_ROW % 128 == 0 ? 4 : 2;
+#endif
 #pragma unroll AHEAD
     for (uint32_t i = 0; i < KEYS * CHUNKS / THREADS; i++) {
         const uint32_t index = i * THREADS + threadIdx.x;
@@ -168,54 +184,39 @@ DEVICE void multiply_values(Rows& rows, const Scores& p, uint32_t v_tile) {
     }
 }
 
-KERNEL(128, 2)
-prefill(const Element* q, const Element* k, const Element* v, const uint32_t* block_table, const PrefillTile* tile_list,
-        const uint32_t* tile_count, const uint32_t* valid_len,
-#if CARRY
-        float* state_o, float* state_ml,
-#else
-        Element* out, float* lse,
-#endif
-        const __grid_constant__ PrefillParams params) {
-    DYNAMIC_SHARED(shared_bytes);
-    const uint32_t q_tile = shared_address(shared_bytes);
-    const uint32_t k_tile = q_tile + Q_BYTES;
-    const uint32_t v_tile = k_tile + K_BYTES;
-    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes + Q_BYTES + K_BYTES + V_BYTES);
+// Takes the keys of the item's span into the rows.
+DEVICE void absorb(Rows& rows, Shared& shared, const PrefillParams& params) {
+    const Item& item = shared.item;
     RowPlaces& places = shared.places;
-
-    grid_dependency_wait();
-    if (blockIdx.x >= *tile_count) return;
-    if (threadIdx.x == 0) shared.tile = tile_list[blockIdx.x];
-    __syncthreads();
-    const PrefillBuffers<Element> buffers = {q, k, v, block_table, tile_list, tile_count, valid_len};
-    const Item item(shared.tile, buffers, params);
-    const KeyTiles<ROWS, KEYS> tiles(item, params);
-
-    Rows rows;
-    rows.start();
-    load_queries(q_tile, q, item, params);
+    Tiles& tiles = shared.tiles;
     uint32_t buffer = 0;
+    tiles.fill(threadIdx.x, item, params);
+    __syncthreads();
     if (tiles.first() < tiles.end) {
         const uint32_t first_key = tiles.first() * KEYS;
         place(places, buffer, first_key, item.page_of(first_key + placed_row(), tiles.seen, params), tiles.seen, params);
         __syncthreads();
-        load_tile<K_ROW>(k_tile, item.keys, places.offset[buffer][0]);
+        load_tile<K_ROW>(shared.q_tile + Q_BYTES, item.keys, places.offset[buffer][0]);
     }
     for (uint32_t tile = tiles.first(); tile < tiles.end;) {
         const uint32_t first_key = tile * KEYS;
         const uint32_t next = tiles.after(tile);
         cp_async_wait<0>();
         __syncthreads();  // K has landed for everyone, and everyone has left V
-        load_tile<V_ROW>(v_tile, item.values, places.offset[buffer][1]);
+        // The address is read anew for each tile of keys, or the compiler keeps some forty places within the tiles in registers.
+        const uint32_t q_tile = shared.q_tile;
+        const uint32_t k_tile = q_tile + Q_BYTES;
+        load_tile<V_ROW>(k_tile + K_BYTES, item.values, places.offset[buffer][1]);
         // On its way while scores are computed.
         const uint32_t page = item.page_of(next * KEYS + placed_row(), tiles.seen, params);
+        uint32_t hidden[ROW_TILES * Rows::HIDDEN];
+        if (tiles.needs_mask(first_key)) rows.hide(hidden, first_key, tiles.of_row);
 
         Scores s;
         float shrink[ROW_TILES][2];
         multiply_keys(s, q_tile, k_tile);
         rows.cap(s, params);
-        if (tiles.needs_mask(first_key)) rows.mask(s, first_key, item, params);
+        if (tiles.needs_mask(first_key)) rows.mask(s, hidden);
         buffer ^= 1;
         place(places, buffer, next * KEYS, page, tiles.seen, params);
         rows.softmax(s, shrink, params);
@@ -224,13 +225,50 @@ prefill(const Element* q, const Element* k, const Element* v, const uint32_t* bl
         cp_async_wait<0>();
         __syncthreads();  // V has landed for everyone, everyone has left K, and the next tile's rows have their places
         if (next < tiles.end) load_tile<K_ROW>(k_tile, item.keys, places.offset[buffer][0]);
-        multiply_values(rows, s, v_tile);
+        multiply_values(rows, s, shared.q_tile + Q_BYTES + K_BYTES);
         tile = next;
     }
     cp_async_wait<0>();  // q, where no key was seen
+}
+
+KERNEL(128, 2)
+prefill(const Element* q, const Element* k, const Element* v, const uint32_t* block_table, const PrefillTile* tile_list,
+        const uint32_t* tile_count, const uint32_t* valid_len,
 #if CARRY
-    rows.carry_state(state_o, state_ml, item, params);
-#else
-    rows.write_output(out, lse, item, params);
+        float* state_o, float* state_ml,
 #endif
+        Element* out, float* lse, uint32_t* work, uint64_t* status, const __grid_constant__ PrefillParams params) {
+    DYNAMIC_SHARED(shared_bytes);
+    const uint32_t q_tile = shared_address(shared_bytes);
+    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes + Q_BYTES + K_BYTES + V_BYTES);
+    const PrefillBuffers<Element> buffers = {q, k, v, block_table, tile_list, tile_count, valid_len};
+    Rows rows;
+    if (threadIdx.x == 0) shared.q_tile = q_tile;
+
+    grid_dependency_wait();
+    while (draw_tile(shared.draw, shared.item, buffers, work, status, params)) {
+        rows.start();
+        load_queries(q_tile, q, shared.item, params);
+        do {
+            absorb(rows, shared, params);
+        } while (next_span(shared.draw, shared.item, buffers, status, params));
+#if CARRY
+        const bool resume = params.resume != 0 || (shared.draw.flags & PREFILL_TILE_RESUME) != 0;
+        const bool finish = lse != nullptr && (shared.draw.flags & PREFILL_TILE_FINISH) != 0;
+        if (resume) rows.join_state(state_o, state_ml, finish, shared.item, params);
+        if (finish) {
+            rows.normalise(lse, shared.item, params);
+        } else {
+            rows.store_sums(state_ml, resume, shared.item, params);
+        }
+        if (finish && out != nullptr) {
+            rows.store(out, false, shared.item, params);
+        } else {
+            rows.store(state_o, resume && !finish, shared.item, params);
+        }
+#else
+        rows.normalise(lse, shared.item, params);
+        rows.store(out, false, shared.item, params);
+#endif
+    }
 }

@@ -75,7 +75,7 @@ DEVICE uint32_t block_max_before(uint32_t x, Shared& shared) {
 DEVICE void list_gap(PrefillTile* list, Queries gap, uint32_t first, uint32_t step, const PrefillParams& params) {
     const uint32_t count = tiles_of(gap.end - gap.begin, params);
     for (uint32_t i = first; i < count; i += step) {
-        list[i] = {0, gap.begin, gap.end - gap.begin, i * params.tile_rows, 0, 0, 0, 0};
+        list[i] = segment_tile(0, gap.begin, gap.end - gap.begin, i * params.tile_rows, 0, 0, params);
     }
 }
 
@@ -91,9 +91,9 @@ prefill_plan(const uint32_t* cu_queries, const uint32_t* kv_len, const uint32_t*
         const Queries own = queries_of(cu_queries, blockIdx.x);
         const uint32_t queries = own.ascend(params) ? own.end - own.begin : 0;
         const uint32_t len = queries > 0 ? kv_len[blockIdx.x] : 0;  // without queries nobody reads the keys
-        const bool causal = params.causal != 0;
-        const uint32_t begin = visible_to(0, queries, len, causal, params).begin;
-        const uint32_t sinks = visible_to(queries - 1, queries, len, causal, params).sinks;
+        const PrefillTile segment = segment_tile(blockIdx.x, own.begin, queries, 0, 0, len, params);
+        const uint32_t begin = visible_to(0, segment, len).begin;
+        const uint32_t sinks = queries > 0 ? visible_to(queries - 1, segment, len).sinks : 0;
         check_sequence<THREADS>(blockIdx.x, len, begin, sinks, kv_start, block_table, valid_len, status, params);
     }
     if (!arrive_last(arrivals, params.batch, &shared.is_last)) return;
@@ -124,7 +124,7 @@ prefill_plan(const uint32_t* cu_queries, const uint32_t* kv_len, const uint32_t*
         covered = own.end;
         sum += count[s];
         const uint32_t len = longest_len_of(valid_len, s, params);
-        const Visible visible = visible_to(queries - 1, queries, len, params.causal != 0, params);
+        const Visible visible = visible_to(queries - 1, segment_tile(s, own.begin, queries, 0, 0, len, params), len);
         cost[s] = visible.end - visible.begin;
     }
 
@@ -167,7 +167,8 @@ prefill_plan(const uint32_t* cu_queries, const uint32_t* kv_len, const uint32_t*
         const uint32_t len = longest_len_of(valid_len, s, params);
         const uint32_t start = block_table == nullptr && len > 0 ? kv_start[s] : 0;
         for (uint32_t i = lane_index(); i < count[s]; i += WARP_SIZE) {
-            list[i] = {s, own.begin, own.end - own.begin, (count[s] - 1 - i) * params.tile_rows, start, len, params.causal, 0};
+            const uint32_t first_row = (count[s] - 1 - i) * params.tile_rows;
+            list[i] = segment_tile(s, own.begin, own.end - own.begin, first_row, start, len, params);
         }
     }
 }

@@ -33,14 +33,15 @@ const PREFILL_CONSTANTS: &[Constant] = &[
     Constant { name: "CARRY", allowed: &[0, 1] },
 ];
 
-/// Rows of q, a tile of 64 keys, a tile of 64 values, the places of their rows in the cache and the tile's description.
+/// Rows of q, a tile of 64 keys, a tile of 64 values, the places of their rows in the cache, and what is kept of the item and of
+/// what its rows see.
 const fn prefill_row(values: &'static [i64]) -> Row {
     let (qk_dim, v_dim) = (values[0] as u32, values[1] as u32);
     let rows = if qk_dim <= 128 && v_dim <= 128 { 128 } else { 64 };
     Row {
         values,
         registers: 255,
-        shared: rows * qk_dim * 2 + 64 * (qk_dim + v_dim) * 2 + 2080,
+        shared: rows * qk_dim * 2 + 64 * (qk_dim + v_dim) * 2 + 2176 + 12 * rows,
         emulated: true,
     }
 }
@@ -82,6 +83,7 @@ pub(super) const KERNELS: &[Kernel] = &[
         threads: 128,
         rows: &[
             prefill_row(&[64, 64, dtype::F16, 0, 0, 0]),
+            prefill_row(&[64, 64, dtype::F16, 0, 0, 1]),
             prefill_row(&[64, 64, dtype::BF16, 1, 0, 1]),
             prefill_row(&[96, 96, dtype::F16, 1, 0, 0]),
             prefill_row(&[128, 128, dtype::BF16, 1, 0, 0]),

@@ -39,7 +39,7 @@ fn check_params(kernel: &str, params: &PrefillParams) -> Result<(), Error> {
         }
     }
     let rows = params.num_queries as usize * params.group as usize;
-    if rows > i32::MAX as usize || params.max_kv_len > i32::MAX as u32 {
+    if rows + params.max_kv_len as usize > i32::MAX as usize {
         return Err(Error::argument(
             kernel,
             "num_queries",
@@ -47,12 +47,19 @@ fn check_params(kernel: &str, params: &PrefillParams) -> Result<(), Error> {
             format_args!("{rows} rows and {} keys", params.max_kv_len),
         ));
     }
-    let batch = params.batch as usize;
-    let tiles =
-        max_tiles(params.num_queries as usize, params.group as usize, params.tile_rows as usize, batch);
-    if (params.max_tiles as usize) < tiles || params.max_tiles > i32::MAX as u32 {
-        let expected = format!("{tiles} to {}", i32::MAX);
+    if u64::from(params.max_tiles) * u64::from(params.kv_heads) > i32::MAX as u64 {
+        let expected = format!("at most {} / {} KV heads", i32::MAX, params.kv_heads);
         return Err(Error::argument(kernel, "max_tiles", expected, params.max_tiles));
+    }
+    Ok(())
+}
+
+/// Checks that a list has room for all that `prefill_plan` may put there.
+fn check_room(kernel: &str, params: &PrefillParams) -> Result<(), Error> {
+    let (queries, group) = (params.num_queries as usize, params.group as usize);
+    let tiles = max_tiles(queries, group, params.tile_rows as usize, params.batch as usize);
+    if (params.max_tiles as usize) < tiles {
+        return Err(Error::argument(kernel, "max_tiles", format_args!("at least {tiles}"), params.max_tiles));
     }
     Ok(())
 }
@@ -120,6 +127,7 @@ impl<F: Function> PrefillPlan<F> {
         const WARPS: usize = 8;
         let params = args.params;
         check_params(KERNEL, params)?;
+        check_room(KERNEL, params)?;
         let batch = params.batch as usize;
         extent_of(params, args.block_table.is_some()).check_places(
             KERNEL,
@@ -203,14 +211,12 @@ impl PrefillVariant {
         if self.qk_dim <= 128 && self.v_dim <= 128 { 128 } else { 64 }
     }
 
-    /// Dynamic shared memory of a block, in bytes: queries, a tile of K, a tile of V, two tiles' places in the cache, and the
-    /// tile's description.
+    /// Dynamic shared memory of a block, in bytes: queries, a tile of K, a tile of V, two tiles' places in the cache, what each
+    /// row sees, the tiles that some row sees, the item and what the block has drawn.
     pub fn shared_bytes(&self) -> usize {
         let places = 2 * 2 * KEYS * size_of::<i64>();
-        self.rows() * self.qk_dim * 2
-            + KEYS * (self.qk_dim + self.v_dim) * 2
-            + places
-            + size_of::<PrefillTile>()
+        let (seen, item) = (12 * self.rows() + 32, size_of::<PrefillTile>() + 32);
+        self.rows() * self.qk_dim * 2 + KEYS * (self.qk_dim + self.v_dim) * 2 + places + seen + item + 16
     }
 }
 
@@ -219,6 +225,8 @@ impl PrefillVariant {
 pub struct Prefill<F, E> {
     function: F,
     variant: PrefillVariant,
+    /// Most blocks, which stay: as many as run at a time.
+    blocks: u32,
     _element: PhantomData<E>,
 }
 
@@ -236,8 +244,13 @@ pub enum PrefillResult<'a, E> {
     State {
         /// Unnormalised outputs `[num_queries, q_heads, v_dim]`, 8-byte aligned.
         o: ViewMut<'a, f32>,
-        /// Maxima and sums `[num_queries, q_heads, 2]`, natural units.
+        /// Maxima and sums `[num_queries, q_heads, 2]`, natural units, 8-byte aligned.
         ml: ViewMut<'a, f32>,
+        /// Outputs `[num_queries, q_heads, v_dim]` of the rows that tiles call finished, aligned to two elements. Without it
+        /// these get normalised in place, in `o`.
+        out: Option<ViewMut<'a, E>>,
+        /// Log-sum-exps `[num_queries, q_heads]` of these rows, natural log. Without it no row is finished.
+        lse: Option<ViewMut<'a, f32>>,
     },
 }
 
@@ -254,14 +267,19 @@ pub struct PrefillArgs<'a, E> {
     pub v: &'a View<'a, E>,
     /// Page ids of a paged cache, by the table strides of `params`.
     pub block_table: Option<&'a View<'a, u32>>,
-    /// From [`PrefillPlan`] `[max_tiles]`, 16-byte aligned.
+    /// From [`PrefillPlan`], or another list `[max_tiles]`, 16-byte aligned.
     pub tiles: &'a View<'a, PrefillTile>,
-    /// From [`PrefillPlan`] `[1]`.
+    /// How many of them begin rows `[1]`: the first ones; what follows them are further spans, found by `next`.
     pub tile_count: &'a View<'a, u32>,
-    /// From [`PrefillPlan`] `[prefill_valid_lens]`, see [`prefill_valid_lens`].
-    pub valid_len: &'a View<'a, u32>,
+    /// From [`PrefillPlan`] `[prefill_valid_lens]`, see [`prefill_valid_lens`]; needed where every KV head has its own table.
+    pub valid_len: Option<&'a View<'a, u32>>,
     /// Where the result goes.
     pub result: PrefillResult<'a, E>,
+    /// One counter, zero before the first launch.
+    pub work: ViewMut<'a, u32>,
+    /// Status word: [`FaultCode::FAULT_BAD_RANGE`](crate::params::FaultCode) or `FAULT_BAD_INDEX` with a tile that lies outside q,
+    /// the cache or the list, and is skipped; one of [`PrefillPlan`] never does.
+    pub status: Option<ViewMut<'a, u64>>,
     /// Start while the previous kernel of the stream drains.
     pub programmatic: bool,
 }
@@ -269,20 +287,18 @@ pub struct PrefillArgs<'a, E> {
 impl<F: Function, E: Storage> Prefill<F, E> {
     /// Compiles and loads the kernel for `variant`.
     pub fn prepare<D: Device<Function = F>>(device: &D, variant: PrefillVariant) -> Result<Self, Error> {
+        // Without a number of SMs, a few: more tiles than blocks is what an emulator should meet.
+        let blocks = device.sm_count().map_or(3, |sms| 2 * sms);
         let instance = variant.instance(E::DTYPE)?;
-        Ok(Self { function: device.load(&instance)?, variant, _element: PhantomData })
+        Ok(Self { function: device.load(&instance)?, variant, blocks, _element: PhantomData })
     }
 
-    /// Enqueues one prefill.
+    /// Enqueues one prefill. The kernel checks the tiles and stays within q, the cache and the list whatever they hold; rows
+    /// that are listed twice get the result of either.
     ///
     /// # Errors
     /// [`Error::Argument`] names an argument that is too short, misaligned, missing or in the wrong space.
-    ///
-    /// # Safety
-    /// When the kernel runs, `tiles`, `tile_count` and `valid_len` are as a [`PrefillPlan`] launch with the same `params`
-    /// left them, or list other disjoint rows of q with keys that lie in the cache. The block table may have changed since:
-    /// the kernel stays within the cache whatever it holds.
-    pub unsafe fn launch(&self, queue: &F::Queue, mut args: PrefillArgs<'_, E>) -> Result<(), Error> {
+    pub fn launch(&self, queue: &F::Queue, mut args: PrefillArgs<'_, E>) -> Result<(), Error> {
         const KERNEL: &str = "prefill";
         const THREADS: u32 = 128;
         let params = args.params;
@@ -317,40 +333,67 @@ impl<F: Function, E: Storage> Prefill<F, E> {
         }
         args.tiles.check(KERNEL, "tiles", params.max_tiles as usize, 16)?;
         args.tile_count.check(KERNEL, "tile_count", 1, 4)?;
-        args.valid_len.check(KERNEL, "valid_len", prefill_valid_lens(params), 4)?;
-        let (first, second) = match (&mut args.result, carry) {
-            (PrefillResult::Output { out, lse }, false) => {
-                out.check(KERNEL, "out", elements(&[out_rows, v_dim]), 2 * size_of::<E>() as u64)?;
-                lse.check(KERNEL, "lse", out_rows, 4)?;
-                (Arg::write("out", out), Arg::write("lse", lse))
-            }
-            (PrefillResult::State { o, ml }, true) => {
-                o.check(KERNEL, "state_o", elements(&[out_rows, v_dim]), 8)?;
-                ml.check(KERNEL, "state_ml", elements(&[out_rows, 2]), 4)?;
-                (Arg::write("state_o", o), Arg::write("state_ml", ml))
-            }
-            (_, true) => return Err(Error::argument(KERNEL, "result", "a state", "an output")),
-            (_, false) => return Err(Error::argument(KERNEL, "result", "an output", "a state")),
-        };
-
-        let mut config = LaunchConfig::new((params.max_tiles, params.kv_heads), THREADS);
-        config = config.shared(self.variant.shared_bytes() as u32);
-        config.programmatic = args.programmatic;
-        let kernel_args = [
+        let per_head = params.table_head_stride != 0;
+        match args.valid_len {
+            Some(lens) => lens.check(KERNEL, "valid_len", prefill_valid_lens(params), 4)?,
+            None if per_head => return Err(Error::argument(KERNEL, "valid_len", "given", "missing")),
+            None => {}
+        }
+        let mut kernel_args = vec![
             Arg::read("q", args.q),
             Arg::read("k", args.k),
             Arg::read("v", args.v),
             Arg::read_optional("block_table", args.block_table),
             Arg::read("tiles", args.tiles),
             Arg::read("tile_count", args.tile_count),
-            Arg::read("valid_len", args.valid_len),
-            first,
-            second,
-            Arg::value("params", params),
+            Arg::read_optional("valid_len", args.valid_len),
         ];
+        match (&mut args.result, carry) {
+            (PrefillResult::Output { out, lse }, false) => {
+                check_output::<E>((out_rows, v_dim), Some(out), Some(lse))?;
+                kernel_args.extend([Arg::write("out", out), Arg::write("lse", lse)]);
+            }
+            (PrefillResult::State { o, ml, out, lse }, true) => {
+                o.check(KERNEL, "state_o", elements(&[out_rows, v_dim]), 8)?;
+                ml.check(KERNEL, "state_ml", elements(&[out_rows, 2]), 8)?;
+                check_output::<E>((out_rows, v_dim), out.as_ref(), lse.as_ref())?;
+                kernel_args.extend([
+                    Arg::write("state_o", o),
+                    Arg::write("state_ml", ml),
+                    Arg::write_optional("out", out.as_mut()),
+                    Arg::write_optional("lse", lse.as_mut()),
+                ]);
+            }
+            (_, true) => return Err(Error::argument(KERNEL, "result", "a state", "an output")),
+            (_, false) => return Err(Error::argument(KERNEL, "result", "an output", "a state")),
+        }
+        args.work.check(KERNEL, "work", 1, 4)?;
+        args.status.as_ref().map_or(Ok(()), |status| status.check(KERNEL, "status", 1, 8))?;
+        kernel_args.extend([
+            Arg::write("work", &mut args.work),
+            Arg::write_optional("status", args.status.as_mut()),
+            Arg::value("params", params),
+        ]);
+
+        let blocks = self.blocks.min(params.max_tiles.saturating_mul(params.kv_heads));
+        let mut config = LaunchConfig::new(blocks, THREADS);
+        config = config.shared(self.variant.shared_bytes() as u32);
+        config.programmatic = args.programmatic;
         // SAFETY: the arguments are the kernel's parameters in order and type. The checks above made every buffer as long
-        // as the kernel's index range, and the kernel clamps page ids to the pool. That the tiles lie in q and in the cache
-        // is this function's contract with its caller.
+        // as the kernel's index range; the kernel checks that tiles lie in q, the cache and the list, and clamps page ids to the
+        // pool.
         unsafe { self.function.launch(queue, &config, &kernel_args) }
     }
+}
+
+/// Checks outputs and LSEs for `[rows, v_dim]`, where they are given.
+fn check_output<E: Storage>(
+    (rows, v_dim): (usize, usize),
+    out: Option<&ViewMut<'_, E>>,
+    lse: Option<&ViewMut<'_, f32>>,
+) -> Result<(), Error> {
+    if let Some(out) = out {
+        out.check("prefill", "out", elements(&[rows, v_dim]), 2 * size_of::<E>() as u64)?;
+    }
+    lse.map_or(Ok(()), |lse| lse.check("prefill", "lse", rows, 4))
 }
