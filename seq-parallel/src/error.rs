@@ -73,6 +73,11 @@ pub enum Error {
         message: String,
     },
 
+    /// A kernel or the device refused.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] cuda::Error),
+
     /// The shared vocabulary refused an argument.
     #[error(transparent)]
     Attention(#[from] attention::Error),

@@ -139,14 +139,18 @@ fn meet(mask: &Mask, q: &Segment, k: &Segment, emit: &mut impl FnMut(Tile)) {
     }
 }
 
-enum Visibility {
+/// How much of a segment of keys a segment of queries sees.
+pub(crate) enum Visibility {
+    /// Every query every key.
     All,
+    /// No query any key.
     None,
+    /// Some queries some keys.
     Some,
 }
 
 /// Whether every query of a segment sees every key of another, or none sees any: by the positions at their ends.
-fn visibility(mask: &Mask, q: &Segment, k: &Segment) -> Visibility {
+pub(crate) fn visibility(mask: &Mask, q: &Segment, k: &Segment) -> Visibility {
     let (q_first, q_last, k_first, k_last) = (q.start, q.last(), k.start, k.last());
     let (all_past, all_future) = (k_last <= q_first, k_first > q_last);
     let (all, none) = match *mask {
