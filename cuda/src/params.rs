@@ -12,6 +12,7 @@ pub const HEADER_DIGESTS: &[(&str, &str)] = &[
     ("hack_prefill_params.h", "17f9dff541e61bf3193a769f6b05e07dc40753096f7e6d9519c383383b18352e"),
     ("hybrid_gemm_params.h", "f8119041a3dce2d5fa338090e2cb8292fd5fa50b2903774f3cbd8901832afa4b"),
     ("merge_states_params.h", "a1ca4ca86a37067ead0a7fdbb4a70c68ff2be74458bddc317fa12c2d18667ee8"),
+    ("pack_params.h", "71bdac650f73e5af2c1b6597525ec402a30260efeeccac62f11793faab91c4c4"),
     ("prefill_params.h", "f93a9004cd5e5ab5abeb790f85216c0be42fb93d3065c45041355a4d33d69282"),
     ("sparse_gather_params.h", "b28e09e1db8b5a9695c604f481db3990c24d89da35da185ed35edf5b9d0e7aae"),
     ("sparse_resolve_params.h", "7422bb216265d1570389fa58c81144865407768d63bef62201d653f14dbf7e58"),
@@ -855,6 +856,65 @@ const _: () = {
     ["Offset of field: MergeStatesParams::splits_per_block"]
         [::core::mem::offset_of!(MergeStatesParams, splits_per_block) - 8usize];
     ["Offset of field: MergeStatesParams::_pad"][::core::mem::offset_of!(MergeStatesParams, _pad) - 12usize];
+};
+#[doc = " Buffers that one launch reads, and as many that it writes."]
+pub const PACK_BUFFERS: PackConstants = 3;
+#[doc = " Bytes of the smallest unit: what offsets, strides and rows are multiples of."]
+pub const PACK_UNIT: PackConstants = 4;
+#[doc = " Numbers of kernels/seq-parallel/pack.cu."]
+pub type PackConstants = ::core::ffi::c_uint;
+#[doc = " Rows of bytes, evenly apart in one buffer, to rows evenly apart in another."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct PackCopy {
+    #[doc = " First byte of the first row, in its source."]
+    pub source_offset: u64,
+    #[doc = " Bytes between two rows there."]
+    pub source_stride: u64,
+    #[doc = " First byte of the first row, in its destination."]
+    pub destination_offset: u64,
+    #[doc = " Bytes between two rows there."]
+    pub destination_stride: u64,
+    #[doc = " Rows."]
+    pub rows: u32,
+    #[doc = " Bytes of a row."]
+    pub row_bytes: u32,
+    #[doc = " Number of the source."]
+    pub source: u32,
+    #[doc = " Number of the destination."]
+    pub destination: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PackCopy"][::core::mem::size_of::<PackCopy>() - 48usize];
+    ["Alignment of PackCopy"][::core::mem::align_of::<PackCopy>() - 8usize];
+    ["Offset of field: PackCopy::source_offset"][::core::mem::offset_of!(PackCopy, source_offset) - 0usize];
+    ["Offset of field: PackCopy::source_stride"][::core::mem::offset_of!(PackCopy, source_stride) - 8usize];
+    ["Offset of field: PackCopy::destination_offset"]
+        [::core::mem::offset_of!(PackCopy, destination_offset) - 16usize];
+    ["Offset of field: PackCopy::destination_stride"]
+        [::core::mem::offset_of!(PackCopy, destination_stride) - 24usize];
+    ["Offset of field: PackCopy::rows"][::core::mem::offset_of!(PackCopy, rows) - 32usize];
+    ["Offset of field: PackCopy::row_bytes"][::core::mem::offset_of!(PackCopy, row_bytes) - 36usize];
+    ["Offset of field: PackCopy::source"][::core::mem::offset_of!(PackCopy, source) - 40usize];
+    ["Offset of field: PackCopy::destination"][::core::mem::offset_of!(PackCopy, destination) - 44usize];
+};
+#[doc = " Sizes of the buffers of one launch."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct PackParams {
+    #[doc = " Bytes of each source; 0 for one that is not there."]
+    pub source_bytes: [u64; 3usize],
+    #[doc = " Bytes of each destination; 0 for one that is not there."]
+    pub destination_bytes: [u64; 3usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PackParams"][::core::mem::size_of::<PackParams>() - 48usize];
+    ["Alignment of PackParams"][::core::mem::align_of::<PackParams>() - 8usize];
+    ["Offset of field: PackParams::source_bytes"][::core::mem::offset_of!(PackParams, source_bytes) - 0usize];
+    ["Offset of field: PackParams::destination_bytes"]
+        [::core::mem::offset_of!(PackParams, destination_bytes) - 24usize];
 };
 #[doc = " The rows' state is stored already and goes on; without it, it starts empty."]
 pub const PREFILL_TILE_RESUME: PrefillTileFlags = 1;

@@ -25,6 +25,7 @@ pub const HEADERS: &[(&str, &str)] = headers! {
     "hack_prefill_params.h"
     "hybrid_gemm_params.h"
     "merge_states_params.h"
+    "pack_params.h"
     "prefill_params.h"
     "sparse_attend_params.h"
     "sparse_gather_params.h"

@@ -9,6 +9,7 @@ pub mod conformance;
 pub mod homomorphic_quant;
 pub mod hybrid_gemm;
 pub mod kv_compress;
+pub mod seq_parallel;
 pub mod sparse_attn;
 
 /// Blocks of `shared` bytes of shared memory that an SM of a data-centre GPU holds at once: 228 KB on sm_90, of which each block

@@ -9,6 +9,7 @@ mod conformance;
 mod homomorphic_quant;
 mod hybrid_gemm;
 mod kv_compress;
+mod seq_parallel;
 mod sparse_attn;
 
 use std::fmt;
@@ -23,6 +24,7 @@ pub const KERNELS: &[&[Kernel]] = &[
     homomorphic_quant::KERNELS,
     hybrid_gemm::KERNELS,
     kv_compress::KERNELS,
+    seq_parallel::KERNELS,
     sparse_attn::KERNELS,
 ];
 

@@ -4,6 +4,7 @@
 //! block. `run` only enqueues: no allocation, no synchronization, no read-back, so that a step can be captured in a CUDA graph.
 //! Kernels are generic over [`Device`](cuda::launch::Device), so the emulator runs the same plans as a GPU.
 
+mod pack;
 mod ring_step;
 mod tile_list;
 pub mod transport;
@@ -13,4 +14,5 @@ mod transport_nccl;
 #[cfg(feature = "nccl")]
 mod transport_nccl_library;
 
+pub use pack::{Pack, PackArgs, PackPlan, Rows};
 pub use ring_step::{RingStep, RingStepArgs, RingStepPlan};

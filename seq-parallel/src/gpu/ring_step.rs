@@ -271,7 +271,12 @@ impl<F: Function, E: Storage> RingStep<F, E> {
             tiles: &args.tiles.part(list)?,
             tile_count: &args.tile_counts.part(step..step + 1)?,
             valid_len: None,
-            result: kernels::PrefillResult::State { o: args.o, ml: args.ml, out: args.out, lse: Some(args.lse) },
+            result: kernels::PrefillResult::State {
+                o: args.o,
+                ml: args.ml,
+                out: args.out,
+                lse: Some(args.lse),
+            },
             work: carver.take(plan.work)?,
             status: Some(args.status),
             programmatic: false,

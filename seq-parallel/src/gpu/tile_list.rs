@@ -130,8 +130,7 @@ fn tiles_of(
         }
         let single =
             |i: usize| Segment { start: query.position(i), stride: 1, len: 1, row: query.row + i, ..*query };
-        let parts: Vec<Segment> =
-            if uneven { (0..query.len).map(single).collect() } else { vec![*query] };
+        let parts: Vec<Segment> = if uneven { (0..query.len).map(single).collect() } else { vec![*query] };
         for segment in parts {
             for first in (0..segment.len * group).step_by(rows) {
                 let last = (first + rows).min(segment.len * group) - 1;
@@ -165,7 +164,10 @@ impl Rows {
         let first = (0..self.spans.len()).find(shown).unwrap_or(0);
         let last = (0..self.spans.len()).rfind(shown).unwrap_or(0);
         let listed = shown(&step) || step == first;
-        listed.then_some(if step > first { PREFILL_TILE_RESUME } else { 0 } | if step == last { PREFILL_TILE_FINISH } else { 0 })
+        listed.then_some(
+            if step > first { PREFILL_TILE_RESUME } else { 0 }
+                | if step == last { PREFILL_TILE_FINISH } else { 0 },
+        )
     }
 
     /// Keys that some row sees in a step: what its work is in proportion to.
@@ -268,7 +270,8 @@ mod tests {
         for head in &list[..count as usize] {
             let mut entry = *head;
             loop {
-                let rows = head.first_row as usize..(head.first_row as usize + rows).min(head.queries as usize * group);
+                let rows = head.first_row as usize
+                    ..(head.first_row as usize + rows).min(head.queries as usize * group);
                 for i in rows.step_by(group).map(|row| row / group) {
                     let (own, first) = (i as i64 + i64::from(entry.end), i as i64 + i64::from(entry.begin));
                     for key in 0..entry.kv_len as usize {
@@ -301,7 +304,9 @@ mod tests {
         let (rows, group) = (8, 2);
         for (mask, batch, placement, ranks) in masks.iter().flat_map(|mask| {
             batches.iter().flat_map(move |batch| {
-                Placement::ALL.iter().flat_map(move |placement| [1, 2, 3, 4].map(|ranks| (mask, batch, placement, ranks)))
+                Placement::ALL
+                    .iter()
+                    .flat_map(move |placement| [1, 2, 3, 4].map(|ranks| (mask, batch, placement, ranks)))
             })
         }) {
             let sequences = batch.iter().map(|&(cached, new)| Sequence { cached, new });
@@ -328,13 +333,21 @@ mod tests {
                             }
                         }
                         expected.sort_unstable();
-                        let case = format!("{mask:?}, {batch:?}, {placement}, cached {cached}, rank {rank} of {ranks}, step {step}");
+                        let case = format!(
+                            "{mask:?}, {batch:?}, {placement}, cached {cached}, rank {rank} of {ranks}, step {step}"
+                        );
                         assert_eq!(pairs(list, lists.counts[step], rows, group), expected, "{case}");
                         let heads = &list[..lists.counts[step] as usize];
-                        ended.extend(heads.iter().filter(|tile| tile.flags & PREFILL_TILE_FINISH != 0).flat_map(|tile| {
-                            let last = (tile.first_row as usize + rows).min(tile.queries as usize * group);
-                            (tile.first_row as usize..last).map(|row| tile.first_query as usize * group + row)
-                        }));
+                        ended.extend(
+                            heads.iter().filter(|tile| tile.flags & PREFILL_TILE_FINISH != 0).flat_map(
+                                |tile| {
+                                    let last =
+                                        (tile.first_row as usize + rows).min(tile.queries as usize * group);
+                                    (tile.first_row as usize..last)
+                                        .map(|row| tile.first_query as usize * group + row)
+                                },
+                            ),
+                        );
                     }
                     ended.sort_unstable();
                     let all: Vec<usize> = (0..shards.query_tokens(rank) * group).collect();

@@ -96,7 +96,8 @@ fn run<R: Rig, E: Storage + Element>(rig: &R, world: &World<'_, E>) -> Packed<E>
     let shape = world.contents.spec.shape;
     let width = shape.q_heads() * shape.v_dim();
     let tokens = world.shards().new_tokens();
-    let mut packed = Packed { out: vec![E::zeroed(); tokens * width], lse: vec![f32::NAN; tokens * shape.q_heads()] };
+    let mut packed =
+        Packed { out: vec![E::zeroed(); tokens * width], lse: vec![f32::NAN; tokens * shape.q_heads()] };
     for rank in 0..world.ring.ranks() {
         let Packed { out, lse } = run_rank(rig, world, rank);
         world.shards().put(rank, &out, width, &mut packed.out).unwrap();
@@ -154,9 +155,24 @@ fn cached_prefixes_and_other_masks<R: Rig>(rig: &R) {
     use Placement::{Contiguous, Striped, Zigzag};
     let window = |window, sinks| Mask::sliding_window(window, sinks).unwrap();
     let lens: &[(usize, usize)] = &[(90, 20), (3, 40), (65, 1)];
-    check::<R, f16>(rig, (spec(4, 2, 64, Mask::Causal), lens), &[(Zigzag, Contiguous, 3), (Striped, Striped, 2)], 11);
-    check::<R, f16>(rig, (spec(2, 1, 64, window(17, 4)), lens), &[(Zigzag, Contiguous, 2), (Striped, Contiguous, 2)], 12);
-    check::<R, bf16>(rig, (spec(2, 1, 128, Mask::Prefix { prefix: 50 }), &[(0, 80)]), &[(Zigzag, Zigzag, 2)], 13);
+    check::<R, f16>(
+        rig,
+        (spec(4, 2, 64, Mask::Causal), lens),
+        &[(Zigzag, Contiguous, 3), (Striped, Striped, 2)],
+        11,
+    );
+    check::<R, f16>(
+        rig,
+        (spec(2, 1, 64, window(17, 4)), lens),
+        &[(Zigzag, Contiguous, 2), (Striped, Contiguous, 2)],
+        12,
+    );
+    check::<R, bf16>(
+        rig,
+        (spec(2, 1, 128, Mask::Prefix { prefix: 50 }), &[(0, 80)]),
+        &[(Zigzag, Zigzag, 2)],
+        13,
+    );
 }
 
 /// Where queries go round, every rank leaves normalised partial outputs in f32; merged by LSE they are the whole.
@@ -212,7 +228,10 @@ fn queries_go_round_too<R: Rig>(rig: &R) {
     let out: Vec<f64> = (0..rows * shape.v_dim())
         .map(|i| {
             let row = i / shape.v_dim();
-            partials.iter().map(|(out, part)| f64::from(out[i]) * (f64::from(part[row]) - lse[row]).exp()).sum()
+            partials
+                .iter()
+                .map(|(out, part)| f64::from(out[i]) * (f64::from(part[row]) - lse[row]).exp())
+                .sum()
         })
         .collect();
     let tolerance = Tolerance::tensor_core::<f16>();
@@ -308,7 +327,8 @@ fn traffic_is_counted() {
     let (tokens, heads, dim) = (512, 4, 64);
     let bytes = |ranks: usize| -> Vec<u64> {
         let shards = Shards::new(sequences(&[(0, tokens)]), Placement::Contiguous, ranks).unwrap();
-        let plan = RingStepPlan::new(&RingPlan::new(spec(heads, heads, dim, Mask::Full), shards).unwrap(), 0).unwrap();
+        let plan = RingStepPlan::new(&RingPlan::new(spec(heads, heads, dim, Mask::Full), shards).unwrap(), 0)
+            .unwrap();
         (0..ranks).map(|step| plan.bytes_moved(step, attention::DType::F16)).collect()
     };
     let inputs = |tokens: usize| (tokens * heads * dim * 3 * 2) as u64;
@@ -317,6 +337,11 @@ fn traffic_is_counted() {
     let quarter = inputs(128);
     assert_eq!(
         bytes(4),
-        [quarter + 128 * state, quarter + 256 * state, quarter + 256 * state, quarter + 128 * (state + output)]
+        [
+            quarter + 128 * state,
+            quarter + 256 * state,
+            quarter + 256 * state,
+            quarter + 128 * (state + output)
+        ]
     );
 }

@@ -139,7 +139,7 @@ impl<E: Element + Storage> Exact<E> {
             kv_start: Some(&rig.view(&kv_start)),
             status: rig.view_mut(&mut status),
         };
-        let tiles = planner
+        let mut tiles = planner
             .run(rig.queue(), args, rig.workspace_view(&mut workspace))
             .unwrap_or_else(|error| fail(error));
         let inputs = dense_gpu::PrefillInputs {
@@ -153,7 +153,7 @@ impl<E: Element + Storage> Exact<E> {
             ml: rig.view_mut(&mut ml),
             resume: before.is_some(),
         };
-        kernel.run_step(rig.queue(), inputs, state, &tiles).unwrap_or_else(|error| fail(error));
+        kernel.run_step(rig.queue(), inputs, state, &mut tiles).unwrap_or_else(|error| fail(error));
         assert_eq!(Fault::decode(rig.download(&status)[0]), None, "{}", self.name(rig));
         State { o: rig.download(&o), ml: rig.download(&ml) }
     }
