@@ -8,7 +8,7 @@ use seq_parallel::gpu::{Pack, PackArgs, PackPlan, Rows};
 use seq_parallel::placement::{Placement, Shards};
 use seq_parallel::ulysses::local_heads;
 
-use crate::common::sequences;
+use seq_parallel::testing::sequences;
 
 emulator::device_test!(
     tokens_to_heads_and_back,

@@ -13,7 +13,6 @@ use seq_parallel::ring::{Direction, RingPlan};
 use seq_parallel::schedule::source;
 use seq_parallel::testing::{Contents, sequences, spec};
 
-
 emulator::device_test!(
     rings_equal_the_oracle,
     cached_prefixes_and_other_masks,
