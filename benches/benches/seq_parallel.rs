@@ -98,11 +98,12 @@ const KV_HEADS: usize = 8;
 const DIM: usize = 128;
 
 /// (name, tokens, ranks, mask, rank and step; all ranks and steps where there is none).
-///
+type Case = (&'static str, usize, usize, Mask, Option<(usize, usize)>);
+
 /// - a step of 16K queries and as many keys, alone, at the start, in the middle and at the end of a ring;
 /// - the same of 4K, where the carried state weighs most;
 /// - all of 8 ranks with 8K tokens each, one after another, against one launch over all tokens.
-const CASES: [(&str, usize, usize, Mask, Option<(usize, usize)>); 9] = [
+const CASES: [Case; 9] = [
     ("16384-full", 16_384, 1, Mask::Full, Some((0, 0))),
     ("16384-causal", 16_384, 1, Mask::Causal, Some((0, 0))),
     ("16384-full-first", 16_384 * 4, 4, Mask::Full, Some((0, 0))),

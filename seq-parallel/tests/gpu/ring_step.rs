@@ -140,13 +140,13 @@ fn rings_equal_the_oracle<R: Rig>(rig: &R) {
         ranks.iter().map(|&ranks| (placement, Contiguous, ranks)).collect()
     };
     let packed: &[(usize, usize)] = &[(0, 70), (0, 1), (0, 9)];
-    check::<R, f16>(rig, (spec(4, 1, 64, Mask::Causal), packed), &rings(Zigzag, &[1, 2, 4]), 1);
+    check::<R, f16>(rig, (spec(4, 1, 64, Mask::Causal), packed), &rings(Zigzag, &[2, 4]), 1);
     check::<R, f16>(rig, (spec(3, 3, 64, Mask::Causal), packed), &rings(Striped, &[2, 3]), 2);
     check::<R, f16>(rig, (spec(2, 1, 64, Mask::Causal), &[(0, 130)]), &rings(Contiguous, &[3]), 3);
     check::<R, f16>(rig, (spec(2, 2, 64, Mask::Full), packed), &rings(Zigzag, &[3]), 4);
-    check::<R, bf16>(rig, (spec(8, 1, 128, Mask::Causal), &[(0, 67), (0, 30)]), &rings(Zigzag, &[2]), 5);
-    check::<R, bf16>(rig, (spec(5, 1, 128, Mask::Causal), &[(0, 3), (0, 140)]), &rings(Striped, &[4]), 6);
-    check::<R, bf16>(rig, (spec(2, 2, 128, Mask::Full), &[(0, 100)]), &rings(Contiguous, &[2]), 7);
+    check::<R, bf16>(rig, (spec(8, 1, 128, Mask::Causal), &[(0, 37), (0, 10)]), &rings(Zigzag, &[2]), 5);
+    check::<R, bf16>(rig, (spec(5, 1, 128, Mask::Causal), &[(0, 3), (0, 70)]), &rings(Striped, &[4]), 6);
+    check::<R, bf16>(rig, (spec(2, 2, 128, Mask::Full), &[(0, 66)]), &rings(Contiguous, &[2]), 7);
 }
 
 /// New tokens after cached ones that lie otherwise than the new ones; windows, sinks and prefixes across shards.
