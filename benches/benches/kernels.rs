@@ -11,6 +11,7 @@ mod kv_compress_calibration;
 mod merge_states;
 mod prefill;
 mod seq_parallel;
+mod seq_parallel_steps;
 mod sparse_attn;
 
 criterion::criterion_main!(
@@ -23,5 +24,6 @@ criterion::criterion_main!(
     merge_states::benches,
     prefill::benches,
     seq_parallel::benches,
+    seq_parallel_steps::benches,
     sparse_attn::benches
 );

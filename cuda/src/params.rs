@@ -14,9 +14,12 @@ pub const HEADER_DIGESTS: &[(&str, &str)] = &[
     ("merge_states_params.h", "a1ca4ca86a37067ead0a7fdbb4a70c68ff2be74458bddc317fa12c2d18667ee8"),
     ("pack_params.h", "71bdac650f73e5af2c1b6597525ec402a30260efeeccac62f11793faab91c4c4"),
     ("prefill_params.h", "f93a9004cd5e5ab5abeb790f85216c0be42fb93d3065c45041355a4d33d69282"),
+    ("sparse_attend_params.h", "18a584d03a0501efe0b2b325cde70629a4f5aead664e16c7d8e2946dcdb72155"),
     ("sparse_gather_params.h", "b28e09e1db8b5a9695c604f481db3990c24d89da35da185ed35edf5b9d0e7aae"),
-    ("sparse_resolve_params.h", "7422bb216265d1570389fa58c81144865407768d63bef62201d653f14dbf7e58"),
-    ("status_params.h", "4f7980c429bc31cb21feb31a9a1840964bf406b48721d9a745514ad009959d99"),
+    ("sparse_pages_params.h", "fcb3107a738de2225e095fe410725ab390c81f6820bdd61aabd5cbca805fa06c"),
+    ("sparse_resolve_params.h", "18d1d02a7a63efa749d70cd8e7e86eefab688d7ae26a0b02870bd44a6d28f2ca"),
+    ("sparse_select_params.h", "33a92990342ab8f309688498d6c9b2307f5146d6d43b6eeb12aa3f4222b50d0f"),
+    ("status_params.h", "b003ec44af62bb463ae9f885e8f21e12f5456f50b5e8509bf8b40a7f539401a9"),
 ];
 
 #[doc = " Shape and layout of one append of new tokens to a KV cache."]
@@ -1072,6 +1075,122 @@ const _: () = {
     ["Offset of field: PrefillParams::scale"][::core::mem::offset_of!(PrefillParams, scale) - 128usize];
     ["Offset of field: PrefillParams::soft_cap"][::core::mem::offset_of!(PrefillParams, soft_cap) - 132usize];
 };
+#[doc = " Tokens of a tile, the granule of the work."]
+pub const SPARSE_TILE: SparseAttendConstants = 64;
+#[doc = " Constants of sparse attention."]
+pub type SparseAttendConstants = ::core::ffi::c_uint;
+#[doc = " A page that a row reads: where it lies and how much of it is there."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SparseEntry {
+    #[doc = " Run of device memory that holds the page."]
+    pub run: u32,
+    #[doc = " Tokens of it that exist, from the first on."]
+    pub tokens: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SparseEntry"][::core::mem::size_of::<SparseEntry>() - 8usize];
+    ["Alignment of SparseEntry"][::core::mem::align_of::<SparseEntry>() - 4usize];
+    ["Offset of field: SparseEntry::run"][::core::mem::offset_of!(SparseEntry, run) - 0usize];
+    ["Offset of field: SparseEntry::tokens"][::core::mem::offset_of!(SparseEntry, tokens) - 4usize];
+};
+#[doc = " Sizes of one plan: from slots and open pages to lists of runs."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SparsePlanParams {
+    #[doc = " (Request, KV head) pairs: row = request * kv_heads + kv_head."]
+    pub rows: u32,
+    #[doc = " KV heads of a request."]
+    pub kv_heads: u32,
+    #[doc = " Pages that a row may select."]
+    pub max_selected: u32,
+    #[doc = " Slots of a row."]
+    pub slots: u32,
+    #[doc = " Open pages that a row may have."]
+    pub max_open: u32,
+    #[doc = " Pages that a request may have."]
+    pub max_pages: u32,
+    #[doc = " Runs of device memory."]
+    pub num_runs: u32,
+    #[doc = " log2 of the tokens in a page, at least 3."]
+    pub page_shift: u32,
+    #[doc = " Tiles of one unit of work."]
+    pub unit_tiles: u32,
+    #[doc = " Explicit padding, always 0."]
+    pub _pad: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SparsePlanParams"][::core::mem::size_of::<SparsePlanParams>() - 40usize];
+    ["Alignment of SparsePlanParams"][::core::mem::align_of::<SparsePlanParams>() - 4usize];
+    ["Offset of field: SparsePlanParams::rows"][::core::mem::offset_of!(SparsePlanParams, rows) - 0usize];
+    ["Offset of field: SparsePlanParams::kv_heads"]
+        [::core::mem::offset_of!(SparsePlanParams, kv_heads) - 4usize];
+    ["Offset of field: SparsePlanParams::max_selected"]
+        [::core::mem::offset_of!(SparsePlanParams, max_selected) - 8usize];
+    ["Offset of field: SparsePlanParams::slots"][::core::mem::offset_of!(SparsePlanParams, slots) - 12usize];
+    ["Offset of field: SparsePlanParams::max_open"]
+        [::core::mem::offset_of!(SparsePlanParams, max_open) - 16usize];
+    ["Offset of field: SparsePlanParams::max_pages"]
+        [::core::mem::offset_of!(SparsePlanParams, max_pages) - 20usize];
+    ["Offset of field: SparsePlanParams::num_runs"]
+        [::core::mem::offset_of!(SparsePlanParams, num_runs) - 24usize];
+    ["Offset of field: SparsePlanParams::page_shift"]
+        [::core::mem::offset_of!(SparsePlanParams, page_shift) - 28usize];
+    ["Offset of field: SparsePlanParams::unit_tiles"]
+        [::core::mem::offset_of!(SparsePlanParams, unit_tiles) - 32usize];
+    ["Offset of field: SparsePlanParams::_pad"][::core::mem::offset_of!(SparsePlanParams, _pad) - 36usize];
+};
+#[doc = " Shape and split of one attention over lists of runs."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SparseAttendParams {
+    #[doc = " (Request, KV head) pairs."]
+    pub rows: u32,
+    #[doc = " Query heads that read one KV head."]
+    pub group: u32,
+    #[doc = " Entries that the list of a row can hold."]
+    pub max_entries: u32,
+    #[doc = " Runs of device memory."]
+    pub num_runs: u32,
+    #[doc = " log2 of the tokens in a page, at least 3."]
+    pub page_shift: u32,
+    #[doc = " Tiles of one unit of work: 1 for balanced splits; a fixed number for splits that no other row changes."]
+    pub unit_tiles: u32,
+    #[doc = " 1 where each unit is a part of its own, 0 where a block's units of one row are one part."]
+    pub fixed_parts: u32,
+    #[doc = " Units below which a block does not split further."]
+    pub min_units: u32,
+    #[doc = " Softmax scale."]
+    pub scale: f32,
+    #[doc = " Soft-cap of the scaled scores; read only where the kernel is compiled with it."]
+    pub soft_cap: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SparseAttendParams"][::core::mem::size_of::<SparseAttendParams>() - 40usize];
+    ["Alignment of SparseAttendParams"][::core::mem::align_of::<SparseAttendParams>() - 4usize];
+    ["Offset of field: SparseAttendParams::rows"][::core::mem::offset_of!(SparseAttendParams, rows) - 0usize];
+    ["Offset of field: SparseAttendParams::group"]
+        [::core::mem::offset_of!(SparseAttendParams, group) - 4usize];
+    ["Offset of field: SparseAttendParams::max_entries"]
+        [::core::mem::offset_of!(SparseAttendParams, max_entries) - 8usize];
+    ["Offset of field: SparseAttendParams::num_runs"]
+        [::core::mem::offset_of!(SparseAttendParams, num_runs) - 12usize];
+    ["Offset of field: SparseAttendParams::page_shift"]
+        [::core::mem::offset_of!(SparseAttendParams, page_shift) - 16usize];
+    ["Offset of field: SparseAttendParams::unit_tiles"]
+        [::core::mem::offset_of!(SparseAttendParams, unit_tiles) - 20usize];
+    ["Offset of field: SparseAttendParams::fixed_parts"]
+        [::core::mem::offset_of!(SparseAttendParams, fixed_parts) - 24usize];
+    ["Offset of field: SparseAttendParams::min_units"]
+        [::core::mem::offset_of!(SparseAttendParams, min_units) - 28usize];
+    ["Offset of field: SparseAttendParams::scale"]
+        [::core::mem::offset_of!(SparseAttendParams, scale) - 32usize];
+    ["Offset of field: SparseAttendParams::soft_cap"]
+        [::core::mem::offset_of!(SparseAttendParams, soft_cap) - 36usize];
+};
 #[doc = " Pools and tables of one gather."]
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -1113,6 +1232,165 @@ const _: () = {
     ["Offset of field: SparseGatherParams::run_bytes"]
         [::core::mem::offset_of!(SparseGatherParams, run_bytes) - 28usize];
 };
+#[doc = " A page that was just closed."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SparseClosing {
+    #[doc = " The page."]
+    pub page: u32,
+    #[doc = " Run of device memory that holds it."]
+    pub run: u32,
+    #[doc = " The slot that it got; 0xffffffff for none."]
+    pub slot: u32,
+    #[doc = " The page that lost the slot; 0xffffffff if it was free."]
+    pub evicted: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SparseClosing"][::core::mem::size_of::<SparseClosing>() - 16usize];
+    ["Alignment of SparseClosing"][::core::mem::align_of::<SparseClosing>() - 4usize];
+    ["Offset of field: SparseClosing::page"][::core::mem::offset_of!(SparseClosing, page) - 0usize];
+    ["Offset of field: SparseClosing::run"][::core::mem::offset_of!(SparseClosing, run) - 4usize];
+    ["Offset of field: SparseClosing::slot"][::core::mem::offset_of!(SparseClosing, slot) - 8usize];
+    ["Offset of field: SparseClosing::evicted"][::core::mem::offset_of!(SparseClosing, evicted) - 12usize];
+};
+#[doc = " Shape of one append of new tokens to open pages."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SparseAppendParams {
+    #[doc = " Requests."]
+    pub requests: u32,
+    #[doc = " New tokens of each request, aligned to the end of its keys."]
+    pub tokens: u32,
+    #[doc = " KV heads of a request."]
+    pub kv_heads: u32,
+    #[doc = " Bytes of a key, a multiple of 16."]
+    pub k_bytes: u32,
+    #[doc = " Bytes of a value, a multiple of 16."]
+    pub v_bytes: u32,
+    #[doc = " log2 of the tokens in a page."]
+    pub page_shift: u32,
+    #[doc = " Open pages that a row may have."]
+    pub max_open: u32,
+    #[doc = " Runs of device memory."]
+    pub num_runs: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SparseAppendParams"][::core::mem::size_of::<SparseAppendParams>() - 32usize];
+    ["Alignment of SparseAppendParams"][::core::mem::align_of::<SparseAppendParams>() - 4usize];
+    ["Offset of field: SparseAppendParams::requests"]
+        [::core::mem::offset_of!(SparseAppendParams, requests) - 0usize];
+    ["Offset of field: SparseAppendParams::tokens"]
+        [::core::mem::offset_of!(SparseAppendParams, tokens) - 4usize];
+    ["Offset of field: SparseAppendParams::kv_heads"]
+        [::core::mem::offset_of!(SparseAppendParams, kv_heads) - 8usize];
+    ["Offset of field: SparseAppendParams::k_bytes"]
+        [::core::mem::offset_of!(SparseAppendParams, k_bytes) - 12usize];
+    ["Offset of field: SparseAppendParams::v_bytes"]
+        [::core::mem::offset_of!(SparseAppendParams, v_bytes) - 16usize];
+    ["Offset of field: SparseAppendParams::page_shift"]
+        [::core::mem::offset_of!(SparseAppendParams, page_shift) - 20usize];
+    ["Offset of field: SparseAppendParams::max_open"]
+        [::core::mem::offset_of!(SparseAppendParams, max_open) - 24usize];
+    ["Offset of field: SparseAppendParams::num_runs"]
+        [::core::mem::offset_of!(SparseAppendParams, num_runs) - 28usize];
+};
+#[doc = " Shape and rule of one closing of open pages."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SparseCloseParams {
+    #[doc = " (Request, KV head) pairs: row = request * kv_heads + kv_head."]
+    pub rows: u32,
+    #[doc = " KV heads of a request."]
+    pub kv_heads: u32,
+    #[doc = " Slots of a row."]
+    pub slots: u32,
+    #[doc = " Open pages that a row may have."]
+    pub max_open: u32,
+    #[doc = " Pages that a request may have."]
+    pub max_pages: u32,
+    #[doc = " Entries that a row's list of closed pages can hold."]
+    pub max_closing: u32,
+    #[doc = " Pages of a partition."]
+    pub partition_pages: u32,
+    #[doc = " log2 of the tokens in a page."]
+    pub page_shift: u32,
+    #[doc = " Context up to which everything stays open."]
+    pub dense_tokens: u32,
+    #[doc = " Ages that replacement tells apart."]
+    pub buckets: u32,
+    #[doc = " 1 where any number of partitions may be closed, 0 where only the one that a decoded token fills."]
+    pub bulk: u32,
+    #[doc = " Explicit padding, always 0."]
+    pub _pad: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SparseCloseParams"][::core::mem::size_of::<SparseCloseParams>() - 48usize];
+    ["Alignment of SparseCloseParams"][::core::mem::align_of::<SparseCloseParams>() - 4usize];
+    ["Offset of field: SparseCloseParams::rows"][::core::mem::offset_of!(SparseCloseParams, rows) - 0usize];
+    ["Offset of field: SparseCloseParams::kv_heads"]
+        [::core::mem::offset_of!(SparseCloseParams, kv_heads) - 4usize];
+    ["Offset of field: SparseCloseParams::slots"][::core::mem::offset_of!(SparseCloseParams, slots) - 8usize];
+    ["Offset of field: SparseCloseParams::max_open"]
+        [::core::mem::offset_of!(SparseCloseParams, max_open) - 12usize];
+    ["Offset of field: SparseCloseParams::max_pages"]
+        [::core::mem::offset_of!(SparseCloseParams, max_pages) - 16usize];
+    ["Offset of field: SparseCloseParams::max_closing"]
+        [::core::mem::offset_of!(SparseCloseParams, max_closing) - 20usize];
+    ["Offset of field: SparseCloseParams::partition_pages"]
+        [::core::mem::offset_of!(SparseCloseParams, partition_pages) - 24usize];
+    ["Offset of field: SparseCloseParams::page_shift"]
+        [::core::mem::offset_of!(SparseCloseParams, page_shift) - 28usize];
+    ["Offset of field: SparseCloseParams::dense_tokens"]
+        [::core::mem::offset_of!(SparseCloseParams, dense_tokens) - 32usize];
+    ["Offset of field: SparseCloseParams::buckets"]
+        [::core::mem::offset_of!(SparseCloseParams, buckets) - 36usize];
+    ["Offset of field: SparseCloseParams::bulk"][::core::mem::offset_of!(SparseCloseParams, bulk) - 40usize];
+    ["Offset of field: SparseCloseParams::_pad"][::core::mem::offset_of!(SparseCloseParams, _pad) - 44usize];
+};
+#[doc = " Pools and tables of one write-back."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SparseFlushParams {
+    #[doc = " (Request, KV head) pairs."]
+    pub rows: u32,
+    #[doc = " KV heads of a request."]
+    pub kv_heads: u32,
+    #[doc = " Entries that a row's list of closed pages can hold."]
+    pub max_closing: u32,
+    #[doc = " Slots of a row."]
+    pub slots: u32,
+    #[doc = " Pages of a request's host table."]
+    pub max_pages: u32,
+    #[doc = " Pages of host memory, each of kv_heads runs."]
+    pub host_pages: u32,
+    #[doc = " Runs of device memory."]
+    pub num_runs: u32,
+    #[doc = " Bytes of a run, a multiple of 16."]
+    pub run_bytes: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SparseFlushParams"][::core::mem::size_of::<SparseFlushParams>() - 32usize];
+    ["Alignment of SparseFlushParams"][::core::mem::align_of::<SparseFlushParams>() - 4usize];
+    ["Offset of field: SparseFlushParams::rows"][::core::mem::offset_of!(SparseFlushParams, rows) - 0usize];
+    ["Offset of field: SparseFlushParams::kv_heads"]
+        [::core::mem::offset_of!(SparseFlushParams, kv_heads) - 4usize];
+    ["Offset of field: SparseFlushParams::max_closing"]
+        [::core::mem::offset_of!(SparseFlushParams, max_closing) - 8usize];
+    ["Offset of field: SparseFlushParams::slots"]
+        [::core::mem::offset_of!(SparseFlushParams, slots) - 12usize];
+    ["Offset of field: SparseFlushParams::max_pages"]
+        [::core::mem::offset_of!(SparseFlushParams, max_pages) - 16usize];
+    ["Offset of field: SparseFlushParams::host_pages"]
+        [::core::mem::offset_of!(SparseFlushParams, host_pages) - 20usize];
+    ["Offset of field: SparseFlushParams::num_runs"]
+        [::core::mem::offset_of!(SparseFlushParams, num_runs) - 24usize];
+    ["Offset of field: SparseFlushParams::run_bytes"]
+        [::core::mem::offset_of!(SparseFlushParams, run_bytes) - 28usize];
+};
 #[doc = " Shape of one step of bucketed LRU."]
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -1127,8 +1405,8 @@ pub struct SparseResolveParams {
     pub buckets: u32,
     #[doc = " Entries of the hash table over the selection: a power of two, at least twice max_selected."]
     pub hash_entries: u32,
-    #[doc = " Explicit padding, always 0."]
-    pub _pad: u32,
+    #[doc = " 1 where pages are fetched ahead between steps: nothing ages, and pages that find no slot stay away."]
+    pub prefetch: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -1144,8 +1422,8 @@ const _: () = {
         [::core::mem::offset_of!(SparseResolveParams, buckets) - 12usize];
     ["Offset of field: SparseResolveParams::hash_entries"]
         [::core::mem::offset_of!(SparseResolveParams, hash_entries) - 16usize];
-    ["Offset of field: SparseResolveParams::_pad"]
-        [::core::mem::offset_of!(SparseResolveParams, _pad) - 20usize];
+    ["Offset of field: SparseResolveParams::prefetch"]
+        [::core::mem::offset_of!(SparseResolveParams, prefetch) - 20usize];
 };
 #[doc = " A page that was not resident, and the slot it got."]
 #[repr(C)]
@@ -1173,6 +1451,8 @@ const _: () = {
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct SparseCounts {
+    #[doc = " Steps over a selection."]
+    pub steps: u64,
     #[doc = " Pages selected."]
     pub selected: u64,
     #[doc = " Of these, resident."]
@@ -1181,15 +1461,197 @@ pub struct SparseCounts {
     pub misses: u64,
     #[doc = " Pages that lost their slot."]
     pub evicted: u64,
+    #[doc = " Pages fetched before they were selected."]
+    pub prefetched: u64,
+    #[doc = " Pages written to host memory."]
+    pub written: u64,
+    #[doc = " Explicit padding, always 0."]
+    pub _pad: u64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SparseCounts"][::core::mem::size_of::<SparseCounts>() - 32usize];
+    ["Size of SparseCounts"][::core::mem::size_of::<SparseCounts>() - 64usize];
     ["Alignment of SparseCounts"][::core::mem::align_of::<SparseCounts>() - 8usize];
-    ["Offset of field: SparseCounts::selected"][::core::mem::offset_of!(SparseCounts, selected) - 0usize];
-    ["Offset of field: SparseCounts::hits"][::core::mem::offset_of!(SparseCounts, hits) - 8usize];
-    ["Offset of field: SparseCounts::misses"][::core::mem::offset_of!(SparseCounts, misses) - 16usize];
-    ["Offset of field: SparseCounts::evicted"][::core::mem::offset_of!(SparseCounts, evicted) - 24usize];
+    ["Offset of field: SparseCounts::steps"][::core::mem::offset_of!(SparseCounts, steps) - 0usize];
+    ["Offset of field: SparseCounts::selected"][::core::mem::offset_of!(SparseCounts, selected) - 8usize];
+    ["Offset of field: SparseCounts::hits"][::core::mem::offset_of!(SparseCounts, hits) - 16usize];
+    ["Offset of field: SparseCounts::misses"][::core::mem::offset_of!(SparseCounts, misses) - 24usize];
+    ["Offset of field: SparseCounts::evicted"][::core::mem::offset_of!(SparseCounts, evicted) - 32usize];
+    ["Offset of field: SparseCounts::prefetched"]
+        [::core::mem::offset_of!(SparseCounts, prefetched) - 40usize];
+    ["Offset of field: SparseCounts::written"][::core::mem::offset_of!(SparseCounts, written) - 48usize];
+    ["Offset of field: SparseCounts::_pad"][::core::mem::offset_of!(SparseCounts, _pad) - 56usize];
+};
+#[doc = " Minimum and maximum, with the negative and the positive part of the query."]
+pub const SPARSE_MIN_MAX: SparseScorer = 0;
+#[doc = " Centre of the box and mean distance from it, with the query and its size."]
+pub const SPARSE_CUBOID_MEAN: SparseScorer = 1;
+#[doc = " Mean and standard deviation, with the query and its weighted size."]
+pub const SPARSE_MEAN_STD: SparseScorer = 2;
+#[doc = " Mean alone."]
+pub const SPARSE_MEAN: SparseScorer = 3;
+#[doc = " What summarises a chunk of keys, and what its two vectors are multiplied with."]
+pub type SparseScorer = ::core::ffi::c_uint;
+#[doc = " Largest raw score."]
+pub const SPARSE_RAW: SparseAggregation = 0;
+#[doc = " Largest probability."]
+pub const SPARSE_MAX: SparseAggregation = 1;
+#[doc = " Mean probability."]
+pub const SPARSE_AVERAGE: SparseAggregation = 2;
+#[doc = " Sum of probabilities."]
+pub const SPARSE_SUM: SparseAggregation = 3;
+#[doc = " How the scores of a group become one."]
+pub type SparseAggregation = ::core::ffi::c_uint;
+#[doc = " Shape of one round of summaries."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SparseSummariseParams {
+    #[doc = " (Request, KV head) pairs."]
+    pub rows: u32,
+    #[doc = " Entries that a row's list of closed pages can hold."]
+    pub max_closing: u32,
+    #[doc = " Pages of a chunk."]
+    pub chunk_pages: u32,
+    #[doc = " log2 of the tokens in a page."]
+    pub page_shift: u32,
+    #[doc = " Elements of a key."]
+    pub dim: u32,
+    #[doc = " Elements of a run: keys, then values."]
+    pub run_elements: u32,
+    #[doc = " Runs of device memory."]
+    pub num_runs: u32,
+    #[doc = " Partitions that a row may have."]
+    pub max_partitions: u32,
+    #[doc = " A SparseScorer."]
+    pub scorer: u32,
+    #[doc = " Explicit padding, always 0."]
+    pub _pad: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SparseSummariseParams"][::core::mem::size_of::<SparseSummariseParams>() - 40usize];
+    ["Alignment of SparseSummariseParams"][::core::mem::align_of::<SparseSummariseParams>() - 4usize];
+    ["Offset of field: SparseSummariseParams::rows"]
+        [::core::mem::offset_of!(SparseSummariseParams, rows) - 0usize];
+    ["Offset of field: SparseSummariseParams::max_closing"]
+        [::core::mem::offset_of!(SparseSummariseParams, max_closing) - 4usize];
+    ["Offset of field: SparseSummariseParams::chunk_pages"]
+        [::core::mem::offset_of!(SparseSummariseParams, chunk_pages) - 8usize];
+    ["Offset of field: SparseSummariseParams::page_shift"]
+        [::core::mem::offset_of!(SparseSummariseParams, page_shift) - 12usize];
+    ["Offset of field: SparseSummariseParams::dim"]
+        [::core::mem::offset_of!(SparseSummariseParams, dim) - 16usize];
+    ["Offset of field: SparseSummariseParams::run_elements"]
+        [::core::mem::offset_of!(SparseSummariseParams, run_elements) - 20usize];
+    ["Offset of field: SparseSummariseParams::num_runs"]
+        [::core::mem::offset_of!(SparseSummariseParams, num_runs) - 24usize];
+    ["Offset of field: SparseSummariseParams::max_partitions"]
+        [::core::mem::offset_of!(SparseSummariseParams, max_partitions) - 28usize];
+    ["Offset of field: SparseSummariseParams::scorer"]
+        [::core::mem::offset_of!(SparseSummariseParams, scorer) - 32usize];
+    ["Offset of field: SparseSummariseParams::_pad"]
+        [::core::mem::offset_of!(SparseSummariseParams, _pad) - 36usize];
+};
+#[doc = " Shape of one round of scores."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SparseScoreParams {
+    #[doc = " (Request, KV head) pairs."]
+    pub rows: u32,
+    #[doc = " Queries of a row, 1 to 16."]
+    pub group: u32,
+    #[doc = " Partitions that a row may have."]
+    pub max_partitions: u32,
+    #[doc = " A SparseScorer: how queries meet summaries."]
+    pub scorer: u32,
+    #[doc = " Blocks of a row."]
+    pub blocks: u32,
+    #[doc = " How much a deviation counts, for SPARSE_MEAN_STD."]
+    pub weight: f32,
+    #[doc = " Scale of the softmax under which a group agrees."]
+    pub scale: f32,
+    #[doc = " Its soft-cap; 0 for none."]
+    pub soft_cap: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SparseScoreParams"][::core::mem::size_of::<SparseScoreParams>() - 32usize];
+    ["Alignment of SparseScoreParams"][::core::mem::align_of::<SparseScoreParams>() - 4usize];
+    ["Offset of field: SparseScoreParams::rows"][::core::mem::offset_of!(SparseScoreParams, rows) - 0usize];
+    ["Offset of field: SparseScoreParams::group"][::core::mem::offset_of!(SparseScoreParams, group) - 4usize];
+    ["Offset of field: SparseScoreParams::max_partitions"]
+        [::core::mem::offset_of!(SparseScoreParams, max_partitions) - 8usize];
+    ["Offset of field: SparseScoreParams::scorer"]
+        [::core::mem::offset_of!(SparseScoreParams, scorer) - 12usize];
+    ["Offset of field: SparseScoreParams::blocks"]
+        [::core::mem::offset_of!(SparseScoreParams, blocks) - 16usize];
+    ["Offset of field: SparseScoreParams::weight"]
+        [::core::mem::offset_of!(SparseScoreParams, weight) - 20usize];
+    ["Offset of field: SparseScoreParams::scale"]
+        [::core::mem::offset_of!(SparseScoreParams, scale) - 24usize];
+    ["Offset of field: SparseScoreParams::soft_cap"]
+        [::core::mem::offset_of!(SparseScoreParams, soft_cap) - 28usize];
+};
+#[doc = " Shape and rule of one selection."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct SparseSelectParams {
+    #[doc = " Share of a row's partitions that is estimated, after those that are read."]
+    pub estimate: f64,
+    #[doc = " (Request, KV head) pairs."]
+    pub rows: u32,
+    #[doc = " Rows of scores of a row, 1 to 16."]
+    pub columns: u32,
+    #[doc = " Partitions that a row may have."]
+    pub max_partitions: u32,
+    #[doc = " Blocks of a row in the scores' partial sums."]
+    pub blocks: u32,
+    #[doc = " Pages that a row may select."]
+    pub max_selected: u32,
+    #[doc = " Partitions that a row may estimate."]
+    pub max_estimated: u32,
+    #[doc = " First partitions that are always kept."]
+    pub sinks: u32,
+    #[doc = " Last partitions that are always kept."]
+    pub recent: u32,
+    #[doc = " Pages of a partition, where all have the same number."]
+    pub partition_pages: u32,
+    #[doc = " A SparseAggregation."]
+    pub aggregation: u32,
+    #[doc = " Scale of the softmax under which a group agrees."]
+    pub scale: f32,
+    #[doc = " Its soft-cap; 0 for none."]
+    pub soft_cap: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SparseSelectParams"][::core::mem::size_of::<SparseSelectParams>() - 56usize];
+    ["Alignment of SparseSelectParams"][::core::mem::align_of::<SparseSelectParams>() - 8usize];
+    ["Offset of field: SparseSelectParams::estimate"]
+        [::core::mem::offset_of!(SparseSelectParams, estimate) - 0usize];
+    ["Offset of field: SparseSelectParams::rows"][::core::mem::offset_of!(SparseSelectParams, rows) - 8usize];
+    ["Offset of field: SparseSelectParams::columns"]
+        [::core::mem::offset_of!(SparseSelectParams, columns) - 12usize];
+    ["Offset of field: SparseSelectParams::max_partitions"]
+        [::core::mem::offset_of!(SparseSelectParams, max_partitions) - 16usize];
+    ["Offset of field: SparseSelectParams::blocks"]
+        [::core::mem::offset_of!(SparseSelectParams, blocks) - 20usize];
+    ["Offset of field: SparseSelectParams::max_selected"]
+        [::core::mem::offset_of!(SparseSelectParams, max_selected) - 24usize];
+    ["Offset of field: SparseSelectParams::max_estimated"]
+        [::core::mem::offset_of!(SparseSelectParams, max_estimated) - 28usize];
+    ["Offset of field: SparseSelectParams::sinks"]
+        [::core::mem::offset_of!(SparseSelectParams, sinks) - 32usize];
+    ["Offset of field: SparseSelectParams::recent"]
+        [::core::mem::offset_of!(SparseSelectParams, recent) - 36usize];
+    ["Offset of field: SparseSelectParams::partition_pages"]
+        [::core::mem::offset_of!(SparseSelectParams, partition_pages) - 40usize];
+    ["Offset of field: SparseSelectParams::aggregation"]
+        [::core::mem::offset_of!(SparseSelectParams, aggregation) - 44usize];
+    ["Offset of field: SparseSelectParams::scale"]
+        [::core::mem::offset_of!(SparseSelectParams, scale) - 48usize];
+    ["Offset of field: SparseSelectParams::soft_cap"]
+        [::core::mem::offset_of!(SparseSelectParams, soft_cap) - 52usize];
 };
 #[doc = " Nothing is wrong."]
 pub const FAULT_NONE: FaultCode = 0;
@@ -1203,5 +1665,7 @@ pub const FAULT_BAD_SPLITS: FaultCode = 3;
 pub const FAULT_BAD_INDEX: FaultCode = 4;
 #[doc = " A work range or an offset array is not ascending, or ends outside its array."]
 pub const FAULT_BAD_RANGE: FaultCode = 5;
+#[doc = " What a row was given was made for an earlier state of it."]
+pub const FAULT_STALE: FaultCode = 6;
 #[doc = " What a kernel found wrong with one row: the high 32 bits of the status word. The low 32 bits are the row's index."]
 pub type FaultCode = ::core::ffi::c_uint;

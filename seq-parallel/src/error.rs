@@ -76,7 +76,7 @@ pub enum Error {
     /// A kernel or the device refused.
     #[cfg(feature = "cuda")]
     #[error(transparent)]
-    Cuda(#[from] cuda::Error),
+    Cuda(Box<cuda::Error>),
 
     /// The shared vocabulary refused an argument.
     #[error(transparent)]
@@ -105,6 +105,13 @@ pub enum PeerFault {
     /// It gave up by itself.
     #[error("gave up ({0})")]
     Aborted(String),
+}
+
+#[cfg(feature = "cuda")]
+impl From<cuda::Error> for Error {
+    fn from(error: cuda::Error) -> Self {
+        Error::Cuda(Box::new(error))
+    }
 }
 
 impl Error {
