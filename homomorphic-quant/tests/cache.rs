@@ -186,6 +186,65 @@ fn sequences_do_not_touch_each_other() {
     }
 }
 
+/// A sequence of another cache is refused by whoever reads or grows it, whichever of its parts this cache misses.
+#[test]
+fn a_sequence_of_another_cache_is_refused() {
+    let shape = kv(2, 32, 32);
+    let spec = common::spec(2, shape, attention::Mask::Causal);
+    // (partition, sinks) of the sequence's cache and of the other, and tokens.
+    for (own, other, len) in [
+        ((32, 0), (32, 4), 10),   // no sinks
+        ((32, 4), (64, 4), 36),   // no open block
+        ((64, 0), (32, 0), 32),   // no closed block
+        ((32, 4), (32, 0), 36),   // sinks too many
+        ((32, 0), (32, 0), 32),   // the same parts, a block alone
+        ((32, 0), (32, 0), 10),   // the same parts, an open block alone
+        ((32, 12), (32, 12), 10), // the same parts, sinks alone
+    ] {
+        let name = format!("{len} tokens of (Π, S) {own:?} in {other:?}");
+        let tokens = Tokens::new(shape, len + 1, 1);
+        let config_of = |(partition, sinks)| config(2, 4, partition, sinks);
+        let mut home = cache(&config_of(own), shape, 1, len + 1);
+        let mut sequence = home.sequence();
+        tokens.append(&mut home, &mut sequence, 0, len);
+        let mut foreign = cache(&config_of(other), shape, 2, 100);
+        let before = foreign.usage();
+        let refused = |what: &str, result: Result<(), Error>| {
+            assert!(matches!(result, Err(Error::Attention(_))), "{what}, {name}: {result:?}");
+        };
+
+        let q = vec![0.5; 2 * 32];
+        let q = attention::HeadsView::nhd(&q, 1, 2, 32).unwrap();
+        let (mut out, mut lse) = (vec![0.0; 2 * 32], vec![0.0; 2]);
+        let attended =
+            homomorphic_quant::reference::attend(&spec, &foreign, &sequence, q, None, &mut out, &mut lse);
+        refused("attend", attended);
+        refused("dequantize", foreign.dequantize(&sequence).map(drop));
+        let sides = foreign.sinks(&sequence, 0).and_then(|_| foreign.open_block(&sequence, 0));
+        let blocks = (0..sequence.blocks().len()).try_for_each(|b| foreign.block(&sequence, b, 0).map(drop));
+        refused("its parts", sides.map(drop).and(blocks));
+        let header = homomorphic_quant::wire::Header {
+            tag: 1,
+            tokens: len as u64,
+            model: homomorphic_quant::wire::Model { layers: 1, kv_heads: 2, qk_dim: 32, v_dim: 32 },
+            config: foreign.config().clone(),
+            page_layout: foreign.geometry().layout(),
+        };
+        let mut sender = homomorphic_quant::wire::Sender::new(Vec::new(), header).unwrap();
+        refused("send", sender.segment(&foreign, &sequence, 1));
+        refused("fork", foreign.fork(&sequence).map(drop));
+        match foreign.fork_prefix(&sequence, sequence.blocks().len()) {
+            Ok(nothing) => assert_eq!(nothing.tokens(), 0, "{name}"),
+            Err(error) => refused("fork_prefix", Err(error)),
+        }
+        let next = (tokens.k().slice(len..len + 1), tokens.v().slice(len..len + 1));
+        refused("append", foreign.append(&mut sequence, next.0, next.1));
+        assert_eq!(foreign.usage(), before, "{name}: nothing changes");
+        assert_eq!(sequence.tokens(), len, "{name}");
+        home.append(&mut sequence, next.0, next.1).unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+}
+
 #[test]
 fn bytes_are_those_of_the_tables() {
     // Qwen3-8B: one of 36 layers at 4096 tokens.

@@ -17,9 +17,12 @@
 // prefill runs dense attention over the new tokens first, and continues its state here over the cached ones.
 //
 // Query i of n sits at p = kv_len − n + i, or at kv_len + i, and sees tokens up to p, of them the last `window` and the first
-// `window_sinks`. A query without tokens gets out 0 and lse −inf, or its state stays bit for bit as it is. So do the queries of a
-// sequence whose length or pages are bad; a sequence whose cu_queries descend, pass num_queries, begin before another's end or
-// are more than q_len is left out, and its rows are not written.
+// `window_sinks`. The other kernel has no sinks: with params.cached 0, a sequence that has more queries than `window` and does not
+// hold all of `window_sinks` is a bad length, since its last queries would miss sinks that are among the new tokens.
+//
+// A query without tokens gets out 0 and lse −inf, or its state stays bit for bit as it is. So do the queries of a sequence whose
+// length or pages are bad; a sequence whose cu_queries descend, pass num_queries, begin before another's end or are more than q_len
+// is left out, and its rows are not written.
 //
 // Arch:    sm_80 and later.
 // Mapping: a block owns 64 rows of one sequence and KV head, 16 for each of four warps; row r is query head r % group of query
@@ -29,6 +32,7 @@
 //          O of more than 128 channels, or of more than 96 beside long queries or scores of 128 tokens, leaves no registers for the
 //          rest: two warps share 16 rows, a block owns 32, and each warp computes all scores but half of the channels of O, 1.5
 //          times the operations in all. O of more than 128 channels beside scores of 128 tokens takes four warps to 16 rows.
+//          With 8-bit codes that last kind spills up to 8 registers: it is allowed, but not shipped.
 // Budget:  255 registers, 64·QK_DIM·2 bytes (or 32, or 16) and a ring of up to 64 KB of shared memory. Warp-instructions for 16 rows and a page of 64
 //          tokens and 128 channels, 2-bit codes:
 //            u: q and scales 130, range 150, codes 176; q·m 20, β·ksum 24, codes into fragments 128, integer products 64, scores 160,
@@ -341,11 +345,15 @@ DEVICE bool queries_are_bad(const uint32_t* cu_queries, uint32_t sequence, const
     return __syncthreads_or(bad) != 0;
 }
 
-// The length of the sequence, or 0 where it cannot be read.
-DEVICE uint32_t readable_len(uint32_t len, uint32_t sequence, const uint32_t* block_table, const uint32_t* sink_page,
-                             const uint32_t* open_page, uint64_t* status, const HackDecodeParams& params) {
+// The length of the sequence, or 0 where it cannot be read, or where its queries need sinks that nobody attends to.
+DEVICE uint32_t readable_len(uint32_t len, uint32_t queries, uint32_t sequence, const uint32_t* block_table,
+                             const uint32_t* sink_page, const uint32_t* open_page, uint64_t* status,
+                             const HackPrefillParams& prefill) {
+    const HackDecodeParams& params = prefill.cache;
     const HackTokens tokens(len, params);
-    if (len > params.max_kv_len || tokens.closed > params.max_pages) {
+    const bool misses_sinks =
+        !prefill.cached && params.window > 0 && len < params.window_sinks && queries > params.window;
+    if (len > params.max_kv_len || tokens.closed > params.max_pages || misses_sinks) {
         if (threadIdx.x == 0) report_fault(status, FAULT_BAD_LENGTH, sequence);
         return 0;
     }
@@ -454,7 +462,7 @@ hack_prefill(const Element* q, const unsigned char* pages, const uint32_t* block
     const uint32_t queries = cu_queries[sequence + 1] - first_query;
     const uint32_t tiles = ceil_div(queries * cache.group, BLOCK_ROWS);
     if (blockIdx.x >= tiles) return;
-    const uint32_t len = readable_len(kv_len[sequence], sequence, block_table, sink_page, open_page, status, cache);
+    const uint32_t len = readable_len(kv_len[sequence], queries, sequence, block_table, sink_page, open_page, status, params);
     const uint32_t first_row = (tiles - 1 - blockIdx.x) * BLOCK_ROWS;
     const HackRowsItem item = item_of(sequence, kv_head, first_row, first_query, queries, len, params);
 

@@ -122,7 +122,8 @@ pub(super) const KERNELS: &[Kernel] = &[
             decode_row(&[2, 4, 32, 64, 64, 1, dtype::F16, 0]),
             decode_row(&[4, 2, 64, 96, 96, 1, dtype::F16, 1]),
             decode_row(&[2, 2, 128, 128, 128, 1, dtype::F16, 0]),
-            decode_row(&[8, 2, 64, 256, 256, 1, dtype::BF16, 0]),
+            decode_row(&[8, 2, 128, 256, 256, 1, dtype::BF16, 0]),
+            decode_row(&[8, 8, 32, 256, 256, 1, dtype::F16, 0]),
             decode_row(&[2, 2, 32, 256, 128, 1, dtype::F16, 0]),
             decode_row(&[4, 4, 64, 128, 128, 4, dtype::BF16, 0]),
         ],
@@ -138,6 +139,7 @@ pub(super) const KERNELS: &[Kernel] = &[
             decode_row(&[2, 2, 64, 128, 128, 1, dtype::BF16, 0]),
             decode_row(&[4, 4, 64, 128, 128, 1, dtype::BF16, 0]),
             decode_row(&[8, 8, 64, 128, 128, 1, dtype::BF16, 0]),
+            decode_row(&[2, 4, 32, 64, 64, 1, dtype::F16, 0]),
         ],
     },
     Kernel {
@@ -156,6 +158,7 @@ pub(super) const KERNELS: &[Kernel] = &[
             prefill_row(&[2, 2, 128, 128, 128, dtype::F16, 0]),
             prefill_row(&[4, 4, 64, 256, 256, dtype::BF16, 0]),
             prefill_row(&[2, 2, 32, 256, 128, dtype::F16, 0]),
+            prefill_row(&[2, 2, 128, 256, 256, dtype::F16, 0]),
         ],
     },
 ];

@@ -28,7 +28,7 @@ impl Cache {
     ///
     /// # Errors
     /// [`Error::Argument`] when a shape does not fit, [`Error::NotFinite`] for a value that is not finite as stored,
-    /// and [`Error::Attention`] when pages run out. Nothing changes then.
+    /// and [`Error::Attention`] when pages run out or the sequence is not the cache's. Nothing changes then.
     pub fn append(
         &mut self,
         sequence: &mut Sequence,
@@ -64,6 +64,7 @@ impl Cache {
         v: HeadsView<'_, f32>,
     ) -> Result<(), Error> {
         self.check(k, v)?;
+        self.check_parts(sequence)?;
         let to = sequence.tokens + k.tokens();
         if u32::try_from(to).is_err() {
             return Err(Error::argument("k", format!("at most {} tokens in all", u32::MAX), to));
@@ -117,7 +118,7 @@ impl Cache {
         if to == sequence.tokens {
             return Ok(());
         }
-        // A sequence of a cache with other partitions may have more blocks than its tokens make here.
+        // The handles of a sequence of another cache are refused before anything changes.
         if let Some(&page) = sequence.blocks.first() {
             self.blocks.owners(page)?;
         }

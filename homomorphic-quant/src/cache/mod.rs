@@ -317,6 +317,7 @@ impl Cache {
 
     /// Shares sinks and leading blocks.
     fn share(&mut self, sequence: &Sequence, blocks: usize, tokens: usize) -> Result<Sequence, Error> {
+        self.check_parts(sequence)?;
         let mut forked = self.sequence();
         let shared = (|| {
             if let (Some(page), Some(pool)) = (sequence.sinks, &mut self.sinks) {

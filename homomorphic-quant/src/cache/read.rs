@@ -108,16 +108,37 @@ impl Cache {
         self.dense(&self.open_page, bytes, self.open_tokens(sequence.tokens()), kv_head)
     }
 
-    /// The page of the sinks; empty when there is none.
+    /// Refuses a sequence that has not the parts that its tokens make in this cache. Where one of another cache has the same parts, their
+    /// pages are refused: these know their pool.
+    pub(crate) fn check_parts(&self, sequence: &Sequence) -> Result<(), Error> {
+        type Parts = (usize, bool, bool);
+        let tokens = sequence.tokens();
+        let expected: Parts =
+            (self.closed_blocks(tokens), self.sink_tokens(tokens) > 0, self.open_tokens(tokens) > 0);
+        let found: Parts = (sequence.blocks().len(), sequence.sinks().is_some(), sequence.open().is_some());
+        if found == expected {
+            return Ok(());
+        }
+        let text = |(blocks, sinks, open): Parts| {
+            let of = |there| if there { "" } else { "no " };
+            format!("{}sinks, {blocks} closed blocks and {}open block", of(sinks), of(open))
+        };
+        let expected = format!("one of this cache, which keeps {tokens} tokens as {}", text(expected));
+        Err(attention::Error::argument("sequence", expected, text(found)).into())
+    }
+
+    /// The page of the sinks; empty when they have no token.
     pub(crate) fn sink_bytes(&self, sequence: &Sequence) -> Result<&[u8], Error> {
+        self.check_parts(sequence)?;
         match (sequence.sinks(), &self.sinks) {
             (Some(page), Some(pool)) => Ok(pool.bytes(page)?),
             _ => Ok(&[]),
         }
     }
 
-    /// The page of the open block; empty when there is none.
+    /// The page of the open block; empty when it has no token.
     pub(crate) fn open_bytes(&self, sequence: &Sequence) -> Result<&[u8], Error> {
+        self.check_parts(sequence)?;
         sequence.open().map_or(Ok(&[]), |page: PageRef| Ok(self.open.bytes(page)?))
     }
 
@@ -147,6 +168,7 @@ impl Cache {
     /// # Errors
     /// [`Error::Attention`] when the sequence is not the cache's.
     pub fn dequantize(&self, sequence: &Sequence) -> Result<Dense, Error> {
+        self.check_parts(sequence)?;
         let super::KvShape { kv_heads, qk_dim, v_dim } = self.shape;
         let tokens = sequence.tokens();
         let mut all =

@@ -6,7 +6,7 @@ use cuda::memory::{View, ViewMut};
 use cuda::params::HackAppendParams;
 use cuda::storage::Storage;
 
-use super::{Places, Pools, check_dtype, to_u32};
+use super::{Places, Pools, check_dims, check_dtype, of_plan, to_u32};
 use crate::Error;
 
 /// What an append is for.
@@ -46,6 +46,7 @@ impl AppendPlan {
             }
         }
         let (pools, geometry) = (config.pools, config.pools.geometry());
+        check_dims("hack_append", geometry)?;
         let dense = [pools.kv_heads() * geometry.qk_dim, pools.kv_heads() * geometry.v_dim];
         let [k_stride, v_stride] = config.strides.unwrap_or(dense);
         let counts = pools.counts();
@@ -72,6 +73,7 @@ impl AppendPlan {
             qk_dim: geometry.qk_dim,
             v_dim: geometry.v_dim,
         };
+        variant.check_params(&params).map_err(of_plan)?;
         Ok(Self { config, variant, params })
     }
 

@@ -11,7 +11,7 @@ use cuda::storage::Storage;
 use cuda::workspace::{Carver, Layout, Region};
 
 use super::params::{Queried, params};
-use super::{Places, Pools, check_dtype, side_args, to_u32};
+use super::{Places, Pools, check_dims, check_dtype, of_plan, side_args, to_u32};
 use crate::Error;
 
 /// Units below which a block's range is not split further: two pages for each of four teams.
@@ -78,6 +78,7 @@ impl DecodePlan {
     /// [`Error::Argument`] for a shape, mask or size that the kernels do not support.
     pub fn new(config: DecodeConfig) -> Result<Self, Error> {
         let (shape, pools, geometry) = (config.shape, config.pools, *config.pools.geometry());
+        check_dims(config.method.kernel(), &geometry)?;
         if config.sm_count == 0 {
             return Err(Error::argument("sm_count", "at least 1", 0));
         }
@@ -115,6 +116,7 @@ impl DecodePlan {
             min_units: if fixed_parts { 1 } else { MIN_UNITS_PER_BLOCK },
             ..params
         };
+        kernels::check_params(config.method.kernel(), &params).map_err(of_plan)?;
         let variant = kernels::DecodeVariant {
             method: config.method,
             k_bits: geometry.bits.k.count(),

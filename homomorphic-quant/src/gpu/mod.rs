@@ -40,6 +40,7 @@ pub use pools::{Counts, Places, Pools};
 pub use prefill::{Prefill, PrefillConfig, PrefillInputs, PrefillOutput, PrefillPlan, PrefillState};
 
 use crate::Error;
+use crate::page::HeadGeometry;
 
 /// A count that the device keeps in 31 bits.
 fn to_u32(argument: &'static str, value: usize) -> Result<u32, Error> {
@@ -47,6 +48,31 @@ fn to_u32(argument: &'static str, value: usize) -> Result<u32, Error> {
         .ok()
         .filter(|value| *value <= i32::MAX as u32)
         .ok_or_else(|| Error::argument(argument, format!("at most {}", i32::MAX), value))
+}
+
+/// Refuses head sizes that a kernel is not written for.
+fn check_dims(kernel: &str, geometry: &HeadGeometry) -> Result<(), Error> {
+    let constants = cuda::table::kernel(kernel).map_or(&[][..], |kernel| kernel.constants);
+    for (argument, constant, dim) in
+        [("qk_dim", "QK_DIM", geometry.qk_dim), ("v_dim", "V_DIM", geometry.v_dim)]
+    {
+        let of_dim = constants.iter().find(|known| known.name == constant);
+        let allowed = of_dim.map_or(&[][..], |constant| constant.allowed);
+        if !allowed.contains(&(dim as i64)) {
+            return Err(Error::argument(argument, format!("one of {allowed:?} channels"), dim));
+        }
+    }
+    Ok(())
+}
+
+/// What a kernel's launch would refuse is an argument of the plan.
+fn of_plan(error: cuda::Error) -> Error {
+    match error {
+        cuda::Error::Argument { argument, expected, found, .. } => {
+            Error::Argument { argument, expected, found }
+        }
+        other => Error::Cuda(other),
+    }
 }
 
 const fn side_args<'a>(places: &Places<'a>) -> SideArgs<'a> {

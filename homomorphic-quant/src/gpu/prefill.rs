@@ -8,7 +8,7 @@ use cuda::params::HackDecodeParams;
 use cuda::storage::Storage;
 
 use super::params::{Queried, params};
-use super::{Places, Pools, check_dtype, side_args, to_u32};
+use super::{Places, Pools, check_dims, check_dtype, of_plan, side_args, to_u32};
 use crate::{Error, reference};
 
 /// What a prefill is for.
@@ -16,7 +16,8 @@ use crate::{Error, reference};
 pub struct PrefillConfig {
     /// Whether the cache holds the new tokens when it runs ([`Codes`](reference::Prefill::Codes)), or all that it holds comes before
     /// them ([`Exact`](reference::Prefill::Exact)): then the new tokens see each other by dense attention, whose state is
-    /// continued here. That dense attention has no sinks: with a window that keeps sinks, the cache holds all of them already.
+    /// continued here. That dense attention has no sinks: with a window that keeps sinks, a sequence whose new tokens are more than
+    /// the window must have all of them in the cache already, or is a [`BadLength`](attention::FaultCode::BadLength).
     pub mode: reference::Prefill,
     /// The cache.
     pub pools: Pools,
@@ -51,6 +52,7 @@ impl PrefillPlan {
     /// [`Error::Argument`] for a shape, mask or size that the kernel does not support.
     pub fn new(config: PrefillConfig) -> Result<Self, Error> {
         let geometry = config.pools.geometry();
+        check_dims("hack_prefill", geometry)?;
         if config.max_queries == 0 {
             return Err(Error::argument("max_queries", "at least 1", 0));
         }
@@ -63,6 +65,7 @@ impl PrefillPlan {
             max_kv_len: config.max_kv_len,
         };
         let params = params(&config.pools, &queried)?;
+        kernels::check_params("hack_prefill", &params).map_err(of_plan)?;
         to_u32("num_queries", config.num_queries.saturating_mul(config.shape.group()))?;
         to_u32("max_kv_len", config.max_kv_len.saturating_add(config.max_queries))?;
         let grid = config.batch.saturating_mul(config.shape.kv_heads());

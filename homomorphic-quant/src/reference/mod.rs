@@ -218,6 +218,7 @@ impl Keys<'_> {
         lse: &mut [f32],
     ) -> Result<(), Error> {
         check(spec, self.cache, q, out, lse)?;
+        self.cache.check_parts(self.sequence)?;
         let shape = spec.shape;
         let held = self.sequence.tokens();
         let mut parts: Vec<Part> = self.cache.segments(self.sequence).into_iter().map(Part::Cached).collect();

@@ -96,7 +96,7 @@ impl<W: Write> Sender<W> {
             let expected = format!("{} tokens, as the header says", header.tokens);
             return Err(Error::argument("sequence", expected, sequence.tokens()));
         }
-        Ok(())
+        cache.check_parts(sequence)
     }
 
     /// Ends the stream, flushes it and gives the writer back.

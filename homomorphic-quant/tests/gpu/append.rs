@@ -10,7 +10,7 @@ use homomorphic_quant::Error;
 use homomorphic_quant::gpu::{Append, AppendArgs, AppendConfig, AppendPlan, Counts, Pools};
 use homomorphic_quant::page::SidePage;
 
-use crate::sequences::{Cached, DeviceTable, Shape, Table, Tokens};
+use crate::sequences::{Cached, DeviceTable, Shape, Table, Tokens, refuse_dims};
 
 emulator::device_test!(
     bytes_equal_the_cpu,
@@ -20,19 +20,19 @@ emulator::device_test!(
 );
 
 /// A cache on the device that grows by appends.
-struct Grown<R: Rig, E: Storage> {
-    shape: Shape,
-    pools: Pools,
-    table: Table,
-    pages: R::Buffer<u8>,
-    sinks: R::Buffer<E>,
-    open: R::Buffer<E>,
-    lens: Vec<usize>,
+pub(crate) struct Grown<R: Rig, E: Storage> {
+    pub(crate) shape: Shape,
+    pub(crate) pools: Pools,
+    pub(crate) table: Table,
+    pub(crate) pages: R::Buffer<u8>,
+    pub(crate) sinks: R::Buffer<E>,
+    pub(crate) open: R::Buffer<E>,
+    pub(crate) lens: Vec<usize>,
 }
 
 impl<R: Rig, E: Storage + Element> Grown<R, E> {
     /// Empty sequences of up to `max_len` tokens, with shuffled pages.
-    fn new(rig: &R, shape: &Shape, batch: usize, max_len: usize, seed: u64) -> Self {
+    pub(crate) fn new(rig: &R, shape: &Shape, batch: usize, max_len: usize, seed: u64) -> Self {
         let max_pages = max_len / shape.partition;
         let pages = batch * max_pages + 2;
         let mut block_table = shuffled_pages(pages, seed);
@@ -58,7 +58,7 @@ impl<R: Rig, E: Storage + Element> Grown<R, E> {
     }
 
     /// Appends tokens up to `to` to each sequence; reports the fault.
-    fn append(&mut self, rig: &R, tokens: &[Tokens<E>], to: &[usize]) -> Option<Fault> {
+    pub(crate) fn append(&mut self, rig: &R, tokens: &[Tokens<E>], to: &[usize]) -> Option<Fault> {
         type Rows<'a, E> = &'a dyn Fn(&Tokens<E>) -> (Vec<E>, usize);
         let rows = |values: Rows<'_, E>| -> Vec<E> {
             let new = tokens.iter().zip(self.lens.iter().zip(to));
@@ -342,10 +342,16 @@ fn plans_refuse_what_no_kernel_can_do() {
         ("batch", AppendConfig { batch: 0, ..config }),
         ("max_new", AppendConfig { max_new: 0, ..config }),
         ("num_new", AppendConfig { num_new: 1 << 31, ..config }),
+        ("batch", AppendConfig { batch: 70_000, ..config }),
+        ("max_new", AppendConfig { max_new: (1 << 30) + 1, ..config }),
+        ("max_kv_len", AppendConfig { max_kv_len: 1 << 31, ..config }),
+        ("strides", AppendConfig { strides: Some([5, 5]), ..config }),
+        ("strides", AppendConfig { num_new: 2, strides: Some([128, 120]), ..config }),
     ] {
         match AppendPlan::new(config) {
             Err(Error::Argument { argument, .. }) => assert_eq!(argument, named),
             other => panic!("{named}: {other:?}"),
         }
     }
+    refuse_dims(&shape, |_, pools| AppendPlan::new(AppendConfig { pools, ..config }).map(drop));
 }

@@ -13,7 +13,9 @@ use homomorphic_quant::gpu::{
 use homomorphic_quant::{Error, reference};
 
 use crate::close::assert_close;
-use crate::sequences::{Cached, DeviceTable, Shape, Side, Spoilt, Table, Tokens, saturate_queries};
+use crate::sequences::{
+    Cached, DeviceTable, Shape, Side, Spoilt, Table, Tokens, refuse_dims, saturate_queries,
+};
 
 emulator::device_test!(
     equals_the_reference,
@@ -226,7 +228,8 @@ fn equals_the_reference<R: Rig>(rig: &R) {
     check::<R, f16>(rig, &Case::new(shape((4, 2), 64, (2, 4), 32), 1, &[35, 36, 37, 150]), 10);
     let capped = Case { soft_cap: Some(20.0), ..Case::new(shape((4, 1), 96, (4, 2), 64), 1, &[69, 200]) };
     check::<R, f16>(rig, &capped, 11);
-    check::<R, bf16>(rig, &Case::new(shape((2, 1), 256, (8, 2), 64), 1, &[300, 67]), 12);
+    check::<R, bf16>(rig, &Case::new(shape((2, 1), 256, (8, 2), 128), 1, &[300, 67]), 12);
+    check::<R, f16>(rig, &Case::new(shape((3, 1), 256, (8, 8), 32), 1, &[110, 36]), 18);
     check::<R, f16>(rig, &Case::new(shape((8, 2), 128, (2, 2), 128), 1, &[131, 132, 133, 400]), 16);
     // Keys longer than values.
     let unequal = |heads| Shape { dims: (256, 128), ..shape(heads, 256, (2, 2), 32) };
@@ -277,22 +280,31 @@ fn dequantizing_equals_the_oracle<R: Rig>(rig: &R) {
         check::<R, bf16>(rig, Case::new(Shape::new((8, 1), 128, (bits, bits), 64), 1, &[200, 0, 68]), 51);
     }
     check::<R, bf16>(rig, Case::new(Shape::new((4, 2), 128, (4, 4), 64), 1, &[67, 69, 150]), 52);
+    // Other constants of the storage type, keys whose bytes hold both halves of a k-step, and other widths for values.
+    check::<R, f16>(rig, Case::new(Shape::new((6, 2), 64, (2, 4), 32), 1, &[150, 3, 36, 69]), 53);
 }
 
 /// Keys, values and queries whose codes are all at one end, so that integer sums are as large as they get.
 fn saturated_codes_do_not_overflow<R: Rig>(rig: &R) {
-    for (bits, dim, partition) in [((2, 2), 128, 64), ((8, 8), 128, 64), ((8, 2), 256, 64), ((4, 4), 128, 64)]
+    for (bits, dim, partition) in
+        [((2, 2), 128, 64), ((8, 8), 128, 64), ((4, 4), 128, 64), ((8, 2), 256, 128)]
     {
-        let case = Case::new(Shape { sinks: 0, ..Shape::new((2, 1), dim, bits, partition) }, 1, &[partition]);
-        let mut saturated = inputs::<bf16>(&case, 17);
-        saturated.cached = Cached::new(&case.shape, &[Tokens::<bf16>::saturated(&case.shape)]);
-        saturate_queries(&case.shape, &mut saturated.q);
-        let expected = expected(&case, &saturated);
-        let decoded = decode(rig, &case, &saturated, &lens(&case));
-        let name = format!("{case:?} on {}", rig.name());
-        assert_close((&decoded.out, &decoded.lse), (&expected.0, &expected.1), dim, &name);
-        saturated.cached.assert_saturated(&case.shape, &name);
+        saturated::<R, bf16>(rig, Shape::new((2, 1), dim, bits, partition));
     }
+    saturated::<R, f16>(rig, Shape::new((2, 1), 128, (2, 2), 128));
+    saturated::<R, f16>(rig, Shape::new((2, 1), 256, (8, 8), 32));
+}
+
+fn saturated<R: Rig, E: Storage + Element>(rig: &R, shape: Shape) {
+    let case = Case::new(Shape { sinks: 0, ..shape }, 1, &[shape.partition]);
+    let mut saturated = inputs::<E>(&case, 17);
+    saturated.cached = Cached::new(&case.shape, &[Tokens::<E>::saturated(&case.shape)]);
+    saturate_queries(&case.shape, &mut saturated.q);
+    let expected = expected(&case, &saturated);
+    let decoded = decode(rig, &case, &saturated, &lens(&case));
+    let name = format!("{case:?} as {} on {}", E::NAME, rig.name());
+    assert_close((&decoded.out, &decoded.lse), (&expected.0, &expected.1), shape.dims.1, &name);
+    saturated.cached.assert_saturated(&case.shape, &saturated.q, &name);
 }
 
 fn fixed_splits_are_batch_invariant<R: Rig>(rig: &R) {
@@ -458,10 +470,17 @@ fn plans_refuse_what_no_kernel_can_do() {
         ("splits", DecodeConfig { splits: Splits::Fixed { tokens: 48 }, ..good }),
         ("splits", DecodeConfig { splits: Splits::Fixed { tokens: 0 }, ..good }),
         ("max_kv_len", DecodeConfig { max_kv_len: usize::MAX, ..good }),
+        // Units of work, summed over the sequences.
+        ("max_kv_len", DecodeConfig { batch: 1 << 20, max_kv_len: 1 << 17, ..good }),
     ] {
         match DecodePlan::new(config) {
             Err(Error::Argument { argument, .. }) => assert_eq!(argument, named),
             other => panic!("{named}: {other:?}"),
         }
+    }
+    for method in [Method::Codes, Method::Dequantize] {
+        refuse_dims(&case.shape, |shape, pools| {
+            DecodePlan::new(DecodeConfig { method, pools, shape: shape.heads(), ..good }).map(drop)
+        });
     }
 }

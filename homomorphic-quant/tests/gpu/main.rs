@@ -4,5 +4,6 @@
 mod append;
 mod close;
 mod decode;
+mod far;
 mod prefill;
 mod sequences;

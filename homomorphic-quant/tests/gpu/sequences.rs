@@ -7,8 +7,8 @@ use emulator::rig::Rig;
 use homomorphic_quant::cache::Segment;
 use homomorphic_quant::gpu::{Counts, Places, Pools};
 use homomorphic_quant::page::{HeadGeometry, PageLayout};
-use homomorphic_quant::quantizer::Group;
-use homomorphic_quant::{Bits, Cache, Capacity, Config, KvShape, Sequence};
+use homomorphic_quant::quantizer::{Group, eight_bit};
+use homomorphic_quant::{Bits, Cache, Capacity, Config, Error, KvShape, Sequence};
 
 /// Heads, sizes and widths of a case.
 #[derive(Debug, Clone, Copy)]
@@ -98,6 +98,26 @@ pub(crate) fn saturate_queries<E: Element>(shape: &Shape, queries: &mut [E]) {
     }
 }
 
+/// Fails unless a plan refuses, by name, head sizes that pages may have but no kernel is written for.
+pub(crate) fn refuse_dims(shape: &Shape, plan: impl Fn(&Shape, Pools) -> Result<(), Error>) {
+    for (dims, named) in [
+        ((32, 32), "qk_dim"),
+        ((160, 160), "qk_dim"),
+        ((192, 128), "qk_dim"),
+        ((224, 256), "qk_dim"),
+        ((64, 160), "v_dim"),
+        ((256, 192), "v_dim"),
+    ] {
+        let shape = Shape { dims, ..*shape };
+        let counts = Counts { pages: 4, sink_pages: 1, open_pages: 1, max_pages: 2 };
+        let pools = Pools::new(&shape.config::<half::f16>(), 0, shape.heads(), counts).expect("pools");
+        match plan(&shape, pools) {
+            Err(Error::Argument { argument, .. }) => assert_eq!(argument, named, "{dims:?}"),
+            other => panic!("{dims:?}: {other:?}"),
+        }
+    }
+}
+
 /// Which of a token's vectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Side {
@@ -177,13 +197,49 @@ impl Cached {
         Cached { cache, sequences, table, spoilt: None }
     }
 
-    /// Fails unless the codes of the first block's keys are at one end, but for its first token.
-    pub(crate) fn assert_saturated(&self, shape: &Shape, name: &str) {
+    /// Fails unless all codes that the products over the first block take are at one end: keys' and probabilities' but for the first
+    /// token's, values' and queries' but for the first channel's of each channel partition. `queries` are `[rows, dim]`.
+    pub(crate) fn assert_saturated<E: Element>(&self, shape: &Shape, queries: &[E], name: &str) {
+        let (head, dim) = (self.cache.geometry().head(0), shape.dims.0);
         let block = self.cache.block(&self.sequences[0], 0, 0).expect("a block");
         // The scale's own rounding may cost the last code.
-        let largest = ((1u32 << shape.bits.0) - 1) as u8;
-        let saturated = block.k_codes[shape.dims.0..].iter().all(|code| *code >= largest - largest / 64);
-        assert!(saturated, "{name}: the codes are not saturated");
+        let at_end = |code: &u8, bits: usize| {
+            let largest = ((1u32 << bits) - 1) as u8;
+            *code >= largest - largest / 64
+        };
+        let keys = block.k_codes[dim..].iter().all(|code| at_end(code, shape.bits.0));
+        assert!(keys, "{name}: the keys' codes are not saturated");
+        let (channels, partitions) = (head.v_channels, head.v_partitions());
+        let values = block.v_codes.chunks_exact(channels);
+        let values = values.flat_map(|codes| &codes[1..]).all(|code| at_end(code, shape.bits.1));
+        assert!(values, "{name}: the values' codes are not saturated");
+
+        let codes_of = |values: &[f32]| {
+            let mut codes = vec![0; values.len()];
+            eight_bit(values, &mut codes);
+            codes
+        };
+        for q in queries.chunks_exact(dim) {
+            let q: Vec<f32> = q.iter().map(|x| x.to_f64() as f32).collect();
+            let folded: Vec<f32> = q.iter().zip(&block.k_groups).map(|(q, group)| q * group.scale).collect();
+            let mut of_q = folded.chunks_exact(head.k_channels).map(codes_of);
+            let saturated = of_q.all(|codes| codes[1..].iter().all(|code| *code == 255));
+            assert!(saturated, "{name}: the queries' codes are not saturated");
+
+            let keys = block.keys(head);
+            let score = |key: &[f64]| {
+                q.iter().zip(key).map(|(q, k)| f64::from(*q) * k).sum::<f64>() * (dim as f64).powf(-0.5)
+            };
+            let scores: Vec<f64> = keys.chunks_exact(dim).map(score).collect();
+            let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            for partition in 0..partitions {
+                let groups = block.v_groups[partition..].iter().step_by(partitions);
+                let p = scores.iter().map(|score| (score - largest).exp() as f32);
+                let folded: Vec<f32> = p.zip(groups).map(|(p, group)| p * group.scale).collect();
+                let saturated = codes_of(&folded)[1..].iter().all(|code| *code == 255);
+                assert!(saturated, "{name}: the probabilities' codes are not saturated");
+            }
+        }
     }
 
     pub(crate) fn pools(&self, shape: &Shape) -> Pools {

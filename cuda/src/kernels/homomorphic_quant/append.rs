@@ -41,6 +41,42 @@ impl AppendVariant {
         let tile = self.partition * (larger(self.qk_dim, self.v_dim) + 8) * 2;
         tile + larger(self.qk_dim, segment.v_groups) * 12 + larger(segment.k_sums, self.v_dim) * 4 + 4
     }
+
+    /// Checks what the kernel reads from `params`, as [`Append::launch`] does.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] names a size or stride that the kernel does not support.
+    pub fn check_params(&self, params: &HackAppendParams) -> Result<(), Error> {
+        for (argument, value, most) in [
+            ("batch", params.batch, 65535),
+            ("kv_heads", params.kv_heads, 65535),
+            ("max_new", params.max_new, 1 << 30),
+        ] {
+            if value == 0 || value > most {
+                return Err(Error::argument(KERNEL, argument, format_args!("1 to {most}"), value));
+            }
+        }
+        if params.max_kv_len > i32::MAX as u32 || params.sinks > i32::MAX as u32 {
+            let found = format_args!("{} and {} sinks", params.max_kv_len, params.sinks);
+            return Err(Error::argument(KERNEL, "max_kv_len", format_args!("at most {}", i32::MAX), found));
+        }
+        let heads = params.kv_heads as usize;
+        for (of, stride, dim) in
+            [("k_new", params.k_new_stride, self.qk_dim), ("v_new", params.v_new_stride, self.v_dim)]
+        {
+            let row = elements(&[heads, dim]);
+            if stride < 0 || stride % 8 != 0 || (params.num_new > 1 && (stride as usize) < row) {
+                let expected = format!("a multiple of 8 elements, at least {row}, between tokens of {of}");
+                return Err(Error::argument(KERNEL, "strides", expected, stride));
+            }
+        }
+        let page = elements(&[heads, self.segment().bytes()]);
+        if params.page_stride % 16 != 0 || params.page_stride < page as i64 {
+            let expected = format!("a multiple of 16, at least {page}");
+            return Err(Error::argument(KERNEL, "page_stride", expected, params.page_stride));
+        }
+        Ok(())
+    }
 }
 
 /// `hack_append`: quantizes the blocks that new tokens close, and keeps the other new tokens in 16 bits. `E` is the storage
@@ -106,29 +142,13 @@ impl<F: Function, E: Storage> Append<F, E> {
         let params = args.params;
         let AppendVariant { partition, qk_dim, v_dim, .. } = self.variant;
         let (batch, heads) = (params.batch as usize, params.kv_heads as usize);
-        for (argument, value, most) in [
-            ("batch", params.batch, 65535),
-            ("kv_heads", params.kv_heads, 65535),
-            ("max_new", params.max_new, 1 << 30),
-        ] {
-            if value == 0 || value > most {
-                return Err(Error::argument(KERNEL, argument, format_args!("1 to {most}"), value));
-            }
-        }
-        if params.max_kv_len > i32::MAX as u32 || params.sinks > i32::MAX as u32 {
-            let found = format_args!("{} and {} sinks", params.max_kv_len, params.sinks);
-            return Err(Error::argument(KERNEL, "max_kv_len", format_args!("at most {}", i32::MAX), found));
-        }
-        let new_len = |argument, stride: i64, dim: usize| {
-            let (row, new) = (elements(&[heads, dim]), params.num_new as usize);
-            if stride < 0 || stride % 8 != 0 || (new > 1 && (stride as usize) < row) {
-                let expected = format!("a multiple of 8 elements, at least {row}");
-                return Err(Error::argument(KERNEL, argument, expected, stride));
-            }
-            Ok(if new == 0 { 0 } else { elements(&[new - 1, stride as usize]).saturating_add(row) })
+        self.variant.check_params(params)?;
+        let new_len = |stride: i64, dim: usize| match params.num_new as usize {
+            0 => 0,
+            new => elements(&[new - 1, stride as usize]).saturating_add(elements(&[heads, dim])),
         };
-        args.k_new.check(KERNEL, "k_new", new_len("k_new", params.k_new_stride, qk_dim)?, 16)?;
-        args.v_new.check(KERNEL, "v_new", new_len("v_new", params.v_new_stride, v_dim)?, 16)?;
+        args.k_new.check(KERNEL, "k_new", new_len(params.k_new_stride, qk_dim), 16)?;
+        args.v_new.check(KERNEL, "v_new", new_len(params.v_new_stride, v_dim), 16)?;
         args.new_start.check(KERNEL, "new_start", batch + 1, 4)?;
         args.kv_len.check(KERNEL, "kv_len", batch, 4)?;
         let table = pool_bytes(params.batch, params.table_batch_stride, params.max_pages as usize);
@@ -136,10 +156,6 @@ impl<F: Function, E: Storage> Append<F, E> {
         args.sink_page.check(KERNEL, "sink_page", batch, 4)?;
         args.open_page.check(KERNEL, "open_page", batch, 4)?;
         let page = elements(&[heads, self.variant.segment().bytes()]);
-        if params.page_stride % 16 != 0 || params.page_stride < page as i64 {
-            let expected = format!("a multiple of 16, at least {page}");
-            return Err(Error::argument(KERNEL, "page_stride", expected, params.page_stride));
-        }
         args.pages.check(KERNEL, "pages", pool_bytes(params.num_pages, params.page_stride, page), 16)?;
         let side = |pages: u32, tokens: usize| elements(&[pages as usize, heads, tokens, qk_dim + v_dim]);
         let sinks = side(params.num_sink_pages, params.sinks as usize);

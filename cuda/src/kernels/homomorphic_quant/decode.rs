@@ -19,8 +19,11 @@ pub const fn columns(column_tiles: usize) -> usize {
     8 * column_tiles
 }
 
-/// Checks what the kernels read from [`HackDecodeParams`]; everything else follows from buffers and strides.
-pub(super) fn check_params(kernel: &str, params: &HackDecodeParams) -> Result<(), Error> {
+/// Checks what the kernels read from [`HackDecodeParams`], as their launches do; everything else follows from buffers and strides.
+///
+/// # Errors
+/// [`Error::Argument`] names a size or count that the kernels do not support.
+pub fn check_params(kernel: &str, params: &HackDecodeParams) -> Result<(), Error> {
     let at_least_1 = [
         ("batch", params.batch),
         ("q_len", params.q_len),

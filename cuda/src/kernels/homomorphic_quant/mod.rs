@@ -7,7 +7,8 @@ mod prefill;
 
 pub use append::{Append, AppendArgs, AppendVariant};
 pub use decode::{
-    Decode, DecodeArgs, DecodePlan, DecodePlanArgs, DecodeVariant, Method, SideArgs, columns, part_slots,
+    Decode, DecodeArgs, DecodePlan, DecodePlanArgs, DecodeVariant, Method, SideArgs, check_params, columns,
+    part_slots,
 };
 pub use page::{PackedSegment, Pieces};
 pub use prefill::{Prefill, PrefillArgs, PrefillResult, PrefillState, PrefillVariant, StateArgs};

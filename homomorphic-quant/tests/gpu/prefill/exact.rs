@@ -5,7 +5,7 @@
 use attention::gpu as dense_gpu;
 use attention::reference as dense;
 use attention::testing::{Comparison, Tolerance};
-use attention::{AttentionSpec, Element, HeadsView, Mask, PageLayout, RaggedKv, RaggedView};
+use attention::{AttentionSpec, Element, FaultCode, HeadsView, Mask, PageLayout, RaggedKv, RaggedView};
 use cuda::status::Fault;
 use cuda::storage::Storage;
 use emulator::rig::Rig;
@@ -20,6 +20,7 @@ use crate::sequences::{Cached, Shape, Tokens};
 emulator::device_test!(
     continues_dense_attention_over_the_new_tokens,
     dense_kernels_and_these_pass_their_states_on,
+    sinks_that_nobody_attends_to_are_a_bad_length,
 );
 
 /// A case whose new tokens are not cached, and what they are.
@@ -220,5 +221,39 @@ fn dense_kernels_and_these_pass_their_states_on<R: Rig>(rig: &R) {
         let lse: Vec<f64> = last.lse.iter().map(|x| f64::from(*x)).collect();
         Comparison::of_f64(&found_lse, &lse, Tolerance::LSE)
             .assert(format_args!("lse of both orders: {name}"));
+    }
+}
+
+/// New tokens beyond the window miss sinks that are new too: the sequence is refused rather than wrong.
+fn sinks_that_nobody_attends_to_are_a_bad_length<R: Rig>(rig: &R) {
+    let mask = Mask::sliding_window(60, 4).expect("a window");
+    // As many new tokens as the window sees are right without any sink in the cache, and more once all sinks are there.
+    for refused in [(70, 0), (61, 0), (70, 3)] {
+        let lens = [(60, 0), refused, (60, 3), (70, 4)];
+        let mut exact = Exact::<f16>::new(Shape::new((4, 2), 64, (2, 4), 32), mask, &lens);
+        let state = exact.dense_state();
+        let (case, rows) = (&exact.case, exact.rows());
+        let run = |step| prefill(rig, case, &exact.inputs, &case.cu_queries(), &case.lens(), step);
+        let (finished, whole) = (run(Step::Finish(&state)), run(Step::Whole));
+        let name = exact.name(rig);
+        let fault = Some(Fault { code: FaultCode::BadLength as u32, index: 1 });
+        assert_eq!((finished.fault, whole.fault), (fault, fault), "{name}");
+
+        // Its queries see nothing here: what dense attention saw is left.
+        let bad = rows[1]..rows[2];
+        assert!(whole.lse[bad.clone()].iter().all(|lse| *lse == f32::NEG_INFINITY), "{name}");
+        assert!(whole.out[bad.start * 64..bad.end * 64].iter().all(|x| *x == f16::ZERO), "{name}");
+        let (dense, dense_lse) = state.output(64);
+        let (out, lse) = exact.expected();
+        for rows in [0..rows[1], rows[2]..rows[4]] {
+            let values = rows.start * 64..rows.end * 64;
+            let found = (&finished.out[values.clone()], &finished.lse[rows.clone()]);
+            assert_close(found, (&out[values], &lse[rows]), 64, &name);
+        }
+        let values = bad.start * 64..bad.end * 64;
+        let found = (&finished.out[values.clone()], &finished.lse[bad.clone()]);
+        assert_close(found, (&dense[values], &dense_lse[bad.clone()]), 64, &name);
+        let missed = lse[bad.end - 1] - dense_lse[bad.end - 1];
+        assert!(missed > 1e-3, "{name}: the last query misses sinks, its lse by {missed}");
     }
 }

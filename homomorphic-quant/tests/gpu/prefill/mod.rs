@@ -2,6 +2,8 @@
 
 mod exact;
 
+use std::ops::Range;
+
 use attention::softmax_state::Raw;
 use attention::testing::{Comparison, Inputs, Tolerance};
 use attention::{AttentionSpec, Element, FaultCode, HeadsView, Mask, Score};
@@ -9,6 +11,7 @@ use cuda::status::Fault;
 use cuda::storage::Storage;
 use emulator::rig::Rig;
 use half::{bf16, f16};
+use homomorphic_quant::cache::Segment;
 use homomorphic_quant::gpu::{
     Prefill, PrefillConfig, PrefillInputs, PrefillOutput, PrefillPlan, PrefillState,
 };
@@ -16,7 +19,7 @@ use homomorphic_quant::reference::Prefill as Mode;
 use homomorphic_quant::{Error, reference};
 
 use crate::close::assert_close;
-use crate::sequences::{Cached, DeviceTable, Shape, Side, Spoilt, Tokens, saturate_queries};
+use crate::sequences::{Cached, DeviceTable, Shape, Side, Spoilt, Tokens, refuse_dims, saturate_queries};
 
 emulator::device_test!(
     equals_the_reference,
@@ -262,6 +265,9 @@ fn equals_the_reference<R: Rig>(rig: &R) {
     check::<R, f16>(rig, &Case::new(Shape::new((3, 1), 128, (2, 2), 128), &[(18, 270), (2, 5)]), 11);
     let unequal = |heads| Shape { dims: (256, 128), ..Shape::new(heads, 256, (2, 2), 32) };
     check::<R, f16>(rig, &Case::new(unequal((4, 2)), &[(20, 90), (5, 36)]), 12);
+    // Four warps to a row: both.
+    let longest = Shape::new((3, 1), 256, (2, 2), 128);
+    check::<R, f16>(rig, &Case { mask: window(90, 4), ..Case::new(longest, &[(9, 150), (2, 5)]) }, 13);
     for kinds in [
         (Inputs::Constant, Inputs::Constant),
         (Inputs::Saturated, Inputs::OutlierElements),
@@ -323,6 +329,7 @@ fn saturated_codes_do_not_overflow<R: Rig>(rig: &R) {
         saturated::<R, bf16>(rig, Shape::new((2, 1), dim, bits, 64));
     }
     saturated::<R, f16>(rig, Shape::new((2, 1), 128, (2, 2), 128));
+    saturated::<R, f16>(rig, Shape::new((2, 1), 256, (2, 2), 128));
 }
 
 fn saturated<R: Rig, E: Storage + Element>(rig: &R, shape: Shape) {
@@ -335,7 +342,7 @@ fn saturated<R: Rig, E: Storage + Element>(rig: &R, shape: Shape) {
     let found = prefill(rig, &case, &saturated, &case.cu_queries(), &case.lens(), Step::Whole);
     let name = format!("{case:?} on {}", rig.name());
     assert_close((&found.out, &found.lse), (&out, &lse), shape.dims.1, &name);
-    saturated.cached.assert_saturated(&shape, &name);
+    saturated.cached.assert_saturated(&shape, &saturated.q, &name);
 }
 
 /// A bad length, page, place or range is named; its sequence sees nothing or is not written, and no other changes.
@@ -344,124 +351,184 @@ fn bad_sequences_are_reported_and_the_others_stay_right<R: Rig>(rig: &R) {
     let good = inputs::<f16>(&case, 34);
     let (out, lse) = expected(&case, &good);
     let row = |sequence: usize| case.cu_queries()[sequence] as usize * 4;
-    type Spoil = fn(&mut Inputs16<f16>, &mut Vec<u32>, &mut Vec<u32>);
-    let cases: [(&str, FaultCode, Spoil); 6] = [
-        ("too long", FaultCode::BadLength, |_, _, kv_len| kv_len[1] = 5000),
-        ("longer than the table", FaultCode::BadLength, |_, _, kv_len| kv_len[1] = 4000),
-        ("a page outside", FaultCode::BadPage, |inputs, _, _| {
+    type Spoil = fn(&mut Inputs16<f16>, &mut Vec<u32>);
+    let cases: [(&str, FaultCode, Spoil); 5] = [
+        ("too long", FaultCode::BadLength, |_, kv_len| kv_len[1] = 5000),
+        ("longer than the table", FaultCode::BadLength, |_, kv_len| kv_len[1] = 4000),
+        ("a page outside", FaultCode::BadPage, |inputs, _| {
             let max_pages = inputs.cached.table.max_pages;
             inputs.cached.table.block_table[max_pages + 2] = 1 << 20;
         }),
-        ("sinks outside", FaultCode::BadIndex, |inputs, _, _| inputs.cached.table.sink_page[1] = 1 << 20),
-        ("an open block outside", FaultCode::BadIndex, |inputs, _, _| {
+        ("sinks outside", FaultCode::BadIndex, |inputs, _| inputs.cached.table.sink_page[1] = 1 << 20),
+        ("an open block outside", FaultCode::BadIndex, |inputs, _| {
             inputs.cached.table.open_page[1] = u32::MAX
         }),
-        ("queries that descend", FaultCode::BadRange, |_, cu_queries, _| {
-            cu_queries[1] = 20;
-            cu_queries[2] = 17;
-        }),
     ];
+    let assert_right = |found: &Prefilled<f16>, rows: Range<usize>, name: &String| {
+        let values = rows.start * 64..rows.end * 64;
+        assert_close(
+            (&found.out[values.clone()], &found.lse[rows.clone()]),
+            (&out[values], &lse[rows]),
+            64,
+            name,
+        );
+    };
     for (what, code, spoil) in cases {
         let mut inputs = inputs::<f16>(&case, 34);
-        let (mut cu_queries, mut kv_len) = (case.cu_queries(), case.lens());
-        spoil(&mut inputs, &mut cu_queries, &mut kv_len);
-        let found = prefill(rig, &case, &inputs, &cu_queries, &kv_len, Step::Whole);
+        let mut kv_len = case.lens();
+        spoil(&mut inputs, &mut kv_len);
+        let found = prefill(rig, &case, &inputs, &case.cu_queries(), &kv_len, Step::Whole);
         let name = format!("{what} on {}", rig.name());
-        let fault = found.fault.unwrap_or_else(|| panic!("{name}: no fault"));
-        assert_eq!(fault.code, code as u32, "{name}");
-        if code == FaultCode::BadRange {
-            // The first sequence's range is too long for the plan, the second's descends, and the third begins before another's end.
-            assert!(found.lse.iter().all(|lse| lse.to_bits() == u32::MAX), "{name}: rows were written");
-            continue;
-        }
-        assert_eq!(fault.index, 1, "{name}");
+        assert_eq!(found.fault, Some(Fault { code: code as u32, index: 1 }), "{name}");
         assert!(found.out[row(1) * 64..row(2) * 64].iter().all(|x| x.to_f64() == 0.0), "{name}: outputs");
         assert!(found.lse[row(1)..row(2)].iter().all(|lse| *lse == f32::NEG_INFINITY), "{name}: lse");
-        for rows in [0..row(1), row(2)..case.rows()] {
-            let values = rows.start * 64..rows.end * 64;
-            assert_close(
-                (&found.out[values.clone()], &found.lse[rows.clone()]),
-                (&out[values], &lse[rows]),
-                64,
-                &name,
-            );
+        assert_right(&found, 0..row(1), &name);
+        assert_right(&found, row(2)..case.rows(), &name);
+    }
+
+    // (what, first queries, sequences that are bad, queries that stay right). Rows of bad sequences are not written; the last
+    // sequence's queries are its last tokens, however many there are.
+    let ranges: [(&str, [u32; 4], Range<u32>, [Range<usize>; 2]); 3] = [
+        ("queries that descend, and begin before another's", [0, 5, 4, 26], 1..3, [0..5, 0..0]),
+        ("past num_queries", [0, 5, 17, 27], 2..3, [0..5, 5..17]),
+        ("more than the most", [0, 5, 18, 26], 1..2, [0..5, 18..26]),
+    ];
+    for (what, cu_queries, bad, right) in ranges {
+        let found = prefill(rig, &case, &good, &cu_queries, &case.lens(), Step::Whole);
+        let name = format!("{what} on {}", rig.name());
+        let fault = found.fault.unwrap_or_else(|| panic!("{name}: no fault"));
+        assert_eq!(fault.code, FaultCode::BadRange as u32, "{name}");
+        assert!(bad.contains(&fault.index), "{name}: {fault:?}");
+        for query in (0..case.queries()).filter(|query| !right.iter().any(|right| right.contains(query))) {
+            let rows = query * 4..(query + 1) * 4;
+            assert!(found.lse[rows].iter().all(|lse| lse.to_bits() == u32::MAX), "{name}: query {query}");
+            let out = &found.out[query * 4 * 64..(query + 1) * 4 * 64];
+            assert!(out.iter().all(|x| x.to_bits() == u16::MAX), "{name}: query {query}");
+        }
+        for queries in right.into_iter().filter(|right| !right.is_empty()) {
+            assert_right(&found, queries.start * 4..queries.end * 4, &name);
         }
     }
 }
 
 /// A query of NaN gives NaN, in an output and in a state, and harms no other row.
 fn nan_is_never_dropped<R: Rig>(rig: &R) {
-    let case = Case::new(Shape::new((4, 2), 64, (2, 4), 32), &[(3, 70)]);
+    // One, two and four warps to a row.
+    query_of_nan(rig, Shape::new((4, 2), 64, (2, 4), 32), 70);
+    query_of_nan(rig, Shape { dims: (256, 128), ..Shape::new((4, 2), 256, (2, 2), 32) }, 70);
+    query_of_nan(rig, Shape::new((4, 2), 256, (2, 2), 128), 140);
+}
+
+fn query_of_nan<R: Rig>(rig: &R, shape: Shape, len: usize) {
+    let (case, dim) = (Case::new(shape, &[(3, len)]), shape.dims.1);
     let good = inputs::<f16>(&case, 35);
     let (out, lse) = expected(&case, &good);
     let mut spoilt = inputs::<f16>(&case, 35);
     spoilt.q[5] = f16::NAN; // of head 0
     let found = prefill(rig, &case, &spoilt, &case.cu_queries(), &case.lens(), Step::Whole);
-    let name = format!("a query of NaN on {}", rig.name());
-    assert!(found.out[..64].iter().all(|x| x.is_nan()), "{name}: {:?}", &found.out[..4]);
+    let name = format!("a query of NaN, {shape:?} on {}", rig.name());
+    assert!(found.out[..dim].iter().all(|x| x.is_nan()), "{name}: {:?}", &found.out[..dim]);
     assert!(found.lse[0].is_nan(), "{name}: {}", found.lse[0]);
-    assert_close((&found.out[64..], &found.lse[1..]), (&out[64..], &lse[1..]), 64, &name);
-    let zeros = State { o: vec![0.0; case.rows() * 64], ml: vec![0.0; case.rows() * 2] };
+    assert_close((&found.out[dim..], &found.lse[1..]), (&out[dim..], &lse[1..]), dim, &name);
+    let zeros = State { o: vec![0.0; case.rows() * dim], ml: vec![0.0; case.rows() * 2] };
     let state =
         prefill(rig, &case, &spoilt, &case.cu_queries(), &case.lens(), Step::Keep(&zeros, true)).state;
-    assert!(
-        state.ml[0].is_nan() && state.ml[1].is_nan() && state.o[0].is_nan(),
-        "{name}: {:?}",
-        &state.ml[..2]
-    );
+    let nan = state.ml[..2].iter().chain(&state.o[..dim]).all(|x| x.is_nan());
+    assert!(nan, "{name}: {:?} and {:?}", &state.ml[..2], &state.o[..dim]);
 }
 
 /// A key or value that is not finite reaches the queries that see it, and may reach others of their tile, which loads it for all;
 /// queries of other tiles, KV heads and sequences keep their bits.
 fn what_is_not_finite_in_the_cache_stays_with_those_that_load_it<R: Rig>(rig: &R) {
     let mask = Mask::sliding_window(40, 0).expect("a window");
-    // Two tiles of 64 rows to a KV head: queries 0 to 31, at positions 102 to 133, and 32 to 63.
-    let case = Case { mask, ..Case::new(Shape::new((4, 2), 64, (2, 4), 32), &[(64, 166), (9, 50)]) };
-    let mut inputs = inputs::<f16>(&case, 36);
+    let case = |shape, sequences: &[_]| Case { mask, ..Case::new(shape, sequences) };
+    // (case, queries of a tile, tokens): of closed blocks that a part of a tile sees, that only the first tile loads, that none loads,
+    // and one of the open block. 64, 32 and 16 rows make a tile of two query heads.
+    let small = Shape::new((4, 2), 64, (2, 4), 32);
+    not_finite(rig, &case(small, &[(64, 166), (9, 50)]), 32, &[99, 65, 13, 164]);
+    let long = Shape { dims: (256, 128), ..Shape::new((4, 2), 256, (2, 2), 32) };
+    not_finite(rig, &case(long, &[(32, 134), (9, 50)]), 16, &[65, 13, 132]);
+    let longest = Shape::new((4, 2), 256, (2, 2), 128);
+    not_finite(rig, &case(longest, &[(12, 303), (3, 50)]), 8, &[255, 20, 300]);
+}
+
+/// Spoils each of `tokens` of the first sequence, which is of `case` with a window without sinks.
+fn not_finite<R: Rig>(rig: &R, case: &Case, tile: usize, tokens: &[usize]) {
+    let mut inputs = inputs::<f16>(case, 36);
     let run = |inputs: &Inputs16<f16>| {
-        let found = prefill(rig, &case, inputs, &case.cu_queries(), &case.lens(), Step::Whole);
+        let found = prefill(rig, case, inputs, &case.cu_queries(), &case.lens(), Step::Whole);
         assert_eq!(found.fault, None, "{case:?} on {}", rig.name());
         found
     };
     let good = run(&inputs);
-    let closed = 4 + 3 * 32 - 1; // its block's last: seen from positions up to 138, by all of the first tile and 5 of the second
-    let far = 4 + 9; // of a block that nobody sees, nor loads
-    let open = 164; // seen by queries 62 and 63
-    // (token, side, what is there, queries that see it, queries of tiles that load it, channels)
-    let cases = [
-        (closed, Side::K, f32::NAN, 0..37, 0..64, 0..64),
-        (closed, Side::V, f32::INFINITY, 0..37, 0..64, 32..64),
-        (far, Side::K, f32::NAN, 0..0, 0..0, 0..64),
-        (far, Side::V, f32::NAN, 0..0, 0..0, 32..64),
-        (open, Side::K, f32::NAN, 62..64, 0..64, 0..64),
-        (open, Side::V, f32::NAN, 62..64, 0..64, 40..41),
-    ];
-    for (token, side, value, seen, loaded, channels) in cases {
-        let name = format!("{value} in {side:?} of token {token} on {}", rig.name());
+    let ((queries, len), dim) = (case.sequences[0], case.shape.dims.1);
+    let visible = |query: usize| -> Range<usize> {
+        let ranges = case.mask.keys(query, queries, len);
+        let first = ranges.iter().next().expect("a token").clone();
+        assert_eq!(ranges.len(), first.len(), "one run");
+        first
+    };
+    let overlap = |a: &Range<usize>, b: &Range<usize>| a.start < b.end && b.start < a.end;
+    let v_channels = inputs.cached.cache.geometry().head(1).v_channels;
+    // Queries of the KV head that are hit, that only may be since their tile loads the token, and that are neither.
+    let mut met = [0; 3];
+    for (&token, side) in tokens.iter().flat_map(|token| [(token, Side::K), (token, Side::V)]) {
+        let value = if side == Side::K { f32::NAN } else { f32::INFINITY };
+        let name = format!("{value} in {side:?} of token {token}, {case:?} on {}", rig.name());
+        let segments = inputs.cached.cache.segments(&inputs.cached.sequences[0]);
+        let segment = segments.iter().find(|segment| segment.tokens().contains(&token)).expect("a token");
+        let closed = matches!(segment, Segment::Codes { .. });
+        let block = segment.tokens();
+        // A key spoils its channel's scale, and with it every token of a closed block.
+        let seen = |query: usize| match side {
+            Side::K if closed => overlap(&visible(query), &block),
+            _ => visible(query).contains(&token),
+        };
+        // Every tile loads all tokens in 16 bits.
+        let loaded = |query: usize| {
+            let first = query / tile * tile;
+            let last = (first + tile).min(queries) - 1;
+            !closed || overlap(&(visible(first).start..visible(last).end), &block)
+        };
+        let channels = match side {
+            Side::K => 0..dim,
+            Side::V if closed => 40 / v_channels * v_channels..(40 / v_channels + 1) * v_channels,
+            Side::V => 40..41,
+        };
         let (sequence, kv_head) = (0, 1);
         inputs.cached.spoilt = Some(Spoilt { sequence, kv_head, token, side, channel: 40, value });
         let bad = run(&inputs);
         for row in 0..case.rows() {
             let (query, head) = (row / 4, row % 4);
-            let near = head >= 2;
-            let hit = near && seen.contains(&query);
+            let near = query < queries && head >= 2;
+            let (hit, may_be) = (near && seen(query), near && loaded(query));
+            if near {
+                met[if hit {
+                    0
+                } else if may_be {
+                    1
+                } else {
+                    2
+                }] += 1;
+            }
             if side == Side::K && hit {
                 assert!(bad.lse[row].is_nan(), "{name}: lse of query {query}, head {head}");
             } else {
                 // Scores of what a query does not see are masked, whatever they are.
                 assert_eq!(bad.lse[row], good.lse[row], "{name}: lse of query {query}, head {head}");
             }
-            for c in 0..64 {
-                let [bad, good] = [&bad, &good].map(|found| found.out[row * 64 + c]);
-                let place = format!("{name}: query {query}, head {head}, channel {c}");
+            for c in 0..dim {
+                let [bad, good] = [&bad, &good].map(|found| found.out[row * dim + c]);
+                let place = || format!("{name}: query {query}, head {head}, channel {c}");
                 if hit && channels.contains(&c) {
-                    assert!(!bad.is_finite(), "{place}: {bad}");
-                } else if !(near && loaded.contains(&query) && channels.contains(&c)) {
-                    assert_eq!(bad, good, "{place}");
+                    assert!(!bad.is_finite(), "{}: {bad}", place());
+                } else if !(may_be && channels.contains(&c)) {
+                    assert_eq!(bad, good, "{}", place());
                 }
             }
         }
     }
+    assert!(met.iter().all(|count| *count > 0), "{case:?}: {met:?}");
 }
 
 #[test]
@@ -479,10 +546,14 @@ fn plans_refuse_what_no_kernel_can_do() {
         ("max_kv_len", PrefillConfig { max_kv_len: i32::MAX as usize, ..good }),
         ("shape", PrefillConfig { shape: Shape::new((4, 1), 64, (2, 4), 32).heads(), ..good }),
         ("mask", PrefillConfig { mask: Mask::Full, ..good }),
+        ("max_kv_len", PrefillConfig { batch: 30_000, max_kv_len: 1 << 22, ..good }),
     ] {
         match PrefillPlan::new(config) {
             Err(Error::Argument { argument, .. }) => assert_eq!(argument, named),
             other => panic!("{named}: {other:?}"),
         }
     }
+    refuse_dims(&case.shape, |shape, pools| {
+        PrefillPlan::new(PrefillConfig { pools, shape: shape.heads(), ..good }).map(drop)
+    });
 }
