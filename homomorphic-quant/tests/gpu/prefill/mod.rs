@@ -388,7 +388,8 @@ fn bad_sequences_are_reported_and_the_others_stay_right<R: Rig>(rig: &R) {
 
     // (what, first queries, sequences that are bad, queries that stay right). Rows of bad sequences are not written; the last
     // sequence's queries are its last tokens, however many there are.
-    let ranges: [(&str, [u32; 4], Range<u32>, [Range<usize>; 2]); 3] = [
+    type Ranges = (&'static str, [u32; 4], Range<u32>, [Range<usize>; 2]);
+    let ranges: [Ranges; 3] = [
         ("queries that descend, and begin before another's", [0, 5, 4, 26], 1..3, [0..5, 0..0]),
         ("past num_queries", [0, 5, 17, 27], 2..3, [0..5, 5..17]),
         ("more than the most", [0, 5, 18, 26], 1..2, [0..5, 18..26]),
