@@ -38,8 +38,8 @@ struct SparsePlanParams {
     uint32_t page_shift;
     /* Tiles of one unit of work. */
     uint32_t unit_tiles;
-    /* Explicit padding, always 0. */
-    uint32_t _pad;
+    /* Pages of host memory. */
+    uint32_t host_pages;
 };
 
 /* Shape and split of one attention over lists of runs. */

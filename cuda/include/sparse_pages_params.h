@@ -60,6 +60,10 @@ struct SparseCloseParams {
     uint32_t buckets;
     /* 1 where any number of partitions may be closed, 0 where only the one that a decoded token fills. */
     uint32_t bulk;
+    /* Pages of host memory. */
+    uint32_t host_pages;
+    /* Runs of device memory. */
+    uint32_t num_runs;
     /* Explicit padding, always 0. */
     uint32_t _pad;
 };

@@ -4,6 +4,18 @@
 
 #include <stdint.h>
 
+/* What a row of the batch is at a step. */
+enum SparseRow {
+    /* No request: touches nothing, reads nothing. */
+    SPARSE_ROW_IDLE = 0,
+    /* Pages are closed: selects among them. */
+    SPARSE_ROW_SELECTS = 1,
+    /* Nothing is closed: reads its open pages, all of its tokens. */
+    SPARSE_ROW_DENSE = 2,
+    /* Something is wrong with it: reads nothing. */
+    SPARSE_ROW_BAD = 3
+};
+
 /* Shape of one step of bucketed LRU. */
 struct SparseResolveParams {
     /* (Request, KV head) pairs, each with slots of its own. */

@@ -7,7 +7,8 @@
 //! use cuda::fork::Fork;
 //!
 //! let fork = Fork::new(main, side)?; // side goes on when main has come this far
-//! let on_side = fork.view(&view)?;   // a view that was made for main
+//! // SAFETY: nobody writes these words before the join.
+//! let on_side = unsafe { fork.views() }.view(&view)?; // a view that was made for main
 //! // … launches on `fork.side()`, and others on main …
 //! fork.join() // main goes on when side is done
 //! # }
@@ -68,23 +69,13 @@ impl<'q, Q: Queue + ?Sized> Fork<'q, Q> {
         self.side
     }
 
-    /// A view that was made for the main queue, for launches on the side queue until the join.
+    /// Makes views of the main queue's memory for launches on the side queue.
     ///
-    /// # Errors
-    /// [`Error::Argument`] when it was made for another queue.
-    pub fn view<'a, T: Pod>(&self, view: &'a View<'_, T>) -> Result<View<'a, T>, Error> {
-        let handle = self.check(view.stream())?;
-        Ok(view.part(0..view.len())?.for_stream(handle))
-    }
-
-    /// The same for memory that is written. Launches on the main queue must leave it, or what is written of it, alone until the
-    /// join.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] when it was made for another queue.
-    pub fn view_mut<'a, T: Pod>(&self, view: &'a mut ViewMut<'_, T>) -> Result<ViewMut<'a, T>, Error> {
-        let handle = self.check(view.stream())?;
-        Ok(view.reborrow().for_stream(handle))
+    /// # Safety
+    /// Between the fork and its join no launch on the main queue writes what launches on the side queue read through these views, or
+    /// uses what they write, other than by atomics; and the fork is joined or dropped before the memory is used otherwise.
+    pub unsafe fn views(&self) -> SideViews<'_, 'q, Q> {
+        SideViews { fork: self }
     }
 
     fn check(&self, found: StreamHandle) -> Result<StreamHandle, Error> {
@@ -112,6 +103,32 @@ impl<Q: Queue + ?Sized> Drop for Fork<'_, Q> {
             // Whoever drops a fork has an error of his own to report.
             let _ = self.main.follow(self.side);
         }
+    }
+}
+
+/// Views for the side queue of a [`Fork`]; see [`Fork::views`].
+#[derive(Debug)]
+pub struct SideViews<'f, 'q, Q: Queue + ?Sized> {
+    fork: &'f Fork<'q, Q>,
+}
+
+impl<Q: Queue + ?Sized> SideViews<'_, '_, Q> {
+    /// A view that was made for the main queue, for the side queue.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when it was made for another queue.
+    pub fn view<'a, T: Pod>(&self, view: &'a View<'_, T>) -> Result<View<'a, T>, Error> {
+        let handle = self.fork.check(view.stream())?;
+        Ok(view.part(0..view.len())?.for_stream(handle))
+    }
+
+    /// The same for memory that is written.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when it was made for another queue.
+    pub fn view_mut<'a, T: Pod>(&self, view: &'a mut ViewMut<'_, T>) -> Result<ViewMut<'a, T>, Error> {
+        let handle = self.fork.check(view.stream())?;
+        Ok(view.reborrow().for_stream(handle))
     }
 }
 
@@ -162,13 +179,16 @@ mod tests {
             // SAFETY: nobody reads through this view.
             unsafe { View::<u32>::from_raw(0, 4, Space::Host) }.for_stream(stream)
         };
-        assert_eq!(fork.view(&made_for(Some(1))).unwrap().stream(), Some(2));
-        assert_eq!(fork.view(&made_for(None)).unwrap().stream(), None, "a view for every queue stays one");
-        let refused = fork.view(&made_for(Some(3))).unwrap_err().to_string();
+        // SAFETY: nothing is launched.
+        let views = unsafe { fork.views() };
+        let side_of = |view: &View<'_, u32>| views.view(view).map(|view| view.stream());
+        assert_eq!(side_of(&made_for(Some(1))).unwrap(), Some(2));
+        assert_eq!(side_of(&made_for(None)).unwrap(), None, "a view for every queue stays one");
+        let refused = side_of(&made_for(Some(3))).unwrap_err().to_string();
         assert!(refused.contains("made for the main queue"), "{refused}");
         let mut words = [0u32; 4];
         let mut view = ViewMut::host(&mut words).for_stream(Some(1));
-        assert_eq!(fork.view_mut(&mut view).unwrap().stream(), Some(2));
+        assert_eq!(views.view_mut(&mut view).unwrap().stream(), Some(2));
         assert_eq!(view.stream(), Some(1));
     }
 }

@@ -14,10 +14,10 @@ pub const HEADER_DIGESTS: &[(&str, &str)] = &[
     ("merge_states_params.h", "a1ca4ca86a37067ead0a7fdbb4a70c68ff2be74458bddc317fa12c2d18667ee8"),
     ("pack_params.h", "71bdac650f73e5af2c1b6597525ec402a30260efeeccac62f11793faab91c4c4"),
     ("prefill_params.h", "f93a9004cd5e5ab5abeb790f85216c0be42fb93d3065c45041355a4d33d69282"),
-    ("sparse_attend_params.h", "18a584d03a0501efe0b2b325cde70629a4f5aead664e16c7d8e2946dcdb72155"),
+    ("sparse_attend_params.h", "394d2e3867d51a47d1390a9726b641504a686552b755c739311604d46a92a859"),
     ("sparse_gather_params.h", "b28e09e1db8b5a9695c604f481db3990c24d89da35da185ed35edf5b9d0e7aae"),
-    ("sparse_pages_params.h", "fcb3107a738de2225e095fe410725ab390c81f6820bdd61aabd5cbca805fa06c"),
-    ("sparse_resolve_params.h", "18d1d02a7a63efa749d70cd8e7e86eefab688d7ae26a0b02870bd44a6d28f2ca"),
+    ("sparse_pages_params.h", "19472e9b7e75ac6d8d594aba9e5fdd2d164c66b79e47c4229abe838b0103c536"),
+    ("sparse_resolve_params.h", "5a3c7530aa3099bd6bcf0a35ad0c4df190ec0511f6a5f267825fecc7d6bf071f"),
     ("sparse_select_params.h", "33a92990342ab8f309688498d6c9b2307f5146d6d43b6eeb12aa3f4222b50d0f"),
     ("status_params.h", "b003ec44af62bb463ae9f885e8f21e12f5456f50b5e8509bf8b40a7f539401a9"),
 ];
@@ -1117,8 +1117,8 @@ pub struct SparsePlanParams {
     pub page_shift: u32,
     #[doc = " Tiles of one unit of work."]
     pub unit_tiles: u32,
-    #[doc = " Explicit padding, always 0."]
-    pub _pad: u32,
+    #[doc = " Pages of host memory."]
+    pub host_pages: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -1140,7 +1140,8 @@ const _: () = {
         [::core::mem::offset_of!(SparsePlanParams, page_shift) - 28usize];
     ["Offset of field: SparsePlanParams::unit_tiles"]
         [::core::mem::offset_of!(SparsePlanParams, unit_tiles) - 32usize];
-    ["Offset of field: SparsePlanParams::_pad"][::core::mem::offset_of!(SparsePlanParams, _pad) - 36usize];
+    ["Offset of field: SparsePlanParams::host_pages"]
+        [::core::mem::offset_of!(SparsePlanParams, host_pages) - 36usize];
 };
 #[doc = " Shape and split of one attention over lists of runs."]
 #[repr(C)]
@@ -1322,12 +1323,16 @@ pub struct SparseCloseParams {
     pub buckets: u32,
     #[doc = " 1 where any number of partitions may be closed, 0 where only the one that a decoded token fills."]
     pub bulk: u32,
+    #[doc = " Pages of host memory."]
+    pub host_pages: u32,
+    #[doc = " Runs of device memory."]
+    pub num_runs: u32,
     #[doc = " Explicit padding, always 0."]
     pub _pad: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SparseCloseParams"][::core::mem::size_of::<SparseCloseParams>() - 48usize];
+    ["Size of SparseCloseParams"][::core::mem::size_of::<SparseCloseParams>() - 56usize];
     ["Alignment of SparseCloseParams"][::core::mem::align_of::<SparseCloseParams>() - 4usize];
     ["Offset of field: SparseCloseParams::rows"][::core::mem::offset_of!(SparseCloseParams, rows) - 0usize];
     ["Offset of field: SparseCloseParams::kv_heads"]
@@ -1348,7 +1353,11 @@ const _: () = {
     ["Offset of field: SparseCloseParams::buckets"]
         [::core::mem::offset_of!(SparseCloseParams, buckets) - 36usize];
     ["Offset of field: SparseCloseParams::bulk"][::core::mem::offset_of!(SparseCloseParams, bulk) - 40usize];
-    ["Offset of field: SparseCloseParams::_pad"][::core::mem::offset_of!(SparseCloseParams, _pad) - 44usize];
+    ["Offset of field: SparseCloseParams::host_pages"]
+        [::core::mem::offset_of!(SparseCloseParams, host_pages) - 44usize];
+    ["Offset of field: SparseCloseParams::num_runs"]
+        [::core::mem::offset_of!(SparseCloseParams, num_runs) - 48usize];
+    ["Offset of field: SparseCloseParams::_pad"][::core::mem::offset_of!(SparseCloseParams, _pad) - 52usize];
 };
 #[doc = " Pools and tables of one write-back."]
 #[repr(C)]
@@ -1391,6 +1400,16 @@ const _: () = {
     ["Offset of field: SparseFlushParams::run_bytes"]
         [::core::mem::offset_of!(SparseFlushParams, run_bytes) - 28usize];
 };
+#[doc = " No request: touches nothing, reads nothing."]
+pub const SPARSE_ROW_IDLE: SparseRow = 0;
+#[doc = " Pages are closed: selects among them."]
+pub const SPARSE_ROW_SELECTS: SparseRow = 1;
+#[doc = " Nothing is closed: reads its open pages, all of its tokens."]
+pub const SPARSE_ROW_DENSE: SparseRow = 2;
+#[doc = " Something is wrong with it: reads nothing."]
+pub const SPARSE_ROW_BAD: SparseRow = 3;
+#[doc = " What a row of the batch is at a step."]
+pub type SparseRow = ::core::ffi::c_uint;
 #[doc = " Shape of one step of bucketed LRU."]
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

@@ -52,6 +52,7 @@ pub(super) fn gpu(criterion: &mut Criterion) {
         let (selected, open_table) = (upload(&numbers), upload(&vec![0; rows]));
         let (misses, num_misses) = (upload(&vec![NONE; rows * pages * 4]), upload(&vec![0; rows]));
         let lens = upload(&vec![(pages * tokens) as u32; requests]);
+        let host_table = upload(&vec![0; requests * pages]);
         let closed = upload(&vec![(pages * tokens) as u32; rows]);
         let some: Vec<bf16> = Inputs::Normal.generate(1024, DIM, 1);
         let mut runs = stream.alloc_zeros::<bf16>(extent.runs * extent.page.elements()).expect("allocate");
@@ -83,6 +84,8 @@ pub(super) fn gpu(criterion: &mut Criterion) {
                         ],
                         slot_table: &View::device(&slot_table, &stream),
                         open_table: &View::device(&open_table, &stream),
+                        host_table: &View::device(&host_table, &stream),
+                        rows: None,
                         page_len: None,
                         kv_len: &View::device(&lens, &stream),
                         closed: &View::device(&closed, &stream),

@@ -75,7 +75,7 @@ pub(super) fn resolve(criterion: &mut Criterion) {
             step += 1;
             let args = ResolveArgs {
                 selected: &View::device(&steps[step % 2], stream),
-                active: None,
+                rows: None,
                 epochs: None,
                 prefetch: false,
                 owners: ViewMut::device(&mut owners, stream),
@@ -125,6 +125,7 @@ pub(super) fn gather(criterion: &mut Criterion) {
         let bytes = host_pages * ROWS * page.bytes();
         let host = Mapped::<u8>::zeroed(&bench.gpu, bytes, MappedKind::Cached).expect("pinned memory");
         let mut device = stream.alloc_zeros::<u8>(device_pages * page.bytes()).expect("allocate");
+        let mut owners = stream.alloc_zeros::<u32>(ROWS * misses).expect("allocate");
         let mut status = StatusWord::new(&stream).expect("allocate");
         // What a grid of its own choice, one large copy and a copy per run reach on this link.
         let measured =
@@ -148,6 +149,7 @@ pub(super) fn gather(criterion: &mut Criterion) {
                 slot_table: &View::device(&slot_table, stream),
                 host: &host.view(),
                 device: ViewMut::device(&mut device, stream),
+                owners: ViewMut::device(&mut owners, stream),
                 status: status.view_mut(stream),
             };
             kernel.run(stream, args).expect("run");

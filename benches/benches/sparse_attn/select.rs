@@ -87,6 +87,7 @@ pub(super) fn gpu(criterion: &mut Criterion) {
                 summaries: &View::device(&summaries, stream),
                 num_partitions: &View::device(&counts, stream),
                 budget: &View::device(&budget, stream),
+                rows: None,
                 epoch: None,
                 aggregated: ViewMut::device(&mut aggregated, stream),
                 selected: ViewMut::device(&mut selected, stream),

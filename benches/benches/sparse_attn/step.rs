@@ -54,7 +54,7 @@ pub(super) fn gpu(criterion: &mut Criterion) {
         let mut counts = stream.clone_htod(&tables.counts).expect("copy");
         let mut closed = upload(&vec![tokens as u32; rows]);
         let mut partitions = upload(&vec![(tokens / 16) as u32; rows]);
-        let mut epoch = upload(&tables.epoch);
+        let (mut epoch, mut states) = (upload(&tables.epoch), upload(&tables.rows));
         let some: Vec<bf16> = Inputs::Normal.generate(1000, DIM, 1);
         let summaries: Vec<bf16> = some.into_iter().cycle().take(plan.summary_elements()).collect();
         let mut summaries = stream.clone_htod(&summaries).expect("copy");
@@ -80,7 +80,7 @@ pub(super) fn gpu(criterion: &mut Criterion) {
             let (k, lens) = (View::device(&k, stream), View::device(&lens, stream));
             let args = StepArgs {
                 q: &View::device(&q, stream),
-                new: NewTokens { k: &k, v: &k, kv_len: &lens },
+                new: NewTokens { k: &k, v: &k, kv_len: &lens, new_len: None },
                 budget: &View::device(&budget, stream),
                 state: State {
                     owners: ViewMut::device(&mut owners, stream),
@@ -93,6 +93,7 @@ pub(super) fn gpu(criterion: &mut Criterion) {
                     epoch: ViewMut::device(&mut epoch, stream),
                     counts: ViewMut::device(&mut counts, stream),
                     summaries: ViewMut::device(&mut summaries, stream),
+                    rows: ViewMut::device(&mut states, stream),
                 },
                 memories: Memories {
                     runs: ViewMut::device(&mut runs, stream),

@@ -196,7 +196,7 @@ impl GpuRig {
     /// The reason why there is no stream.
     pub fn on_own_stream(self) -> Result<Self, String> {
         let context = self.gpu.context();
-        // SAFETY: this rig's views carry no events, and all its work is ordered by its one stream.
+        // SAFETY: this rig's views carry no events, and all its work is ordered by its one stream, on the side by forks and joins.
         unsafe { context.disable_event_tracking() };
         let stream = || context.new_stream().map_err(|error| format!("cuStreamCreate: {}", error.0 as u32));
         let (stream, side) = (stream()?, stream()?);
@@ -263,7 +263,7 @@ impl Rig for GpuRig {
         let graph = captured.unwrap_or_else(|error| panic!("capture on {}: {error}", self.name()));
         Box::new(move || {
             // SAFETY: the buffers that the launches use are borrowed as long as this closure lives, and all work of this rig
-            // is ordered by its one stream.
+            // is ordered by its one stream, on the side by forks and joins.
             unsafe { graph.replay(&self.stream) }
                 .unwrap_or_else(|error| panic!("replay on {}: {error}", self.name()));
         })
@@ -280,13 +280,13 @@ impl Rig for GpuRig {
 
     fn view<'a, T: Pod>(&self, buffer: &'a GpuBuffer<T>) -> View<'a, T> {
         let space = Space::Device(self.stream.context().ordinal());
-        // SAFETY: the borrow keeps the allocation alive, and all work of this rig is ordered by its one stream.
+        // SAFETY: the borrow keeps the allocation alive, and all work of this rig is ordered by its one stream, on the side by forks and joins.
         unsafe { View::from_raw(buffer.address, buffer.len, space) }
     }
 
     fn view_mut<'a, T: Pod>(&self, buffer: &'a mut GpuBuffer<T>) -> ViewMut<'a, T> {
         let space = Space::Device(self.stream.context().ordinal());
-        // SAFETY: the borrow keeps the allocation alive and exclusive, and all work of this rig is ordered by its one stream.
+        // SAFETY: the borrow keeps the allocation alive and exclusive, and all work of this rig is ordered by its one stream, on the side by forks and joins.
         unsafe { ViewMut::from_raw(buffer.address, buffer.len, space) }
     }
 

@@ -1,8 +1,8 @@
 // Appends the keys and values of new tokens to the open pages of each request.
 //
 // k_new       [requests, tokens, kv_heads, k_bytes], v_new [requests, tokens, kv_heads, v_bytes], 16-byte aligned; keys after RoPE
-// kv_len      [requests] u32, tokens of each request with the new ones: new token i is token kv_len − tokens + i, and does not
-//             exist where that is negative
+// kv_len      [requests] u32, tokens of each request with the new ones: new token i is token kv_len − tokens + i
+// new_len     [requests] u32, how many of the new tokens exist, the last ones; null where all do, or as many as kv_len has
 // closed      [rows] u32, tokens in closed pages, row = request · kv_heads + kv_head
 // open_table  [rows, max_open] u32, run of each open page
 // runs        [num_runs, K [page, k_bytes] | V [page, v_bytes]], 16-byte aligned
@@ -23,14 +23,15 @@
 constexpr uint32_t THREADS = 128;
 
 KERNEL(128, 8)
-sparse_append(const uint8_t* k_new, const uint8_t* v_new, const uint32_t* kv_len, const uint32_t* closed,
-              const uint32_t* open_table, uint8_t* runs, uint64_t* status,
+sparse_append(const uint8_t* k_new, const uint8_t* v_new, const uint32_t* kv_len, const uint32_t* new_len,
+              const uint32_t* closed, const uint32_t* open_table, uint8_t* runs, uint64_t* status,
               const __grid_constant__ SparseAppendParams params) {
     const uint32_t request = blockIdx.x / params.tokens;
     const uint32_t number = blockIdx.x % params.tokens;
     grid_dependency_wait();
     const uint32_t len = kv_len[request];
-    if (static_cast<uint64_t>(len) + number < params.tokens) return;
+    const uint32_t exist = new_len == nullptr ? len : min(new_len[request], len);
+    if (static_cast<uint64_t>(exist) + number < params.tokens) return;
     const uint32_t token = len + number - params.tokens;
 
     const uint32_t k_chunks = params.k_bytes / 16;

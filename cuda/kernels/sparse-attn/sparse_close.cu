@@ -1,6 +1,8 @@
 // Closes open pages that fill whole partitions: they become pages that can be selected, and take slots by exchanging runs with them.
 //
-// kv_len      [requests] u32, tokens of each request
+// kv_len      [requests] u32, tokens of each request; 0 where there is none
+// host_table  [requests, max_pages] u32, host page of each page of a request
+// rows        [rows] u32, out: a SparseRow
 // closed      [rows] u32, tokens in closed pages, row = request · kv_heads + kv_head; updated
 // partitions  [rows] u32, closed partitions; updated          epoch [rows] u32, how often the row's index has changed; updated
 // owners      [rows, slots] u32, page of each slot, 0xffffffff for a free one; updated
@@ -8,13 +10,14 @@
 // slot_table  [rows, slots] u32, run of each slot; updated    open_table [rows, max_open] u32, run of each open page; updated
 // closing     [rows, max_closing] SparseClosing, out: the pages that were closed, in order; num_closing [rows] u32, out
 // counts      [rows] SparseCounts, `evicted` added to
-// status      first fault, with the row: FAULT_BAD_LENGTH for more open tokens than the table holds, pages past a table's end, more
-//             partitions than one where params.bulk is 0, or no slot that may go. Such a row keeps its state.
+// status      first fault, with the row: FAULT_BAD_LENGTH for fewer tokens than are closed, more open ones than the table holds,
+//             pages past a table's end, more partitions than one where params.bulk is 0, or no slot that may go; FAULT_BAD_PAGE
+//             for a page without a run or a place in host memory. Such a row keeps its state and is bad.
 //
 // A context stays open as a whole while it has at most dense_tokens tokens. The one partition that a decoded token fills later
 // gets slots like any page that is fetched between steps, free ones first, then the oldest whose page may go, one page after the
-// other; it is dirty. More than that at once (a prompt) go to host memory before the next step, and only the last of
-// them, as many as there are free slots, also get these. No bytes move here: a slot takes over the run of the open page and leaves
+// other. More than that at once (a prompt) go to host memory before the next step, and only the last of them, as many as
+// there are free slots, also get these. Pages in slots are dirty until they are written. No bytes move here: a slot takes over the run of the open page and leaves
 // its own for later tokens.
 //
 // Arch:    sm_80 and later.
@@ -49,24 +52,24 @@ struct RowTables {
     SparseClosing* closing;
 
     // Gives open page `open`, which is page `page` from now on, the slot. One thread calls.
-    DEVICE void place(uint32_t open, uint32_t page, uint32_t slot, bool is_dirty, SparseClosing& entry) const {
+    DEVICE void place(uint32_t open, uint32_t page, uint32_t slot, SparseClosing& entry) const {
         const uint32_t run = open_table[open];
         entry = {page, run, slot, owners[slot]};
         open_table[open] = slot_table[slot];
         slot_table[slot] = run;
         owners[slot] = page;
         ages[slot] = 0;
-        dirty[slot] = is_dirty ? 1 : 0;
+        dirty[slot] = 1;
     }
 
     // How soon a slot goes: 0 for one that may not, more for an older page, most for a free slot.
     DEVICE uint32_t eviction_age(uint32_t slot, uint32_t buckets) const {
-        return owners[slot] == NONE ? buckets + 1 : dirty[slot] != 0 ? 0 : ages[slot] + 1u;
+        return owners[slot] == NONE ? buckets + 1 : dirty[slot] != 0 ? 0 : min(ages[slot] + 1u, buckets);
     }
 };
 
 KERNEL(128, 8)
-sparse_close(const uint32_t* kv_len, uint32_t* closed, uint32_t* partitions, uint32_t* epoch, uint32_t* owners,
+sparse_close(const uint32_t* kv_len, const uint32_t* host_table, uint32_t* rows, uint32_t* closed, uint32_t* partitions, uint32_t* epoch, uint32_t* owners,
              uint8_t* ages, uint8_t* dirty, uint32_t* slot_table, uint32_t* open_table, SparseClosing* closing,
              uint32_t* num_closing, SparseCounts* counts, uint64_t* status,
              const __grid_constant__ SparseCloseParams params) {
@@ -89,7 +92,15 @@ sparse_close(const uint32_t* kv_len, uint32_t* closed, uint32_t* partitions, uin
     const bool dense = before == 0 && open <= params.dense_tokens;
     const uint32_t count = dense ? 0 : open / partition;
     if (count == 0) {
-        if (threadIdx.x == 0) num_closing[row] = 0;
+        if (threadIdx.x == 0) {
+            num_closing[row] = 0;
+            const bool lost = tokens != 0 && tokens < before;
+            if (lost) report_fault(status, FAULT_BAD_LENGTH, row);
+            rows[row] = tokens == 0   ? SPARSE_ROW_IDLE
+                        : lost        ? SPARSE_ROW_BAD
+                        : before == 0 ? SPARSE_ROW_DENSE
+                                      : SPARSE_ROW_SELECTS;
+        }
         return;
     }
     const bool decoded = before > 0 && count == 1;
@@ -109,10 +120,20 @@ sparse_close(const uint32_t* kv_len, uint32_t* closed, uint32_t* partitions, uin
     const bool fits = open <= static_cast<uint64_t>(params.max_open) << params.page_shift &&
                       pages <= params.max_closing && static_cast<uint64_t>(first_page) + pages <= params.max_pages &&
                       (decoded ? available >= pages : params.bulk != 0);
-    if (!fits) {
+    bool safe = true;
+    if (fits) {
+        const uint32_t* const places = host_table + static_cast<uint64_t>(row / params.kv_heads) * params.max_pages + first_page;
+        for (uint32_t i = threadIdx.x; i < pages; i += THREADS) {
+            safe = safe && places[i] < params.host_pages && tables.open_table[i] < params.num_runs;
+        }
+    }
+    uint32_t unsafe_pages;
+    block_sum_before(safe ? 0u : 1u, unsafe_pages, shared.of_warp);
+    if (!fits || unsafe_pages != 0) {
         if (threadIdx.x == 0) {
             num_closing[row] = 0;
-            report_fault(status, FAULT_BAD_LENGTH, row);
+            rows[row] = SPARSE_ROW_BAD;
+            report_fault(status, fits ? FAULT_BAD_PAGE : FAULT_BAD_LENGTH, row);
         }
         return;
     }
@@ -132,7 +153,7 @@ sparse_close(const uint32_t* kv_len, uint32_t* closed, uint32_t* partitions, uin
             __syncthreads();
             if (threadIdx.x == 0) {
                 const uint32_t slot = 0xffffu - (shared.best & 0xffffu);
-                tables.place(i, first_page + i, slot, true, tables.closing[i]);
+                tables.place(i, first_page + i, slot, tables.closing[i]);
                 if (tables.closing[i].evicted != NONE) counts[row].evicted += 1;
             }
         }
@@ -155,7 +176,7 @@ sparse_close(const uint32_t* kv_len, uint32_t* closed, uint32_t* partitions, uin
             const uint32_t found = __ballot_sync(FULL_WARP, is_free(slot));
             const uint32_t i = warm + rank + __popc(found & ((1u << lane_index()) - 1));
             if ((found >> lane_index() & 1) != 0 && i < pages) {
-                tables.place(i, first_page + i, slot, false, tables.closing[i]);
+                tables.place(i, first_page + i, slot, tables.closing[i]);
             }
             rank += __popc(found);
         }
@@ -174,5 +195,6 @@ sparse_close(const uint32_t* kv_len, uint32_t* closed, uint32_t* partitions, uin
         partitions[row] += count;
         epoch[row] += 1;
         num_closing[row] = pages;
+        rows[row] = SPARSE_ROW_SELECTS;
     }
 }

@@ -6,9 +6,10 @@
 // slot_table  [rows, slots] u32, device run of each slot
 // host        [host_pages, kv_heads, run_bytes], 16-byte aligned: mapped host memory, read over the link
 // device      [device_pages, run_bytes], 16-byte aligned
+// owners      [rows, slots] u32, page of each slot: 0xffffffff, free again, where no page arrived
 // status      first fault, with the row: FAULT_BAD_LENGTH for more misses than the list holds (the row is skipped),
 //             FAULT_BAD_INDEX for a slot or a device run out of range (skipped), FAULT_BAD_PAGE for a page or host page out of
-//             range (the slot's run becomes zeros: nothing stale is ever served)
+//             range (the slot's run becomes zeros: nothing stale is ever served, nor taken for the page later)
 //
 // Host memory may be written by the CPU during the launch, elsewhere: it is read by coherent loads, never through the
 // read-only path.
@@ -32,15 +33,21 @@ constexpr uint32_t WARPS = THREADS / WARP_SIZE;
 
 KERNEL(256, 4)
 sparse_gather(const SparseMiss* misses, const uint32_t* num_misses, const uint32_t* host_table,
-              const uint32_t* slot_table, const uint8_t* host, uint8_t* device, uint64_t* status,
+              const uint32_t* slot_table, const uint8_t* host, uint8_t* device, uint32_t* owners, uint64_t* status,
               const __grid_constant__ SparseGatherParams params) {
     grid_dependency_wait();
     for_shared_items<WARPS>(num_misses, params.rows, params.max_selected, status, [&](uint32_t row, uint32_t item) {
         const SparseMiss miss = misses[static_cast<uint64_t>(row) * params.max_selected + item];
         uint32_t to = params.device_pages;
         if (miss.slot < params.slots) to = slot_table[static_cast<uint64_t>(row) * params.slots + miss.slot];
+        // A page that does not arrive must not be taken for one that is there.
+        const auto forget = [&](uint32_t code) {
+            if (lane_index() != 0) return;
+            report_fault(status, code, row);
+            if (miss.slot < params.slots) owners[static_cast<uint64_t>(row) * params.slots + miss.slot] = 0xffffffffu;
+        };
         if (to >= params.device_pages) {
-            if (lane_index() == 0) report_fault(status, FAULT_BAD_INDEX, row);
+            forget(FAULT_BAD_INDEX);
             return;
         }
         const uint32_t request = row / params.kv_heads;
@@ -52,8 +59,8 @@ sparse_gather(const SparseMiss* misses, const uint32_t* num_misses, const uint32
         const uint8_t* from = nullptr;
         if (page < params.host_pages) {
             from = host + (static_cast<uint64_t>(page) * params.kv_heads + kv_head) * params.run_bytes;
-        } else if (lane_index() == 0) {
-            report_fault(status, FAULT_BAD_PAGE, row);
+        } else {
+            forget(FAULT_BAD_PAGE);
         }
         copy_run(device + static_cast<uint64_t>(to) * params.run_bytes, from, params.run_bytes);
     });

@@ -3,6 +3,8 @@
 // selected    [rows, max_selected] u32, 0xffffffff is padding; slot_of [rows, max_selected] u32; misses [rows, max_selected]
 //             SparseMiss, num_misses [rows] u32: as sparse_resolve leaves them
 // slot_table  [rows, slots] u32, run of each slot         open_table [rows, max_open] u32, run of each open page
+// host_table  [requests, max_pages] u32, host page of each page of a request
+// rows        [rows] u32, a SparseRow each, or null: idle and bad ones read nothing
 // page_len    [rows, max_pages] u8, tokens of each page, or null where all pages are full
 // kv_len      [requests] u32, tokens of each request      closed [rows] u32, of these in pages that can be selected
 // hits        [rows, max_selected + max_open] SparseEntry, out: pages that were resident in the order of selection, then open
@@ -11,7 +13,7 @@
 // hit_unit, missed_unit   [rows + 1] u32, out: units of work of a row, summed over the rows before (tile/split_plan.cuh)
 // arrivals    [1] u32, zero before and after the launch
 // status      first fault, with the row: FAULT_BAD_LENGTH for fewer tokens than are closed, or more open ones than the table holds;
-//             FAULT_BAD_INDEX for a slot, FAULT_BAD_PAGE for a run or page out of range. Such a row reads nothing.
+//             FAULT_BAD_INDEX for a slot, FAULT_BAD_PAGE for a run, page or host page out of range. Such a row reads nothing.
 //
 // A request whose context fits the budget has closed nothing: its hits are its open pages, all of its tokens in order. A unit
 // is unit_tiles tiles of 64 tokens; an empty list has one unit, whose block writes its zeros.
@@ -86,8 +88,8 @@ struct RowTables {
 
 KERNEL(128, 8)
 sparse_plan(const uint32_t* selected, const uint32_t* slot_of, const SparseMiss* misses, const uint32_t* num_misses,
-            const uint32_t* slot_table, const uint32_t* open_table, const uint8_t* page_len, const uint32_t* kv_len,
-            const uint32_t* closed, SparseEntry* hits, uint32_t* num_hits, SparseEntry* missed, uint32_t* num_missed,
+            const uint32_t* slot_table, const uint32_t* open_table, const uint32_t* host_table, const uint32_t* rows,
+            const uint8_t* page_len, const uint32_t* kv_len, const uint32_t* closed, SparseEntry* hits, uint32_t* num_hits, SparseEntry* missed, uint32_t* num_missed,
             uint32_t* hit_unit, uint32_t* missed_unit, uint32_t* arrivals, uint64_t* status,
             const __grid_constant__ SparsePlanParams params) {
     DYNAMIC_SHARED(shared_bytes);
@@ -106,10 +108,13 @@ sparse_plan(const uint32_t* selected, const uint32_t* slot_of, const SparseMiss*
     if (threadIdx.x == 0) shared.fault = FAULT_NONE;
     __syncthreads();
 
-    const uint32_t absent = min(num_misses[row], params.max_selected);
+    const bool reads = rows == nullptr || rows[row] == SPARSE_ROW_SELECTS || rows[row] == SPARSE_ROW_DENSE;
+    const uint32_t* const places = host_table + static_cast<uint64_t>(row / params.kv_heads) * params.max_pages;
+    const uint32_t absent = reads ? min(num_misses[row], params.max_selected) : 0;
     for (uint32_t i = threadIdx.x; i < absent; i += THREADS) {
         const SparseMiss miss = misses[i];
         missed[i] = tables.entry(miss.page, miss.slot);
+        if (miss.page < params.max_pages && places[miss.page] >= params.host_pages) atomicMax(&shared.fault, FAULT_BAD_PAGE);
         if (miss.place < params.max_selected) atomicOr(&is_miss[miss.place / 32], 1u << miss.place % 32);
     }
     __syncthreads();
@@ -119,7 +124,7 @@ sparse_plan(const uint32_t* selected, const uint32_t* slot_of, const SparseMiss*
     const uint32_t begin = min(warp_index() * stretch, params.max_selected);
     const uint32_t end = min(begin + stretch, params.max_selected);
     const auto is_hit = [&](uint32_t place) {
-        return place < end && slot_of[place] != NONE && (is_miss[place / 32] >> place % 32 & 1) == 0;
+        return reads && place < end && slot_of[place] != NONE && (is_miss[place / 32] >> place % 32 & 1) == 0;
     };
     uint32_t mine = 0;
     for (uint32_t first = begin; first < end; first += WARP_SIZE) mine += is_hit(first + lane_index()) ? 1 : 0;
@@ -138,7 +143,7 @@ sparse_plan(const uint32_t* selected, const uint32_t* slot_of, const SparseMiss*
 
     // Open pages, all full but the last.
     const uint32_t tokens = kv_len[row / params.kv_heads];
-    const uint32_t open = tokens >= closed[row] ? tokens - closed[row] : NONE;
+    const uint32_t open = !reads ? 0 : tokens >= closed[row] ? tokens - closed[row] : NONE;
     const uint32_t page = 1u << params.page_shift;
     uint32_t open_pages = 0;
     if (open > static_cast<uint64_t>(params.max_open) << params.page_shift) {

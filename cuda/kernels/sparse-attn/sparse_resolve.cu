@@ -1,7 +1,7 @@
 // One step of bucketed LRU: makes selected pages resident in a few slots, and lists those that have to be fetched.
 //
 // selected [rows, max_selected] u32, every page of a row once; 0xffffffff is padding, anywhere
-// active   [rows] u32, or null: rows with 0 are padding of the batch and touch no state
+// rows     [rows] u32, a SparseRow each, or null: others than SPARSE_ROW_SELECTS touch no state; one at fault becomes bad
 // selected_epoch, epoch [rows] u32, or both null: state of the row's index that the selection was made for, and the state now
 // owners   [rows, slots] u32, page of each slot, 0xffffffff for a free one; updated
 // ages     [rows, slots] u8, steps since a slot was used, below `buckets`; updated
@@ -113,7 +113,7 @@ DEVICE void find_threshold(uint32_t need, uint32_t buckets, Shared& shared) {
 }
 
 KERNEL(256, 2)
-sparse_resolve(const uint32_t* selected, const uint32_t* active, const uint32_t* selected_epoch, const uint32_t* epoch,
+sparse_resolve(const uint32_t* selected, uint32_t* rows, const uint32_t* selected_epoch, const uint32_t* epoch,
                uint32_t* owners, uint8_t* ages, const uint8_t* dirty, uint32_t* slot_of, SparseMiss* misses,
                uint32_t* num_misses, SparseCounts* counts, uint64_t* status,
                const __grid_constant__ SparseResolveParams params) {
@@ -134,11 +134,16 @@ sparse_resolve(const uint32_t* selected, const uint32_t* active, const uint32_t*
 
     grid_dependency_wait();
     const bool stale = epoch != nullptr && selected_epoch[row] != epoch[row];
-    if (stale || (active != nullptr && active[row] == 0)) {
+    const bool selects = rows == nullptr || rows[row] == SPARSE_ROW_SELECTS;
+    __syncthreads();  // everyone has read the row's state
+    if (stale || !selects) {
         for (uint32_t place = threadIdx.x; place < params.max_selected; place += THREADS) slot_of[place] = NONE;
         if (threadIdx.x == 0) {
             num_misses[row] = 0;
-            if (stale) report_fault(status, FAULT_STALE, row);
+            if (stale && selects) {
+                report_fault(status, FAULT_STALE, row);
+                if (rows != nullptr) rows[row] = SPARSE_ROW_BAD;
+            }
         }
         return;
     }
@@ -201,6 +206,7 @@ sparse_resolve(const uint32_t* selected, const uint32_t* active, const uint32_t*
         if (threadIdx.x == 0) {
             num_misses[row] = 0;
             report_fault(status, shared.repeated != 0 ? FAULT_BAD_INDEX : FAULT_BAD_LENGTH, row);
+            if (rows != nullptr) rows[row] = SPARSE_ROW_BAD;
         }
         return;
     }

@@ -4,12 +4,12 @@
 //
 // q           [rows, group, DIM] KV_DTYPE, row = request · kv_heads + kv_head
 // summaries   [rows, max_partitions, ROW_DIM] KV_DTYPE, 16-byte aligned; ROW_DIM is DIM for SPARSE_MEAN, else 2·DIM
-// num_partitions [rows] u32
+// num_partitions [rows] u32           rows [rows] u32, a SparseRow each, or null: others than SPARSE_ROW_SELECTS have no partition
 // scores      [rows, group, max_partitions] f32, out: unscaled, those of the row's partitions
 // sums        [rows, blocks, group, 2] f32, out: maximum and sum of the scaled scores of each block's partitions
 // status      first fault: FAULT_BAD_LENGTH with a row of more partitions than there is room for; it is scored as if it had none
 //
-// x is [q⁻, q⁺] for minimum and maximum (Quest: q⁻·min + q⁺·max = Σ max(q·min, q·max)), [q, |q|] for centre and distance,
+// Keys are finite. x is [q⁻, q⁺] for minimum and maximum (Quest: q⁻·min + q⁺·max = Σ max(q·min, q·max)), [q, |q|] for centre and distance,
 // [q, w·|q|] for mean and deviation, q for the mean; its parts are exact in KV_DTYPE, apart from w·|q|, which is rounded to it.
 // Gated blocks (SeerAttention-R) and centroids (RetroInfer) are scored as means are. f32 sums in the order of the tensor cores;
 // sums of integers below 2²⁴ are exact.
@@ -24,6 +24,7 @@
 #include "ptx/mma.cuh"
 #include "ptx/shuffle.cuh"
 #include "ptx/sync.cuh"
+#include "sparse_resolve_params.h"
 #include "sparse_select_params.h"
 #include "status_params.h"
 #include "tile/fragment.cuh"
@@ -63,7 +64,7 @@ DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 }
 
 KERNEL(128, 4)
-sparse_score(const Element* q, const Element* summaries, const uint32_t* num_partitions, float* scores, float* sums,
+sparse_score(const Element* q, const Element* summaries, const uint32_t* num_partitions, const uint32_t* rows, float* scores, float* sums,
              uint64_t* status, const __grid_constant__ SparseScoreParams params) {
     DYNAMIC_SHARED(shared_bytes);
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes + COLUMNS * Q_ROW);
@@ -79,7 +80,7 @@ sparse_score(const Element* q, const Element* summaries, const uint32_t* num_par
         const float x = column < params.group ? expanded(query, i, params) : 0.0f;
         *reinterpret_cast<Element*>(shared_bytes + column * Q_ROW + i * 2) = from_f32<Element>(x);
     }
-    uint32_t count = num_partitions[row];
+    uint32_t count = rows == nullptr || rows[row] == SPARSE_ROW_SELECTS ? num_partitions[row] : 0;
     if (count > params.max_partitions) {
         if (blockIdx.x == 0 && threadIdx.x == 0) report_fault(status, FAULT_BAD_LENGTH, row);
         count = 0;

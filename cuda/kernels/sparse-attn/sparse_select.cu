@@ -5,6 +5,7 @@
 // num_partitions [rows] u32          budget [rows] u32, pages that a row may select, kept ones included
 // first_page  [rows, max_partitions + 1] u32, first page of each partition and the end of the last; null where partition j is
 //             pages [j·partition_pages, (j + 1)·partition_pages)
+// rows        [rows] u32, a SparseRow each, or null: others than SPARSE_ROW_SELECTS select nothing, and one at fault becomes bad
 // epoch       [rows] u32, or null: copied to selected_epoch [rows] u32
 // aggregated  [rows, max_partitions] f32, out: the group's score of each partition
 // selected    [rows, max_selected] u32, out: pages in increasing order, then 0xffffffff; wholly written
@@ -25,6 +26,7 @@
 #include "core.cuh"
 #include "ptx/shuffle.cuh"
 #include "ptx/sync.cuh"
+#include "sparse_resolve_params.h"
 #include "sparse_select_params.h"
 #include "status_params.h"
 #include "tile/block_scan.cuh"
@@ -199,7 +201,7 @@ DEVICE void write_taken(uint32_t count, uint32_t* to, uint32_t room, const First
 
 KERNEL(512, 2)
 sparse_select(const float* scores, const float* sums, const uint32_t* num_partitions, const uint32_t* budget,
-              const uint32_t* first_page, const uint32_t* epoch, float* aggregated, uint32_t* selected, uint32_t* estimated,
+              const uint32_t* first_page, uint32_t* rows, const uint32_t* epoch, float* aggregated, uint32_t* selected, uint32_t* estimated,
               uint32_t* selected_epoch, uint64_t* status, const __grid_constant__ SparseSelectParams params) {
     DYNAMIC_SHARED(shared_bytes);
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
@@ -210,8 +212,9 @@ sparse_select(const float* scores, const float* sums, const uint32_t* num_partit
 
     grid_dependency_wait();
     if (threadIdx.x == 0 && epoch != nullptr) selected_epoch[row] = epoch[row];
-    const uint32_t count = num_partitions[row];
-    const uint32_t room = budget[row];
+    const bool selects = rows == nullptr || rows[row] == SPARSE_ROW_SELECTS;
+    const uint32_t count = selects ? num_partitions[row] : 0;
+    const uint32_t room = selects ? budget[row] : 0;
     Partitions partitions;
     partitions.first_page =
         first_page == nullptr ? nullptr : first_page + static_cast<uint64_t>(row) * (params.max_partitions + 1);
@@ -244,7 +247,10 @@ sparse_select(const float* scores, const float* sums, const uint32_t* num_partit
             estimated += static_cast<uint64_t>(row) * params.max_estimated;
             for (uint32_t place = threadIdx.x; place < params.max_estimated; place += THREADS) estimated[place] = NONE;
         }
-        if (threadIdx.x == 0) report_fault(status, fault, row);
+        if (threadIdx.x == 0) {
+            report_fault(status, fault, row);
+            if (rows != nullptr) rows[row] = SPARSE_ROW_BAD;
+        }
         return;
     }
 

@@ -71,6 +71,7 @@ impl AttendPlan {
     /// # Errors
     /// [`Error::Argument`] or [`Error::Cuda`] for a shape or size that the kernels do not support.
     pub fn new(config: AttendConfig) -> Result<Self, Error> {
+        config.extent.check()?;
         let Extent { shape, page, max_selected, slots, max_open, max_pages, runs, .. } = config.extent;
         let (unit_tiles, fixed_parts) = match config.splits {
             Splits::Balanced => (1, false),
@@ -92,7 +93,7 @@ impl AttendPlan {
             num_runs: size("runs", runs)?,
             page_shift: page_shift(&page),
             unit_tiles,
-            _pad: 0,
+            host_pages: size("host_pages", config.extent.host_pages)?,
         };
         let params = SparseAttendParams {
             rows,
@@ -186,6 +187,10 @@ pub struct ListsArgs<'a> {
     pub slot_table: &'a View<'a, u32>,
     /// Run of each open page `[rows, max_open]`.
     pub open_table: &'a View<'a, u32>,
+    /// Host page of each page of a request `[requests, max_pages]`.
+    pub host_table: &'a View<'a, u32>,
+    /// A [`SparseRow`](cuda::params::SparseRow) each `[rows]`: idle and bad ones read nothing. All read if absent.
+    pub rows: Option<&'a View<'a, u32>>,
     /// Tokens of each page `[rows, max_pages]`; all are full if absent.
     pub page_len: Option<&'a View<'a, u8>>,
     /// Tokens of each request `[requests]`.
@@ -194,7 +199,7 @@ pub struct ListsArgs<'a> {
     pub closed: &'a View<'a, u32>,
     /// Status word, with the row: [`FaultCode::BadLength`](attention::FaultCode::BadLength) for fewer tokens than are closed or
     /// more open ones than the table holds, [`FaultCode::BadIndex`](attention::FaultCode::BadIndex) for a slot and
-    /// [`FaultCode::BadPage`](attention::FaultCode::BadPage) for a run or page out of range. Such a row reads nothing.
+    /// [`FaultCode::BadPage`](attention::FaultCode::BadPage) for a run, page or host page out of range. Such a row reads nothing.
     pub status: ViewMut<'a, u64>,
 }
 
@@ -228,6 +233,8 @@ impl<F: Function> Lists<F> {
             num_misses,
             slot_table: args.slot_table,
             open_table: args.open_table,
+            host_table: args.host_table,
+            rows: args.rows,
             page_len: args.page_len,
             kv_len: args.kv_len,
             closed: args.closed,

@@ -115,6 +115,7 @@ pub fn measure(gpu: &Gpu, stream: &Arc<CudaStream>, page: PageSpec, runs: usize)
     let host = Mapped::<u8>::zeroed(gpu, (runs * run_bytes).max(COPY_BYTES), MappedKind::Cached)?;
     let mut device =
         stream.alloc_zeros::<u8>((runs * run_bytes).max(COPY_BYTES)).map_err(failed("cuMemAllocAsync"))?;
+    let mut owners = upload(&identity)?;
     let mut status = StatusWord::new(stream)?;
     let timer = Timer::new(gpu)?;
     // The best of a few: others on the machine only ever slow a copy down.
@@ -141,6 +142,7 @@ pub fn measure(gpu: &Gpu, stream: &Arc<CudaStream>, page: PageSpec, runs: usize)
                     slot_table: &View::device(&table, stream),
                     host: &host.view(),
                     device: ViewMut::device(&mut device, stream),
+                    owners: ViewMut::device(&mut owners, stream),
                     status: status.view_mut(stream),
                 },
             )

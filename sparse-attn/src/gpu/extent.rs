@@ -35,7 +35,7 @@ impl Extent {
     /// closed; contexts that are dense fit in any case.
     ///
     /// # Errors
-    /// [`Error::Argument`] for clusters, whose partitions are no whole pages, and a first layer that is dense at any context.
+    /// [`Error::Argument`] for clusters, whose partitions are no whole pages, and a last layer that is dense at any context.
     pub fn of(
         plan: &Plan,
         requests: usize,
@@ -52,7 +52,8 @@ impl Extent {
         }
         let (page, shape) = (*plan.page(), plan.layers()[0].shape);
         // The token that makes a context too long for the budget is open until it is closed.
-        let max_open = page.pages_of(max_open_tokens.max(dense + 1).max(plan.closing()));
+        let longest = dense.min(max_tokens) + 1;
+        let max_open = page.pages_of(max_open_tokens.max(longest).max(plan.closing()));
         let slots = plan.slots(buffering);
         let max_pages = page.pages_of(max_tokens);
         Ok(Extent {
@@ -66,6 +67,32 @@ impl Extent {
             runs: requests * shape.kv_heads() * (slots + max_open),
             host_pages: requests * max_pages,
         })
+    }
+
+    /// Checks that the sizes can be counted and agree with each other.
+    pub(super) fn check(&self) -> Result<(), Error> {
+        for (argument, value) in [
+            ("requests", self.requests),
+            ("max_pages", self.max_pages),
+            ("max_selected", self.max_selected),
+            ("slots", self.slots),
+            ("max_open", self.max_open),
+            ("runs", self.runs),
+            ("host_pages", self.host_pages),
+            ("requests", self.requests.saturating_mul(self.shape.kv_heads())),
+        ] {
+            size(argument, value)?;
+        }
+        let dims = (self.shape.qk_dim(), self.shape.v_dim());
+        if (self.page.qk_dim(), self.page.v_dim()) != dims {
+            let found = format!("{} and {}", self.page.qk_dim(), self.page.v_dim());
+            return Err(Error::argument(
+                "page",
+                format!("keys and values of {} and {}", dims.0, dims.1),
+                found,
+            ));
+        }
+        Ok(())
     }
 
     /// (Request, KV head) pairs.
@@ -85,7 +112,12 @@ pub(super) fn size(argument: &'static str, value: usize) -> Result<u32, Error> {
     fits.ok_or_else(|| Error::argument(argument, "1 to 2³⁰", value))
 }
 
-/// Checks that pages have a power of two of tokens, and gives its logarithm.
+/// A count that may be 0, as the kernels take it.
+pub(super) fn count(argument: &'static str, value: usize) -> Result<u32, Error> {
+    if value == 0 { Ok(0) } else { size(argument, value) }
+}
+
+/// The logarithm of a page's tokens, which are a power of two.
 pub(super) fn page_shift(page: &PageSpec) -> u32 {
     page.tokens().trailing_zeros()
 }

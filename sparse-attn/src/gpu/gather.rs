@@ -98,6 +98,8 @@ pub struct GatherArgs<'a> {
     pub host: &'a View<'a, u8>,
     /// Device memory `[device_pages, K|V, tokens, dim]` as bytes, 16-byte aligned.
     pub device: ViewMut<'a, u8>,
+    /// Page of each slot `[rows, slots]`: [`NONE`](crate::metadata::NONE) afterwards where no page arrived.
+    pub owners: ViewMut<'a, u32>,
     /// Status word, with the row: [`FaultCode::BadLength`](attention::FaultCode::BadLength) for more misses than the list holds,
     /// [`FaultCode::BadIndex`](attention::FaultCode::BadIndex) for a slot or device run out of range, both skipped;
     /// [`FaultCode::BadPage`](attention::FaultCode::BadPage) for a page or host page out of range, whose slot becomes zeros.
@@ -127,6 +129,7 @@ impl<F: Function> Gather<F> {
             slot_table: args.slot_table,
             host: args.host,
             device: args.device,
+            owners: args.owners,
             status: args.status,
             programmatic: false,
         };

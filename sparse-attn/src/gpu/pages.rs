@@ -49,6 +49,7 @@ impl PagesPlan {
     /// # Errors
     /// [`Error::Argument`] for a size that the kernels do not support, or partitions that fit neither the open pages nor the list.
     pub fn new(config: PagesConfig) -> Result<Self, Error> {
+        config.extent.check()?;
         let Extent { requests, page, max_pages, slots, max_open, runs, host_pages, .. } = config.extent;
         let partition = config.partition_pages;
         for (argument, room) in [("max_open", max_open), ("max_closing", config.max_closing)] {
@@ -94,6 +95,8 @@ impl PagesPlan {
             dense_tokens: dense,
             buckets: u32::from(config.buckets),
             bulk: u32::from(config.bulk),
+            host_pages: size("host_pages", host_pages)?,
+            num_runs: append.num_runs,
             _pad: 0,
         };
         let flush = SparseFlushParams {
@@ -126,12 +129,14 @@ pub struct Append<F> {
 /// Arguments of [`Append::run`].
 #[derive(Debug)]
 pub struct AppendArgs<'a> {
-    /// New keys after RoPE `[requests, tokens, kv_heads, qk_dim]`, as bytes. A request with fewer new tokens has them at the end.
+    /// New keys after RoPE `[requests, tokens, kv_heads, qk_dim]`, as bytes.
     pub k_new: &'a View<'a, u8>,
     /// New values `[requests, tokens, kv_heads, v_dim]`, as bytes.
     pub v_new: &'a View<'a, u8>,
     /// Tokens of each request, the new ones included `[requests]`.
     pub kv_len: &'a View<'a, u32>,
+    /// How many of the `tokens` of each request exist, the last ones `[requests]`; all, or as many as `kv_len` has, if absent.
+    pub new_len: Option<&'a View<'a, u32>>,
     /// Of these, tokens in closed pages `[rows]`.
     pub closed: &'a View<'a, u32>,
     /// Run of each open page `[rows, max_open]`.
@@ -162,6 +167,7 @@ impl<F: Function> Append<F> {
             k_new: args.k_new,
             v_new: args.v_new,
             kv_len: args.kv_len,
+            new_len: args.new_len,
             closed: args.closed,
             open_table: args.open_table,
             runs: args.runs,
@@ -181,8 +187,12 @@ pub struct Close<F> {
 /// Arguments of [`Close::run`].
 #[derive(Debug)]
 pub struct CloseArgs<'a> {
-    /// Tokens of each request `[requests]`.
+    /// Tokens of each request `[requests]`; 0 where there is none, whatever its tables hold.
     pub kv_len: &'a View<'a, u32>,
+    /// Host page of each page of a request `[requests, max_pages]`.
+    pub host_table: &'a View<'a, u32>,
+    /// Out: a [`SparseRow`](cuda::params::SparseRow) each `[rows]`, which tells the step's other kernels who takes part.
+    pub rows: ViewMut<'a, u32>,
     /// Tokens in closed pages `[rows]`; updated.
     pub closed: ViewMut<'a, u32>,
     /// Closed partitions `[rows]`; updated.
@@ -207,7 +217,8 @@ pub struct CloseArgs<'a> {
     /// Counts `[rows, 8]`, as [`SparseCounts`](cuda::params::SparseCounts); added to.
     pub counts: ViewMut<'a, u64>,
     /// Status word: [`FaultCode::BadLength`](attention::FaultCode::BadLength) with a row that has more to close than the plan allows
-    /// or the tables hold, or for whose page no slot may go. It keeps its state.
+    /// or the tables hold, or for whose page no slot may go, [`FaultCode::BadPage`](attention::FaultCode::BadPage) with one whose
+    /// page has no run or no place in host memory. It keeps its state and is bad.
     pub status: ViewMut<'a, u64>,
 }
 
@@ -228,6 +239,8 @@ impl<F: Function> Close<F> {
         let args = kernels::CloseArgs {
             params: &self.plan.close,
             kv_len: args.kv_len,
+            host_table: args.host_table,
+            rows: args.rows,
             closed: args.closed,
             partitions: args.partitions,
             epoch: args.epoch,

@@ -73,8 +73,9 @@ pub struct Resolve<F> {
 pub struct ResolveArgs<'a> {
     /// Pages `[rows, max_selected]`, each once in a row; [`NONE`](crate::metadata::NONE) is padding, anywhere.
     pub selected: &'a View<'a, u32>,
-    /// Rows that take part `[rows]`: those with 0 are padding of the batch and touch no state. All take part if absent.
-    pub active: Option<&'a View<'a, u32>>,
+    /// A [`SparseRow`](cuda::params::SparseRow) each `[rows]`: others than those that select touch no state, and one at fault
+    /// becomes bad. All take part if absent.
+    pub rows: Option<ViewMut<'a, u32>>,
     /// State of each row's index that the selection was made for, and the state now, `[rows]` each.
     pub epochs: Option<[&'a View<'a, u32>; 2]>,
     /// Whether pages are fetched ahead between steps, as [`BucketedLru::prefetch`](crate::BucketedLru::prefetch) does: nothing
@@ -124,7 +125,7 @@ impl<F: Function> Resolve<F> {
             slots,
             buckets: usize::from(buckets),
             selected: args.selected,
-            active: args.active,
+            states: args.rows,
             epochs: args.epochs,
             prefetch: args.prefetch,
             owners: args.owners,

@@ -10,7 +10,7 @@ use cuda::params::{
 use cuda::storage::Storage;
 use cuda::workspace::{Carver, Layout, Region};
 
-use super::extent::{Extent, page_shift, size};
+use super::extent::{Extent, count, page_shift, size};
 use crate::Error;
 use crate::index::pages::Scorer;
 use crate::select::{Aggregation, SelectRule};
@@ -56,7 +56,15 @@ impl SelectPlan {
     /// # Errors
     /// [`Error::Argument`] for a size or rule that the kernels do not support.
     pub fn new(config: SelectConfig) -> Result<Self, Error> {
+        config.extent.check()?;
         let Extent { shape, page, max_pages, max_selected, runs, .. } = config.extent;
+        if config.extent.rows() > 65535 {
+            return Err(Error::argument("requests", "at most 65535 rows", config.extent.rows()));
+        }
+        if config.rule.estimate != 0.0 {
+            let expected = "0: chunks have nothing to be estimated by";
+            return Err(Error::argument("estimate", expected, config.rule.estimate));
+        }
         if config.rule.pages > max_selected {
             return Err(Error::argument(
                 "pages",
@@ -113,8 +121,8 @@ impl SelectPlan {
             blocks: blocks as u32,
             max_selected: size("max_selected", max_selected)?,
             max_estimated: 0,
-            sinks: config.rule.sinks as u32,
-            recent: config.rule.recent as u32,
+            sinks: count("sinks", config.rule.sinks)?,
+            recent: count("recent", config.rule.recent)?,
             partition_pages: summarise.chunk_pages,
             aggregation: match config.rule.aggregation {
                 Aggregation::Raw => SPARSE_RAW,
@@ -199,6 +207,9 @@ pub struct SelectArgs<'a, E> {
     pub num_partitions: &'a View<'a, u32>,
     /// Pages that a row may select `[rows]`, kept ones included.
     pub budget: &'a View<'a, u32>,
+    /// A [`SparseRow`](cuda::params::SparseRow) each `[rows]`: others than those that select get no page, and one at fault becomes
+    /// bad. All select if absent.
+    pub rows: Option<ViewMut<'a, u32>>,
     /// State of each row's index `[rows]`, and, out, the state that the selection is made for.
     pub epoch: Option<(&'a View<'a, u32>, ViewMut<'a, u32>)>,
     /// Out: the group's scores `[rows, max_partitions]`.
@@ -256,16 +267,19 @@ impl<F: Function, E: Storage> Select<F, E> {
         workspace: ViewMut<'_, u8>,
     ) -> Result<(), Error> {
         let carver = Carver::new("sparse_select", workspace, &self.plan.layout)?;
+        let states = args.rows.as_ref().map(|rows| rows.part(0..rows.len())).transpose()?;
         let scored = kernels::ScoreArgs {
             params: &self.plan.score,
             q: args.q,
             summaries: args.summaries,
             num_partitions: args.num_partitions,
+            rows: states.as_ref(),
             scores: carver.take(self.plan.scores)?,
             sums: carver.take(self.plan.sums)?,
             status: args.status.reborrow(),
         };
         self.score.launch(queue, scored)?;
+        drop(states);
         let workspace = carver.into_workspace();
         let args = kernels::SelectArgs {
             params: &self.plan.select,
@@ -274,6 +288,7 @@ impl<F: Function, E: Storage> Select<F, E> {
             num_partitions: args.num_partitions,
             budget: args.budget,
             first_page: None,
+            rows: args.rows,
             epoch: args.epoch,
             aggregated: args.aggregated,
             selected: args.selected,
@@ -351,8 +366,8 @@ impl<F: Function> Choose<F> {
             } else {
                 size("max_estimated", config.max_estimated)?
             },
-            sinks: config.rule.sinks as u32,
-            recent: config.rule.recent as u32,
+            sinks: count("sinks", config.rule.sinks)?,
+            recent: count("recent", config.rule.recent)?,
             partition_pages: size("partition_pages", config.partition_pages)?,
             aggregation: SPARSE_RAW,
             scale: config.rule.score.scale(),
@@ -373,6 +388,7 @@ impl<F: Function> Choose<F> {
             num_partitions: args.num_partitions,
             budget: args.budget,
             first_page: args.first_page,
+            rows: None,
             epoch: None,
             aggregated: args.aggregated,
             selected: args.selected,

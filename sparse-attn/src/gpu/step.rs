@@ -10,13 +10,16 @@
 //! 5. the misses are attended, and both parts merged by LSE, which is exact.
 //!
 //! A request that fits the budget has closed nothing: its open pages are all of its tokens in order, and attention over them gives
-//! the bits of the dense kernel. Places of the batch without a request have length 0; they touch nothing, and get 0 and −inf.
+//! the bits of the dense kernel split in the same way (with fixed splits whatever the others do, with balanced ones where all of
+//! the batch fit). Places of the batch without a request have length 0, whatever their tables hold; they touch nothing, and get 0 and
+//! −inf. So does a row at fault.
 
 use attention::AttentionSpec;
 use attention::gpu::Splits;
 use cuda::fork::Fork;
 use cuda::launch::{Device, Function};
 use cuda::memory::{View, ViewMut};
+use cuda::params::SPARSE_ROW_IDLE;
 use cuda::storage::Storage;
 use cuda::workspace::{Carver, Layout, Region};
 
@@ -98,6 +101,8 @@ pub struct Tables {
     pub epoch: Vec<u32>,
     /// Counts `[rows, 8]`, as [`SparseCounts`](cuda::params::SparseCounts).
     pub counts: Vec<u64>,
+    /// A [`SparseRow`](cuda::params::SparseRow) each `[rows]`, as the last step found it.
+    pub rows: Vec<u32>,
 }
 
 impl StepPlan {
@@ -119,6 +124,20 @@ impl StepPlan {
             return Err(Error::argument("layer", "one that selects", "one that is dense at any context"));
         }
         let extent = config.extent;
+        extent.check()?;
+        if (extent.page, extent.shape) != (*plan.page(), plan.layers()[layer].shape) {
+            let expected = format!("the plan's {:?} and {}", plan.page(), plan.layers()[layer].shape);
+            return Err(Error::argument(
+                "extent",
+                expected,
+                format!("{:?} and {}", extent.page, extent.shape),
+            ));
+        }
+        let open_tokens = extent.max_open * extent.page.tokens();
+        if config.prompt_tokens > open_tokens {
+            let expected = format!("at most the {open_tokens} tokens of max_open pages");
+            return Err(Error::argument("prompt_tokens", expected, config.prompt_tokens));
+        }
         let partition_pages = chunk / extent.page.tokens();
         let max_closing = extent.max_open / partition_pages * partition_pages;
         let resolve_config = ResolveConfig {
@@ -220,6 +239,7 @@ impl StepPlan {
             partitions: vec![0; rows],
             epoch: vec![0; rows],
             counts: vec![0; rows * cuda::kernels::sparse_attn::COUNTS],
+            rows: vec![SPARSE_ROW_IDLE; rows],
         }
     }
 }
@@ -228,6 +248,16 @@ impl Tables {
     /// Says what is wrong with the tables, if anything is: every page of a row in one slot, every run in one place, and no page
     /// that does not exist.
     pub fn check(&self, extent: &Extent) -> Option<String> {
+        let (rows, slots) = (extent.rows(), extent.slots);
+        let per_slot = [self.owners.len(), self.ages.len(), self.dirty.len(), self.slot_table.len()];
+        let per_row = [self.closed.len(), self.partitions.len(), self.epoch.len(), self.rows.len()];
+        let fits = slots > 0
+            && per_slot == [rows * slots; 4]
+            && per_row == [rows; 4]
+            && self.open_table.len() == rows * extent.max_open;
+        if !fits {
+            return Some(format!("tables of other sizes than {rows} rows of {slots} slots"));
+        }
         let mut runs: Vec<u32> = self.slot_table.iter().chain(&self.open_table).copied().collect();
         runs.sort_unstable();
         if let Some(pair) = runs.windows(2).find(|pair| pair[0] == pair[1]) {
@@ -303,6 +333,8 @@ pub struct State<'a, E> {
     pub counts: ViewMut<'a, u64>,
     /// Summaries `[rows, max_partitions, vectors, qk_dim]`, 16-byte aligned.
     pub summaries: ViewMut<'a, E>,
+    /// A [`SparseRow`](cuda::params::SparseRow) each `[rows]`: written by a step for its kernels, and for prefetches after it.
+    pub rows: ViewMut<'a, u32>,
 }
 
 /// The two memories of one layer.
@@ -320,12 +352,14 @@ pub struct Memories<'a, E> {
 #[derive(Debug, Clone, Copy)]
 pub struct NewTokens<'a, E> {
     /// Keys after RoPE `[requests, tokens, kv_heads, qk_dim]`, with one token in a step and the plan's `prompt_tokens` in a prompt.
-    /// Requests with fewer new tokens have them at the end.
     pub k: &'a View<'a, E>,
     /// Values `[requests, tokens, kv_heads, v_dim]`.
     pub v: &'a View<'a, E>,
-    /// Tokens of each request, the new ones included `[requests]`.
+    /// Tokens of each request, the new ones included `[requests]`; 0 where there is no request.
     pub kv_len: &'a View<'a, u32>,
+    /// How many of the new tokens of each request exist, the last ones `[requests]`: 0 for one that goes on decoding beside
+    /// another's prompt. All, or as many as `kv_len` has, if absent.
+    pub new_len: Option<&'a View<'a, u32>>,
 }
 
 /// Arguments of [`Step::prompt`].
@@ -359,7 +393,7 @@ pub struct StepArgs<'a, E> {
     /// Log-sum-exps `[requests, q_heads]`, natural log.
     pub lse: ViewMut<'a, f32>,
     /// Status word: the first fault of any of the step's kernels, with the row (of new tokens: the request). A row at fault reads
-    /// what is left of it, or nothing; the others are right.
+    /// nothing and gets 0 and −inf; the others are right.
     pub status: ViewMut<'a, u64>,
 }
 
@@ -439,6 +473,8 @@ impl<F: Function, E: Storage> Step<F, E> {
         let work = &self.plan.work;
         let carver = Carver::new("sparse_step", workspace, &work.layout)?;
         let (mut closing, mut num_closing) = (carver.take(work.closing)?, carver.take(work.num_closing)?);
+        self.check(&args.state, &args.memories, &args.new, self.plan.config.prompt_tokens)?;
+        args.status.check("sparse_step", "status", 1, 8)?;
         let (state, memories, status) = (&mut args.state, &mut args.memories, &mut args.status);
         let append = &self.append_prompt;
         self.close_new(append, queue, args.new, state, memories, [&mut closing, &mut num_closing], status)?;
@@ -483,25 +519,38 @@ impl<F: Function, E: Storage> Step<F, E> {
         let mut select_workspace = carver.take(work.select)?;
         let lists_workspace = carver.take(work.lists)?;
         let mut attend_workspace = carver.take(work.attend)?;
+        // Everything before anything is enqueued: half a step would leave pages closed that nobody wrote back.
+        self.check(&args.state, &args.memories, &args.new, 1)?;
+        let extent = self.plan.config.extent;
+        args.q.check("sparse_step", "q", extent.heads() * extent.shape.qk_dim(), 16)?;
+        args.budget.check("sparse_step", "budget", extent.rows(), 4)?;
+        args.out.check("sparse_step", "out", extent.heads() * extent.shape.v_dim(), 8)?;
+        args.lse.check("sparse_step", "lse", extent.heads(), 4)?;
+        args.status.check("sparse_step", "status", 1, 8)?;
         let (state, memories, status) = (&mut args.state, &mut args.memories, &mut args.status);
 
         let lists = [&mut closing, &mut num_closing];
         self.close_new(&self.append, queue, args.new, state, memories, lists, status)?;
 
-        // Write-back runs beside the selection, which touches none of it.
+        // Write-back runs beside the selection.
         let fork = Fork::new(queue, side)?;
-        self.flush.run(
-            fork.side(),
-            FlushArgs {
-                closing: [&fork.view(&read(&closing)?)?, &fork.view(&read(&num_closing)?)?],
-                host_table: &fork.view(memories.host_table)?,
-                device: &fork.view(&read(&memories.runs)?.cast())?,
-                host: fork.view_mut(&mut memories.host)?,
-                dirty: fork.view_mut(&mut state.dirty)?,
-                counts: fork.view_mut(&mut state.counts)?,
-                status: fork.view_mut(status)?,
-            },
-        )?;
+        {
+            let (closing, num_closing) = (read(&closing)?, read(&num_closing)?);
+            let runs = read(&memories.runs)?.cast();
+            // SAFETY: before the join the main queue only scores and selects, which reads queries, summaries, partitions and epochs and
+            // writes the selection: nothing of this, apart from the status word, which both change by atomics.
+            let views = unsafe { fork.views() };
+            let flush = FlushArgs {
+                closing: [&views.view(&closing)?, &views.view(&num_closing)?],
+                host_table: &views.view(memories.host_table)?,
+                device: &views.view(&runs)?,
+                host: views.view_mut(&mut memories.host)?,
+                dirty: views.view_mut(&mut state.dirty)?,
+                counts: views.view_mut(&mut state.counts)?,
+                status: views.view_mut(status)?,
+            };
+            self.flush.run(fork.side(), flush)?;
+        }
         self.select.run(
             queue,
             SelectArgs {
@@ -509,6 +558,7 @@ impl<F: Function, E: Storage> Step<F, E> {
                 summaries: &read(&state.summaries)?,
                 num_partitions: &read(&state.partitions)?,
                 budget: args.budget,
+                rows: Some(state.rows.reborrow()),
                 epoch: Some((&read(&state.epoch)?, selected_epoch.reborrow())),
                 aggregated: aggregated.reborrow(),
                 selected: selected.reborrow(),
@@ -523,7 +573,7 @@ impl<F: Function, E: Storage> Step<F, E> {
             queue,
             ResolveArgs {
                 selected: &selected,
-                active: None,
+                rows: Some(state.rows.reborrow()),
                 epochs: Some([&selected_epoch, &read(&state.epoch)?]),
                 prefetch: false,
                 owners: state.owners.reborrow(),
@@ -544,6 +594,8 @@ impl<F: Function, E: Storage> Step<F, E> {
                 resolved: [&read(&slot_of)?, &misses, &num_misses],
                 slot_table: &read(&state.slot_table)?,
                 open_table: &read(&state.open_table)?,
+                host_table: memories.host_table,
+                rows: Some(&read(&state.rows)?),
                 page_len: None,
                 kv_len: args.new.kv_len,
                 closed: &read(&state.closed)?,
@@ -552,20 +604,25 @@ impl<F: Function, E: Storage> Step<F, E> {
             lists_workspace,
         )?;
 
-        // Misses go into runs that no hit lies in.
+        // Misses are fetched beside the attention of hits.
         let fork = Fork::new(queue, side)?;
-        self.gather.run(
-            fork.side(),
-            GatherArgs {
-                misses: &fork.view(&misses)?,
-                num_misses: &fork.view(&num_misses)?,
-                host_table: &fork.view(memories.host_table)?,
-                slot_table: &fork.view(&read(&state.slot_table)?)?,
-                host: &fork.view(&read(&memories.host)?)?,
-                device: fork.view_mut(&mut memories.runs)?.cast(),
-                status: fork.view_mut(status)?,
-            },
-        )?;
+        {
+            let (slot_table, host) = (read(&state.slot_table)?, read(&memories.host)?);
+            // SAFETY: before the join the main queue only attends the hits, which reads queries and lists, and runs of hits and open
+            // pages; the gather writes runs of misses, which lie in other slots, and owners, which attention does not read.
+            let views = unsafe { fork.views() };
+            let gather = GatherArgs {
+                misses: &views.view(&misses)?,
+                num_misses: &views.view(&num_misses)?,
+                host_table: &views.view(memories.host_table)?,
+                slot_table: &views.view(&slot_table)?,
+                host: &views.view(&host)?,
+                device: views.view_mut(&mut memories.runs)?.cast(),
+                owners: views.view_mut(&mut state.owners)?,
+                status: views.view_mut(status)?,
+            };
+            self.gather.run(fork.side(), gather)?;
+        }
         let runs = read(&memories.runs)?;
         self.attend.run(
             queue,
@@ -597,8 +654,8 @@ impl<F: Function, E: Storage> Step<F, E> {
     }
 
     /// Enqueues the fetch of pages ahead of the step that will select them: for the next layer, by what this layer's query says of
-    /// it. Whoever wants it beside other work enqueues it between a fork and its join; that layer's next step comes after
-    /// the join.
+    /// it. Whoever wants it beside other work enqueues it between a fork and its join, with a workspace of its own; that layer's next
+    /// step comes after the join. Rows take part that did in that layer's last step.
     ///
     /// # Errors
     /// [`Error::Cuda`] names an argument or workspace that does not fit.
@@ -625,6 +682,7 @@ impl<F: Function, E: Storage> Step<F, E> {
                 summaries: &read(&state.summaries)?,
                 num_partitions: &read(&state.partitions)?,
                 budget: args.budget,
+                rows: Some(state.rows.reborrow()),
                 epoch: Some((&read(&state.epoch)?, selected_epoch.reborrow())),
                 aggregated: aggregated.reborrow(),
                 selected: selected.reborrow(),
@@ -636,7 +694,7 @@ impl<F: Function, E: Storage> Step<F, E> {
             queue,
             ResolveArgs {
                 selected: &read(&selected)?,
-                active: None,
+                rows: Some(state.rows.reborrow()),
                 epochs: Some([&read(&selected_epoch)?, &read(&state.epoch)?]),
                 prefetch: true,
                 owners: state.owners.reborrow(),
@@ -658,9 +716,60 @@ impl<F: Function, E: Storage> Step<F, E> {
                 slot_table: &read(&state.slot_table)?,
                 host: &read(&memories.host)?,
                 device: memories.runs.reborrow().cast(),
+                owners: state.owners.reborrow(),
                 status: args.status,
             },
         )
+    }
+
+    /// Checks the buffers that all calls share.
+    fn check(
+        &self,
+        state: &State<'_, E>,
+        memories: &Memories<'_, E>,
+        new: &NewTokens<'_, E>,
+        tokens: usize,
+    ) -> Result<(), Error> {
+        const STEP: &str = "sparse_step";
+        let extent = self.plan.config.extent;
+        let (rows, page) = (extent.rows(), &extent.page);
+        let vectors = rows * tokens;
+        new.k.check(STEP, "k", vectors * page.qk_dim(), 16)?;
+        new.v.check(STEP, "v", vectors * page.v_dim(), 16)?;
+        new.kv_len.check(STEP, "kv_len", extent.requests, 4)?;
+        if let Some(new_len) = new.new_len {
+            new_len.check(STEP, "new_len", extent.requests, 4)?;
+        }
+        self.check_tables(state)?;
+        memories.runs.check(STEP, "runs", extent.runs * page.elements(), 16)?;
+        memories.host.check(STEP, "host", extent.host_pages * extent.shape.kv_heads() * page.bytes(), 16)?;
+        memories.host_table.check(STEP, "host_table", extent.requests * extent.max_pages, 4)?;
+        Ok(())
+    }
+
+    /// Checks the tables of a layer.
+    fn check_tables(&self, state: &State<'_, E>) -> Result<(), Error> {
+        const STEP: &str = "sparse_step";
+        let extent = self.plan.config.extent;
+        let rows = extent.rows();
+        for (argument, view) in [("owners", &state.owners), ("slot_table", &state.slot_table)] {
+            view.check(STEP, argument, rows * extent.slots, 4)?;
+        }
+        for (argument, view) in [("ages", &state.ages), ("dirty", &state.dirty)] {
+            view.check(STEP, argument, rows * extent.slots, 1)?;
+        }
+        for (argument, view) in [
+            ("closed", &state.closed),
+            ("partitions", &state.partitions),
+            ("epoch", &state.epoch),
+            ("rows", &state.rows),
+        ] {
+            view.check(STEP, argument, rows, 4)?;
+        }
+        state.open_table.check(STEP, "open_table", rows * extent.max_open, 4)?;
+        state.counts.check(STEP, "counts", rows * cuda::kernels::sparse_attn::COUNTS, 8)?;
+        state.summaries.check(STEP, "summaries", self.plan.summary_elements(), 16)?;
+        Ok(())
     }
 
     /// New tokens join the open pages, and what fills partitions is closed and summarised.
@@ -681,6 +790,7 @@ impl<F: Function, E: Storage> Step<F, E> {
                 k_new: &bytes(new.k)?,
                 v_new: &bytes(new.v)?,
                 kv_len: new.kv_len,
+                new_len: new.new_len,
                 closed: &read(&state.closed)?,
                 open_table: &read(&state.open_table)?,
                 runs: memories.runs.reborrow().cast(),
@@ -691,6 +801,8 @@ impl<F: Function, E: Storage> Step<F, E> {
             queue,
             CloseArgs {
                 kv_len: new.kv_len,
+                host_table: memories.host_table,
+                rows: state.rows.reborrow(),
                 closed: state.closed.reborrow(),
                 partitions: state.partitions.reborrow(),
                 epoch: state.epoch.reborrow(),

@@ -218,6 +218,7 @@ fn run<R: Rig, E: Storage + Element>(rig: &R, case: &Case, data: &Data<E>) -> (F
     let (slot_table, open_table) = (rig.upload(&data.slot_table), rig.upload(&data.open_table));
     let (page_len, kv_len) = (rig.upload(&data.page_len), rig.upload(&data.kv_len));
     let (closed, q, runs) = (rig.upload(&data.closed), rig.upload(&data.q), rig.upload(&data.runs));
+    let host_table = rig.zeroed::<u32>(case.extent.requests * case.extent.max_pages);
     let mut status = rig.zeroed::<u64>(1);
     let mut list_workspace = rig.workspace(plan.list_workspace());
     let mut workspace = rig.workspace(plan.workspace());
@@ -229,6 +230,8 @@ fn run<R: Rig, E: Storage + Element>(rig: &R, case: &Case, data: &Data<E>) -> (F
                 resolved: [&rig.view(&slot_of), &rig.view(&misses), &rig.view(&num_misses)],
                 slot_table: &rig.view(&slot_table),
                 open_table: &rig.view(&open_table),
+                host_table: &rig.view(&host_table),
+                rows: None,
                 page_len: Some(&rig.view(&page_len)),
                 kv_len: &rig.view(&kv_len),
                 closed: &rig.view(&closed),

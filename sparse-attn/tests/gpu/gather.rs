@@ -55,6 +55,28 @@ impl Case {
         }
     }
 
+    /// Slots whose page has no source or no run.
+    fn freed(&self) -> Vec<usize> {
+        let GatherConfig { resolve: ResolveConfig { max_selected, slots, .. }, kv_heads, max_pages, .. } =
+            self.config;
+        let mut freed = Vec::new();
+        for (row, &count) in self.num_misses.iter().enumerate().filter(|&(_, &n)| n as usize <= max_selected)
+        {
+            for miss in &self.misses[row * max_selected..][..count as usize] {
+                let (slot, page) = (miss.slot as usize, miss.page as usize);
+                if slot >= slots {
+                    continue;
+                }
+                let run = self.slot_table[row * slots + slot] as usize;
+                let source = self.host_table[row / kv_heads * max_pages..][..max_pages].get(page);
+                let arrives = run < self.config.device_pages
+                    && source.is_some_and(|&page| (page as usize) < self.config.host_pages);
+                freed.extend((!arrives).then_some(row * slots + slot));
+            }
+        }
+        freed
+    }
+
     /// The device after the copies, of a device full of 0xff.
     fn expected(&self) -> Vec<u8> {
         let run = self.config.page.bytes();
@@ -90,6 +112,8 @@ impl Case {
         let (host_table, slot_table) = (rig.upload(&self.host_table), rig.upload(&self.slot_table));
         let host = rig.upload(&self.host);
         let mut device = rig.poisoned::<u8>(self.config.device_pages * self.config.page.bytes());
+        let slots = self.config.resolve.rows * self.config.resolve.slots;
+        let mut owners = rig.zeroed::<u32>(slots);
         let mut status = rig.zeroed::<u64>(1);
         let args = GatherArgs {
             misses: &rig.view(&misses),
@@ -98,11 +122,17 @@ impl Case {
             slot_table: &rig.view(&slot_table),
             host: &rig.view(&host),
             device: rig.view_mut(&mut device),
+            owners: rig.view_mut(&mut owners),
             status: rig.view_mut(&mut status),
         };
         kernel
             .run(rig.queue(), args)
             .unwrap_or_else(|error| panic!("{:?} on {}: {error}", self.config, rig.name()));
+        // Slots whose page did not arrive are free again, all others as they were.
+        let freed = self.freed();
+        let expected: Vec<u32> =
+            (0..slots).map(|slot| if freed.contains(&slot) { NONE } else { 0 }).collect();
+        assert_eq!(rig.download(&owners), expected, "{:?} on {}: owners", self.config, rig.name());
         (rig.download(&device), Fault::decode(rig.download(&status)[0]))
     }
 }
@@ -181,6 +211,7 @@ fn host_pages_may_lie_past_two_gigabytes<R: Rig>(rig: &R) {
     let (misses, num_misses) = (rig.upload(&[0, 0, 0, NONE, 0, 0, 0, NONE]), rig.upload(&[1, 1]));
     let (host_table, slot_table) = (rig.upload(&[host_pages as u32 - 1]), rig.upload(&[1, 0]));
     let mut device = rig.poisoned::<u8>(2 * page.bytes());
+    let mut owners = rig.zeroed::<u32>(2);
     let mut status = rig.zeroed::<u64>(1);
     let args = GatherArgs {
         misses: &rig.view(&misses),
@@ -189,6 +220,7 @@ fn host_pages_may_lie_past_two_gigabytes<R: Rig>(rig: &R) {
         slot_table: &rig.view(&slot_table),
         host: &rig.view(&host),
         device: rig.view_mut(&mut device),
+        owners: rig.view_mut(&mut owners),
         status: rig.view_mut(&mut status),
     };
     kernel.run(rig.queue(), args).expect("run");

@@ -49,6 +49,7 @@ struct Tables {
     dirty: Vec<u8>,
     slot_table: Vec<u32>,
     open_table: Vec<u32>,
+    host_table: Vec<u32>,
 }
 
 impl Tables {
@@ -61,6 +62,7 @@ impl Tables {
             dirty: vec![0; 2 * slots as usize],
             slot_table: (0..2 * slots).collect(),
             open_table: (2 * slots..2 * slots + 12).collect(),
+            host_table: (0..80).collect(),
         }
     }
 }
@@ -75,7 +77,8 @@ fn close<R: Rig>(
     kv_len: [u32; 2],
 ) -> (Tables, Closing, Option<Fault>) {
     let kernel = Close::prepare(rig.device(), &PagesPlan::new(config).unwrap()).unwrap();
-    let kv_len = rig.upload(&kv_len);
+    let (kv_len, host_table) = (rig.upload(&kv_len), rig.upload(&before.host_table));
+    let mut states = rig.poisoned::<u32>(2);
     let (mut closed, mut owners) = (rig.upload(&before.closed), rig.upload(&before.owners));
     let (mut ages, mut dirty) = (rig.upload(&before.ages), rig.upload(&before.dirty));
     let (mut slot_table, mut open_table) = (rig.upload(&before.slot_table), rig.upload(&before.open_table));
@@ -84,6 +87,8 @@ fn close<R: Rig>(
     let (mut counts, mut status) = (rig.zeroed::<u64>(16), rig.zeroed::<u64>(1));
     let args = CloseArgs {
         kv_len: &rig.view(&kv_len),
+        host_table: &rig.view(&host_table),
+        rows: rig.view_mut(&mut states),
         closed: rig.view_mut(&mut closed),
         partitions: rig.view_mut(&mut partitions),
         epoch: rig.view_mut(&mut epoch),
@@ -105,6 +110,7 @@ fn close<R: Rig>(
         dirty: rig.download(&dirty),
         slot_table: rig.download(&slot_table),
         open_table: rig.download(&open_table),
+        host_table: before.host_table.clone(),
     };
     let (list, lens) = (rig.download(&closing), rig.download(&num_closing));
     let lists = [0, 1].map(|row| {
@@ -170,15 +176,28 @@ fn decoded_partitions_take_slots_one_by_one<R: Rig>(rig: &R) {
 fn rows_that_cannot_close_keep_their_state<R: Rig>(rig: &R) {
     type Spoil = fn(&mut Tables, &mut u32);
     let full = |tables: &mut Tables| (8..16).for_each(|slot| tables.owners[slot] = slot as u32);
-    let cases: [(&str, bool, Spoil); 4] = [
-        ("a prompt, where only decoded tokens may close", false, |tables, len| {
-            (tables.closed[1], *len) = (0, 40);
-        }),
-        ("all slots in flight", false, |tables, _| tables.dirty[8..].fill(1)),
-        ("more open tokens than the table holds", true, |_, len| *len += 49),
-        ("pages past the end", true, |tables, len| (tables.closed[1], *len) = (40 * 8, 40 * 8 + 16)),
+    let cases: [(&str, bool, Spoil, FaultCode); 7] = [
+        (
+            "a prompt, where only decoded tokens may close",
+            false,
+            |tables, len| {
+                (tables.closed[1], *len) = (0, 40);
+            },
+            FaultCode::BadLength,
+        ),
+        ("all slots in flight", false, |tables, _| tables.dirty[8..].fill(1), FaultCode::BadLength),
+        ("more open tokens than the table holds", true, |_, len| *len += 49, FaultCode::BadLength),
+        ("fewer tokens than are closed", true, |_, len| *len = 5, FaultCode::BadLength),
+        ("no place in host memory", true, |tables, _| tables.host_table[40 + 17] = 80, FaultCode::BadPage),
+        ("no run", true, |tables, _| tables.open_table[6] = 99, FaultCode::BadPage),
+        (
+            "pages past the end",
+            true,
+            |tables, len| (tables.closed[1], *len) = (40 * 8, 40 * 8 + 16),
+            FaultCode::BadLength,
+        ),
     ];
-    for (name, bulk, spoil) in cases {
+    for (name, bulk, spoil, code) in cases {
         let config = config(8, bulk);
         let mut before = Tables::new(&config);
         full(&mut before);
@@ -187,7 +206,7 @@ fn rows_that_cannot_close_keep_their_state<R: Rig>(rig: &R) {
         spoil(&mut before, &mut len);
         let (after, lists, fault) = close(rig, config, &before, [0, len]);
         let name = format!("{name} on {}", rig.name());
-        assert_eq!(fault, Some(Fault { code: FaultCode::BadLength as u32, index: 1 }), "{name}");
+        assert_eq!(fault, Some(Fault { code: code as u32, index: 1 }), "{name}");
         assert_eq!((after, &lists[1]), (before, &Vec::new()), "{name}");
     }
 }

@@ -65,16 +65,15 @@ impl<R: Rig> Device<R> {
     ) -> Step {
         let ResolveConfig { rows, max_selected, .. } = self.config;
         let (selected, dirty) = (rig.upload(selected), rig.upload(dirty));
-        let active = active.map(|active| rig.upload(active));
+        let mut active = active.map(|active| rig.upload(active));
         let epochs = epochs.map(|epochs| epochs.map(|epoch| rig.upload(epoch)));
         let mut slot_of = rig.poisoned::<u32>(rows * max_selected);
         let mut misses = rig.poisoned::<u32>(rows * max_selected * 4);
         let mut num_misses = rig.poisoned::<u32>(rows);
-        let active = active.as_ref().map(|active| rig.view(active));
         let epochs = epochs.as_ref().map(|epochs| epochs.each_ref().map(|epoch| rig.view(epoch)));
         let args = ResolveArgs {
             selected: &rig.view(&selected),
-            active: active.as_ref(),
+            rows: active.as_mut().map(|active| rig.view_mut(active)),
             epochs: epochs.as_ref().map(|epochs| epochs.each_ref()),
             prefetch,
             owners: rig.view_mut(&mut self.owners),

@@ -19,7 +19,7 @@ use sparse_attn::metadata::{Metadata, NONE};
 use sparse_attn::select::Aggregation;
 use sparse_attn::{Cache, Capacity, Config, Counters, Error, Plan, Queries, RequestId, Tokens};
 
-emulator::device_test!(every_step_equals_the_cache, faults_harm_their_row_alone);
+emulator::device_test!(faults_harm_their_row_alone, prompts_continue_beside_decoding_requests);
 
 const DIM: usize = 64;
 const Q_HEADS: usize = 4;
@@ -85,6 +85,7 @@ struct Layer<'r, R: Rig> {
     epoch: RefCell<R::Buffer<u32>>,
     counts: RefCell<R::Buffer<u64>>,
     summaries: RefCell<R::Buffer<f16>>,
+    rows: RefCell<R::Buffer<u32>>,
     runs: RefCell<R::Buffer<f16>>,
     host: RefCell<R::Buffer<u8>>,
     host_table: RefCell<R::Buffer<u32>>,
@@ -105,7 +106,7 @@ macro_rules! arguments {
         let (mut epoch, mut summaries) = ($layer.epoch.borrow_mut(), $layer.summaries.borrow_mut());
         let (mut runs, mut host) = ($layer.runs.borrow_mut(), $layer.host.borrow_mut());
         let (host_table, mut status) = ($layer.host_table.borrow(), $layer.status.borrow_mut());
-        let mut workspace = $layer.workspace.borrow_mut();
+        let (mut workspace, mut states) = ($layer.workspace.borrow_mut(), $layer.rows.borrow_mut());
         let host_table = rig.view(&host_table);
         let $state = State {
             owners: rig.view_mut(&mut owners),
@@ -118,6 +119,7 @@ macro_rules! arguments {
             epoch: rig.view_mut(&mut epoch),
             counts: rig.view_mut(&mut counts),
             summaries: rig.view_mut(&mut summaries),
+            rows: rig.view_mut(&mut states),
         };
         let $memories = Memories {
             runs: rig.view_mut(&mut runs),
@@ -165,6 +167,7 @@ impl<'r, R: Rig> Layer<'r, R> {
             partitions: RefCell::new(rig.upload(&tables.partitions)),
             epoch: RefCell::new(rig.upload(&tables.epoch)),
             counts: RefCell::new(rig.upload(&tables.counts)),
+            rows: RefCell::new(rig.upload(&tables.rows)),
             summaries: RefCell::new(rig.poisoned(plan.summary_elements())),
             runs: RefCell::new(rig.poisoned(extent.runs * page.elements())),
             host: RefCell::new(rig.poisoned(extent.host_pages * KV_HEADS * page.bytes())),
@@ -179,8 +182,19 @@ impl<'r, R: Rig> Layer<'r, R> {
     }
 
     fn prompt(&self, k: &R::Buffer<f16>, v: &R::Buffer<f16>, kv_len: &R::Buffer<u32>) {
+        self.ragged_prompt(k, v, kv_len, None);
+    }
+
+    fn ragged_prompt(
+        &self,
+        k: &R::Buffer<f16>,
+        v: &R::Buffer<f16>,
+        kv_len: &R::Buffer<u32>,
+        new_len: Option<&R::Buffer<u32>>,
+    ) {
         let (k, v, kv_len) = (self.rig.view(k), self.rig.view(v), self.rig.view(kv_len));
-        let new = NewTokens { k: &k, v: &v, kv_len: &kv_len };
+        let new_len = new_len.map(|new_len| self.rig.view(new_len));
+        let new = NewTokens { k: &k, v: &v, kv_len: &kv_len, new_len: new_len.as_ref() };
         let (layer, rig) = (self, self.rig);
         arguments!(layer, |state, memories, status, workspace| {
             let args = PromptArgs { new, state, memories, status };
@@ -196,7 +210,7 @@ impl<'r, R: Rig> Layer<'r, R> {
         budget: &R::Buffer<u32>,
     ) {
         let (k, v, kv_len) = (self.rig.view(k), self.rig.view(v), self.rig.view(kv_len));
-        let new = NewTokens { k: &k, v: &v, kv_len: &kv_len };
+        let new = NewTokens { k: &k, v: &v, kv_len: &kv_len, new_len: None };
         let (mut out, mut lse) = (self.out.borrow_mut(), self.lse.borrow_mut());
         let (layer, rig) = (self, self.rig);
         arguments!(layer, |state, memories, status, workspace| {
@@ -234,6 +248,7 @@ impl<'r, R: Rig> Layer<'r, R> {
             partitions: rig.download(&self.partitions.borrow()),
             epoch: rig.download(&self.epoch.borrow()),
             counts: rig.download(&self.counts.borrow()),
+            rows: rig.download(&self.rows.borrow()),
         }
     }
 
@@ -291,16 +306,45 @@ fn compare<R: Rig>(name: &str, layer: &Layer<'_, R>, cache: &mut Cache<f16>, ids
             let words = &tables.counts[row * 8..row * 8 + 8];
             let of_row = Counters::of_device(words, extent.page.bytes());
             assert_eq!(of_row.hits + of_row.misses, of_row.selected, "{name}, row {row}");
-            counts += of_row;
+            counts += Counters { steps: 0, ..of_row };
+            counts.steps = of_row.steps;
         }
         let expected = cache.layer_counters(id, 0).unwrap();
-        let plain =
-            |c: &Counters| (c.selected, c.hits, c.misses, c.evicted, c.prefetched, c.bytes_in, c.bytes_out);
+        let plain = |c: &Counters| {
+            [c.steps, c.selected, c.hits, c.misses, c.evicted, c.prefetched, c.bytes_in, c.bytes_out]
+        };
         assert_eq!(plain(&counts), plain(&expected), "{name}, request {request}: counts");
+    }
+    // Places without a request are as they were.
+    let (fresh, row) = (layer.plan.tables(), ids.len() * KV_HEADS);
+    let slots = row * extent.slots..;
+    assert_eq!(tables.owners[slots.clone()], fresh.owners[slots.clone()], "{name}: nobody's owners");
+    assert_eq!(tables.ages[slots.clone()], fresh.ages[slots.clone()], "{name}: nobody's ages");
+    assert_eq!(tables.slot_table[slots.clone()], fresh.slot_table[slots], "{name}: nobody's runs");
+    assert_eq!(tables.counts[row * 8..], fresh.counts[row * 8..], "{name}: nobody's counts");
+}
+
+/// On a GPU what crosses the link runs on a stream of its own.
+mod every_step_equals_the_cache {
+    use super::*;
+
+    #[test]
+    fn emulator() {
+        emulator::emulator_or_skip!();
+        for order in Order::ALL {
+            drive(&EmulatorRig::new(order));
+        }
+    }
+
+    #[test]
+    fn gpu() {
+        if let Some(rig) = gpu_or_skip("step::every_step_equals_the_cache") {
+            drive(&rig.on_own_stream().expect("streams of its own"));
+        }
     }
 }
 
-fn every_step_equals_the_cache<R: Rig>(rig: &R) {
+fn drive<R: Rig>(rig: &R) {
     const STEPS: usize = 34;
     // A long prompt, a short one that becomes too long for the budget on the way, and a place without a request.
     let prompts = [PROMPT, 86];
@@ -410,12 +454,23 @@ fn faults_harm_their_row_alone<R: Rig>(rig: &R) {
         let (k, v) = (text.tokens(PROMPT..PROMPT + 1).k, text.tokens(PROMPT..PROMPT + 1).v);
         let (k, v) = (halves(k).repeat(REQUESTS), halves(v).repeat(REQUESTS));
         let lens = rig.upload(&[PROMPT as u32 + 1; REQUESTS]);
-        layer.run(&rig.upload(&q), [&rig.upload(&k), &rig.upload(&v)], &lens, &rig.upload(&budgets));
-        let bits: Vec<u16> = rig.download(&layer.out.borrow()).iter().map(|x| x.to_bits()).collect();
-        (bits, layer.fault(), layer.tables())
+        let again = || {
+            rig.write(&mut layer.status.borrow_mut(), 0, &[0u64]);
+            layer.run(&rig.upload(&q), [&rig.upload(&k), &rig.upload(&v)], &lens, &rig.upload(&budgets));
+            let bits: Vec<u16> = rig.download(&layer.out.borrow()).iter().map(|x| x.to_bits()).collect();
+            (bits, rig.download(&layer.lse.borrow()), layer.fault())
+        };
+        let first = again();
+        if let Some(fault) = first.2 {
+            // What did not arrive is no hit the next time.
+            let second = again();
+            let name = format!("{host_page:?}, {budget:?} on {}", rig.name());
+            assert_eq!(second.2.map(|fault| fault.code), Some(fault.code), "{name}: twice");
+        }
+        (first.0, first.1, first.2, layer.tables())
     };
     let name = format!("on {}", rig.name());
-    let (good, fault, tables) = run(None, None);
+    let (good, _, fault, tables) = run(None, None);
     assert_eq!(fault, None, "{name}");
     let counts: SparseCounts = bytemuck::cast_slice(&tables.counts[..8])[0];
     assert!(counts.misses > 0, "{name}: {counts:?}");
@@ -425,14 +480,70 @@ fn faults_harm_their_row_alone<R: Rig>(rig: &R) {
         ("host page", Some(u32::MAX), None, FaultCode::BadPage),
         ("budget", None, Some(extent.max_selected as u32 + 1), FaultCode::BadLength),
     ] {
-        let (out, fault, after) = run(host_page, budget);
+        let (out, lse, fault, after) = run(host_page, budget);
         let fault = fault.unwrap_or_else(|| panic!("{case} {name}: nothing reported"));
         assert_eq!(fault.code, code as u32, "{case} {name}");
         assert!((KV_HEADS..2 * KV_HEADS).contains(&(fault.index as usize)), "{case} {name}: {fault:?}");
         assert!(others(&out) == others(&good), "{case} {name}: others");
-        assert!(out.iter().all(|&bits| f16::from_bits(bits).is_finite()), "{case} {name}: stale bytes");
+        let (row, group) = (fault.index as usize, Q_HEADS / KV_HEADS);
+        let of_row = &out[row * group * DIM..][..group * DIM];
+        assert!(of_row.iter().all(|&bits| f16::from_bits(bits) == f16::ZERO), "{case} {name}: not 0");
+        assert_eq!(lse[row * group..][..group], [f32::NEG_INFINITY; 2], "{case} {name}");
         assert_eq!(after.check(&extent), None, "{case} {name}");
     }
+}
+
+/// A prompt goes on in parts while another request decodes: only the new tokens are written, and a request that has ended keeps
+/// quiet whatever its tables hold.
+fn prompts_continue_beside_decoding_requests<R: Rig>(rig: &R) {
+    let text = Text::new(9);
+    let plan = Plan::new(&config(), &[spec()]).unwrap();
+    let mut cache = Cache::<f16>::new(plan.clone(), Capacity::of_requests(&plan, 2, MAX_TOKENS)).unwrap();
+    let ids: Vec<RequestId> = (0..2).map(|_| cache.try_admit().unwrap()).collect();
+    let layer = Layer::new(rig);
+    let mut lens = [0usize; 2];
+    // New tokens of each request: parts that end anywhere, after which a context becomes too long for the budget.
+    for (number, new) in [[70, 40], [10, 0], [0, 17], [50, 60], [33, 0]].into_iter().enumerate() {
+        let (mut k, mut v) = (vec![f16::NAN; REQUESTS * PROMPT * KV_HEADS * DIM], Vec::new());
+        v.clone_from(&k);
+        for request in 0..2 {
+            let range = lens[request]..lens[request] + new[request];
+            if range.is_empty() {
+                continue;
+            }
+            let tokens = text.tokens(range.clone());
+            let (mut out, mut lse) =
+                (vec![0.0; range.len() * Q_HEADS * DIM], vec![0.0; range.len() * Q_HEADS]);
+            let q = &text.q[range.start * Q_HEADS * DIM..range.end * Q_HEADS * DIM];
+            let queries = Queries { q, q_unrotated: None };
+            cache.prefill(ids[request], 0, &queries, &tokens, &mut out, &mut lse).unwrap();
+            let at = ((request + 1) * PROMPT - range.len()) * KV_HEADS * DIM;
+            k[at..][..tokens.k.len()].copy_from_slice(&halves(tokens.k));
+            v[at..][..tokens.v.len()].copy_from_slice(&halves(tokens.v));
+            lens[request] = range.end;
+        }
+        let new = rig.upload(&[new[0] as u32, new[1] as u32, 0]);
+        let kv_len = rig.upload(&[lens[0] as u32, lens[1] as u32, 0]);
+        layer.ragged_prompt(&rig.upload(&k), &rig.upload(&v), &kv_len, Some(&new));
+        ids.iter().for_each(|&id| cache.write_back(id, 0).unwrap());
+        compare(&format!("part {number} on {}", rig.name()), &layer, &mut cache, &ids);
+    }
+    // Request 1 has ended: its tables stay, and nothing of it changes or is read.
+    let before = layer.tables();
+    let (tokens, queries) = (text.tokens(lens[0]..lens[0] + 1), text.queries(lens[0]));
+    let pad = |values: &[f32]| [halves(values), vec![f16::NAN; 2 * values.len()]].concat();
+    let inputs = [pad(queries.q), pad(tokens.k), pad(tokens.v)].map(|values| rig.upload(&values));
+    let kv_len = rig.upload(&[lens[0] as u32 + 1, 0, 0]);
+    layer.run(&inputs[0], [&inputs[1], &inputs[2]], &kv_len, &rig.upload(&layer.budget()));
+    let (after, name) = (layer.tables(), rig.name());
+    assert_eq!(layer.fault(), None, "on {name}");
+    let slots = layer.plan.config().extent.slots * KV_HEADS;
+    assert_eq!(after.owners[slots..], before.owners[slots..], "owners on {name}");
+    assert_eq!(after.ages[slots..], before.ages[slots..], "ages on {name}");
+    assert_eq!(after.counts[KV_HEADS * 8..], before.counts[KV_HEADS * 8..], "counts on {name}");
+    assert!(after.counts[..8] != before.counts[..8], "the other one goes on, on {name}");
+    let out = rig.download(&layer.out.borrow());
+    assert!(out[Q_HEADS * DIM..].iter().all(|&x| x == f16::ZERO), "out on {name}");
 }
 
 /// One recorded step, replayed: lengths, budgets and tables change in device memory.
@@ -455,9 +566,9 @@ mod replay {
     }
 
     fn replays_equal_single_steps<R: Rig>(rig: &R) {
-        const STEPS: usize = 6;
+        const STEPS: usize = 8;
         let text = Text::new(7);
-        let start = 92; // the budget is passed on the way
+        let start = 200; // with pages to miss, and one that is closed on the way
         let layers = [Layer::new(rig), Layer::new(rig)];
         let tokens = text.tokens(0..start);
         let (mut k, mut v) = (vec![f16::ZERO; REQUESTS * PROMPT * KV_HEADS * DIM], Vec::new());
@@ -494,7 +605,8 @@ mod replay {
             assert!(a == b, "{name}: out");
             assert_eq!((layers[0].fault(), layers[1].fault()), (None, None), "{name}");
         }
-        assert!(layers[0].tables().closed[0] > 0, "the budget was passed");
+        let counts: SparseCounts = bytemuck::cast_slice(&layers[0].tables().counts[..8])[0];
+        assert!(counts.misses > 0 && counts.written > 12, "{counts:?}");
     }
 }
 
@@ -504,10 +616,14 @@ fn refused_plans_name_the_argument() {
     let extent = Extent::of(&plan, 2, MAX_TOKENS, PROMPT, 1.0).unwrap();
     let good =
         StepConfig { extent, prompt_tokens: PROMPT, splits: Splits::Balanced, link_blocks: 8, sm_count: 4 };
+    let wide = sparse_attn::page::PageSpec::new(32, DIM, DIM, DType::F16).unwrap();
     assert!(StepPlan::new(&plan, 0, good).is_ok_and(|plan| plan.bytes_moved(16, 6) > 0));
     for (layer, config, named) in [
         (1, good, "layer"),
         (0, StepConfig { prompt_tokens: 0, ..good }, "tokens"),
+        (0, StepConfig { prompt_tokens: 10_000, ..good }, "prompt_tokens"),
+        (0, StepConfig { extent: Extent { max_pages: 0, ..extent }, ..good }, "max_pages"),
+        (0, StepConfig { extent: Extent { page: wide, ..extent }, ..good }, "extent"),
         (0, StepConfig { link_blocks: 0, ..good }, "blocks"),
         (0, StepConfig { extent: Extent { slots: 1, ..extent }, ..good }, "max_selected"),
         (0, StepConfig { extent: Extent { max_selected: 1, ..extent }, ..good }, "pages"),

@@ -37,6 +37,10 @@ pub struct PlanArgs<'a> {
     pub slot_table: &'a View<'a, u32>,
     /// Run of each open page `[rows, max_open]`.
     pub open_table: &'a View<'a, u32>,
+    /// Host page of each page of a request `[rows / kv_heads, max_pages]`.
+    pub host_table: &'a View<'a, u32>,
+    /// A [`SparseRow`](crate::params::SparseRow) each `[rows]`; all rows read if absent.
+    pub rows: Option<&'a View<'a, u32>>,
     /// Tokens of each page `[rows, max_pages]`; all are full if absent.
     pub page_len: Option<&'a View<'a, u8>>,
     /// Tokens of each request `[rows / kv_heads]`.
@@ -82,6 +86,7 @@ impl<F: Function> Plan<F> {
                 ("max_pages", max_pages),
                 ("num_runs", params.num_runs),
                 ("unit_tiles", params.unit_tiles),
+                ("host_pages", params.host_pages),
             ],
         )?;
         check_rows(KERNEL, rows, kv_heads)?;
@@ -93,6 +98,10 @@ impl<F: Function> Plan<F> {
         args.num_misses.check(KERNEL, "num_misses", rows as usize, 4)?;
         args.slot_table.check(KERNEL, "slot_table", product(&[rows, slots]), 4)?;
         args.open_table.check(KERNEL, "open_table", product(&[rows, max_open]), 4)?;
+        args.host_table.check(KERNEL, "host_table", product(&[rows / kv_heads, max_pages]), 4)?;
+        if let Some(states) = args.rows {
+            states.check(KERNEL, "rows", rows as usize, 4)?;
+        }
         if let Some(lengths) = args.page_len {
             lengths.check(KERNEL, "page_len", product(&[rows, max_pages]), 1)?;
         }
@@ -117,6 +126,8 @@ impl<F: Function> Plan<F> {
             Arg::read("num_misses", args.num_misses),
             Arg::read("slot_table", args.slot_table),
             Arg::read("open_table", args.open_table),
+            Arg::read("host_table", args.host_table),
+            Arg::read_optional("rows", args.rows),
             Arg::read_optional("page_len", args.page_len),
             Arg::read("kv_len", args.kv_len),
             Arg::read("closed", args.closed),

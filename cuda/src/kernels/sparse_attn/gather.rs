@@ -34,6 +34,8 @@ pub struct GatherArgs<'a> {
     pub host: &'a View<'a, u8>,
     /// Device memory `[device_pages, run_bytes]`, 16-byte aligned.
     pub device: ViewMut<'a, u8>,
+    /// Page of each slot `[rows, slots]`: freed where no page arrived.
+    pub owners: ViewMut<'a, u32>,
     /// Status word.
     pub status: ViewMut<'a, u64>,
     /// Start while the previous kernel of the stream drains.
@@ -82,6 +84,7 @@ impl<F: Function> Gather<F> {
         let host = product(&[params.host_pages, params.kv_heads, params.run_bytes]);
         args.host.check(KERNEL, "host", host, 16)?;
         args.device.check(KERNEL, "device", product(&[params.device_pages, params.run_bytes]), 16)?;
+        args.owners.check(KERNEL, "owners", product(&[params.rows, params.slots]), 4)?;
         args.status.check(KERNEL, "status", 1, 8)?;
 
         let mut config = LaunchConfig::new(args.blocks, THREADS);
@@ -93,6 +96,7 @@ impl<F: Function> Gather<F> {
             Arg::read("slot_table", args.slot_table),
             Arg::read("host", args.host),
             Arg::write("device", &mut args.device),
+            Arg::write("owners", &mut args.owners),
             Arg::write("status", &mut args.status),
             Arg::value("params", params),
         ];

@@ -24,6 +24,8 @@ pub struct AppendArgs<'a> {
     pub v_new: &'a View<'a, u8>,
     /// Tokens of each request, the new ones included `[requests]`.
     pub kv_len: &'a View<'a, u32>,
+    /// How many of the new tokens of each request exist `[requests]`; all, or as many as `kv_len` has, if absent.
+    pub new_len: Option<&'a View<'a, u32>>,
     /// Tokens in closed pages `[requests · kv_heads]`.
     pub closed: &'a View<'a, u32>,
     /// Run of each open page `[requests · kv_heads, max_open]`.
@@ -73,6 +75,9 @@ impl<F: Function> Append<F> {
         args.k_new.check(KERNEL, "k_new", vectors.saturating_mul(k_bytes as usize), 16)?;
         args.v_new.check(KERNEL, "v_new", vectors.saturating_mul(v_bytes as usize), 16)?;
         args.kv_len.check(KERNEL, "kv_len", requests as usize, 4)?;
+        if let Some(new_len) = args.new_len {
+            new_len.check(KERNEL, "new_len", requests as usize, 4)?;
+        }
         args.closed.check(KERNEL, "closed", product(&[requests, kv_heads]), 4)?;
         args.open_table.check(KERNEL, "open_table", product(&[requests, kv_heads, max_open]), 4)?;
         let run = ((k_bytes + v_bytes) as usize) << params.page_shift;
@@ -84,6 +89,7 @@ impl<F: Function> Append<F> {
             Arg::read("k_new", args.k_new),
             Arg::read("v_new", args.v_new),
             Arg::read("kv_len", args.kv_len),
+            Arg::read_optional("new_len", args.new_len),
             Arg::read("closed", args.closed),
             Arg::read("open_table", args.open_table),
             Arg::write("runs", &mut args.runs),
@@ -109,6 +115,10 @@ pub struct CloseArgs<'a> {
     pub params: &'a SparseCloseParams,
     /// Tokens of each request `[rows / kv_heads]`.
     pub kv_len: &'a View<'a, u32>,
+    /// Host page of each page of a request `[rows / kv_heads, max_pages]`.
+    pub host_table: &'a View<'a, u32>,
+    /// Out: a [`SparseRow`](crate::params::SparseRow) each `[rows]`.
+    pub rows: ViewMut<'a, u32>,
     /// Tokens in closed pages `[rows]`; updated.
     pub closed: ViewMut<'a, u32>,
     /// Closed partitions `[rows]`; updated.
@@ -159,6 +169,8 @@ impl<F: Function> Close<F> {
                 ("max_closing", max_closing),
                 ("partition_pages", params.partition_pages),
                 ("buckets", params.buckets),
+                ("host_pages", params.host_pages),
+                ("num_runs", params.num_runs),
             ],
         )?;
         check_rows(KERNEL, rows, kv_heads)?;
@@ -177,6 +189,8 @@ impl<F: Function> Close<F> {
         }
         let (all, per_slot) = (rows as usize, product(&[rows, slots]));
         args.kv_len.check(KERNEL, "kv_len", (rows / kv_heads) as usize, 4)?;
+        args.host_table.check(KERNEL, "host_table", product(&[rows / kv_heads, params.max_pages]), 4)?;
+        args.rows.check(KERNEL, "rows", all, 4)?;
         args.closed.check(KERNEL, "closed", all, 4)?;
         args.partitions.check(KERNEL, "partitions", all, 4)?;
         args.epoch.check(KERNEL, "epoch", all, 4)?;
@@ -193,6 +207,8 @@ impl<F: Function> Close<F> {
         let config = LaunchConfig::new(rows, 128).shared(5 * 4);
         let kernel_args = [
             Arg::read("kv_len", args.kv_len),
+            Arg::read("host_table", args.host_table),
+            Arg::write("rows", &mut args.rows),
             Arg::write("closed", &mut args.closed),
             Arg::write("partitions", &mut args.partitions),
             Arg::write("epoch", &mut args.epoch),

@@ -49,8 +49,8 @@ pub struct ResolveArgs<'a> {
     pub buckets: usize,
     /// Pages `[rows, max_selected]`, each once; `u32::MAX` is padding.
     pub selected: &'a View<'a, u32>,
-    /// Whether a row is one `[rows]`: those with 0 touch no state. All are if absent.
-    pub active: Option<&'a View<'a, u32>>,
+    /// A [`SparseRow`](crate::params::SparseRow) each `[rows]`, updated; all rows take part if absent.
+    pub states: Option<ViewMut<'a, u32>>,
     /// State of the row's index that the selection was made for, and the state now, `[rows]` each.
     pub epochs: Option<[&'a View<'a, u32>; 2]>,
     /// Whether pages are fetched ahead between steps: nothing ages, and what finds no slot stays away.
@@ -100,8 +100,8 @@ impl<F: Function> Resolve<F> {
         let (places, slots) =
             (args.rows.saturating_mul(args.max_selected), args.rows.saturating_mul(args.slots));
         args.selected.check(KERNEL, "selected", places, 4)?;
-        if let Some(active) = args.active {
-            active.check(KERNEL, "active", args.rows, 4)?;
+        if let Some(states) = &args.states {
+            states.check(KERNEL, "states", args.rows, 4)?;
         }
         if let Some([selected_epoch, epoch]) = args.epochs {
             selected_epoch.check(KERNEL, "selected_epoch", args.rows, 4)?;
@@ -129,7 +129,7 @@ impl<F: Function> Resolve<F> {
         config.programmatic = args.programmatic;
         let kernel_args = [
             Arg::read("selected", args.selected),
-            Arg::read_optional("active", args.active),
+            Arg::write_optional("rows", args.states.as_mut()),
             Arg::read_optional("selected_epoch", args.epochs.map(|epochs| epochs[0])),
             Arg::read_optional("epoch", args.epochs.map(|epochs| epochs[1])),
             Arg::write("owners", &mut args.owners),

@@ -136,6 +136,8 @@ pub struct ScoreArgs<'a, E> {
     pub summaries: &'a View<'a, E>,
     /// Partitions of each row `[rows]`.
     pub num_partitions: &'a View<'a, u32>,
+    /// A [`SparseRow`](crate::params::SparseRow) each `[rows]`; all rows select if absent.
+    pub rows: Option<&'a View<'a, u32>>,
     /// Out: unscaled scores `[rows, group, max_partitions]`, those of the row's partitions.
     pub scores: ViewMut<'a, f32>,
     /// Out: maximum and sum of the softmax of each block's partitions `[rows, blocks, group, 2]`.
@@ -181,6 +183,9 @@ impl<F: Function, E: Storage> Score<F, E> {
         let partitions = product(&[params.rows, params.max_partitions]);
         args.summaries.check(KERNEL, "summaries", partitions.saturating_mul(self.row_dim), 16)?;
         args.num_partitions.check(KERNEL, "num_partitions", params.rows as usize, 4)?;
+        if let Some(rows) = args.rows {
+            rows.check(KERNEL, "rows", params.rows as usize, 4)?;
+        }
         args.scores.check(
             KERNEL,
             "scores",
@@ -196,6 +201,7 @@ impl<F: Function, E: Storage> Score<F, E> {
             Arg::read("q", args.q),
             Arg::read("summaries", args.summaries),
             Arg::read("num_partitions", args.num_partitions),
+            Arg::read_optional("rows", args.rows),
             Arg::write("scores", &mut args.scores),
             Arg::write("sums", &mut args.sums),
             Arg::write("status", &mut args.status),
@@ -228,6 +234,8 @@ pub struct SelectArgs<'a> {
     pub budget: &'a View<'a, u32>,
     /// First page of each partition, and the end of the last `[rows, max_partitions + 1]`; by `partition_pages` if absent.
     pub first_page: Option<&'a View<'a, u32>>,
+    /// A [`SparseRow`](crate::params::SparseRow) each `[rows]`, updated; all rows select if absent.
+    pub rows: Option<ViewMut<'a, u32>>,
     /// State of each row's index `[rows]`, and, out, the state that the selection is made for.
     pub epoch: Option<(&'a View<'a, u32>, ViewMut<'a, u32>)>,
     /// Out: the group's scores `[rows, max_partitions]`.
@@ -305,6 +313,10 @@ impl<F: Function> Select<F> {
         }
         let (mut aggregated, mut selected, mut estimated, mut status) =
             (args.aggregated, args.selected, args.estimated, args.status);
+        let mut states = args.rows;
+        if let Some(states) = &states {
+            states.check(KERNEL, "rows", rows, 4)?;
+        }
         aggregated.check(KERNEL, "aggregated", product(&[params.rows, max_partitions]), 4)?;
         selected.check(KERNEL, "selected", product(&[params.rows, max_selected]), 4)?;
         match &estimated {
@@ -325,6 +337,7 @@ impl<F: Function> Select<F> {
             Arg::read("num_partitions", args.num_partitions),
             Arg::read("budget", args.budget),
             Arg::read_optional("first_page", args.first_page),
+            Arg::write_optional("rows", states.as_mut()),
             Arg::read_optional("epoch", epoch),
             Arg::write("aggregated", &mut aggregated),
             Arg::write("selected", &mut selected),
