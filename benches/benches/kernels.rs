@@ -7,7 +7,6 @@ mod decode;
 mod homomorphic_quant;
 mod hybrid_gemm;
 mod kv_compress;
-mod kv_compress_calibration;
 mod merge_states;
 mod prefill;
 mod seq_parallel;
@@ -20,7 +19,6 @@ criterion::criterion_main!(
     homomorphic_quant::benches,
     hybrid_gemm::benches,
     kv_compress::benches,
-    kv_compress_calibration::benches,
     merge_states::benches,
     prefill::benches,
     seq_parallel::benches,

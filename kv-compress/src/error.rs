@@ -1,5 +1,7 @@
 //! The one error type of this crate.
 
+use attention::Element;
+
 /// What a caller can get wrong: every variant names the argument, what was expected and what was found.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -24,14 +26,14 @@ pub enum Error {
         what: &'static str,
     },
 
-    /// An activation or a weight is NaN or infinite. Nothing was added.
+    /// An activation, a weight or an element of a cache is NaN or infinite, perhaps only as stored in 16 bits. Nothing was added.
     #[error("`{argument}`: element {index} is {value}, not a finite number")]
     NotFinite {
         /// The argument's name.
         argument: &'static str,
-        /// Which element, row-major.
+        /// Which element, row-major; of a layer's maps, KV head after KV head.
         index: usize,
-        /// What it is.
+        /// What it is, as stored.
         value: f64,
     },
 
@@ -113,9 +115,24 @@ pub(crate) fn at_least_1(argument: &'static str, value: usize) -> Result<usize, 
 }
 
 /// Checks that every element is a finite number.
-pub(crate) fn check_finite(argument: &'static str, values: &[f32]) -> Result<(), Error> {
-    match values.iter().position(|x| !x.is_finite()) {
-        Some(index) => Err(Error::NotFinite { argument, index, value: f64::from(values[index]) }),
+pub(crate) fn check_finite<'a>(
+    argument: &'static str,
+    values: impl IntoIterator<Item = &'a f32>,
+) -> Result<(), Error> {
+    match values.into_iter().enumerate().find(|(_, x)| !x.is_finite()) {
+        Some((index, &x)) => Err(Error::NotFinite { argument, index, value: f64::from(x) }),
         None => Ok(()),
+    }
+}
+
+/// Rounds to the storage type, which must hold every element as a finite number.
+pub(crate) fn stored<'a, T: Element>(
+    argument: &'static str,
+    values: impl IntoIterator<Item = &'a f32>,
+) -> Result<Vec<T>, Error> {
+    let stored: Vec<T> = values.into_iter().map(|&x| T::from_f32(x)).collect();
+    match stored.iter().position(|x| !x.to_f64().is_finite()) {
+        Some(index) => Err(Error::NotFinite { argument, index, value: stored[index].to_f64() }),
+        None => Ok(stored),
     }
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use attention::HeadShape;
 
-use crate::error::check_len;
+use crate::error::{check_finite, check_len};
 use crate::projection::HeadBasis;
 use crate::{Error, LayerRanks};
 
@@ -72,9 +72,12 @@ impl LayerProjection {
                 ("output", &maps.output, ranks.v, shape.v_dim()),
             ] {
                 check_len(argument, map.len(), &[rank, dim])?;
-                crate::error::check_finite(argument, map)?;
             }
         }
+        check_finite("query", heads.iter().flat_map(|maps| &maps.query))?;
+        check_finite("key", heads.iter().flat_map(|maps| &maps.key))?;
+        check_finite("value", heads.iter().flat_map(|maps| &maps.value))?;
+        check_finite("output", heads.iter().flat_map(|maps| &maps.output))?;
         Ok(LayerProjection { shape, ranks, heads })
     }
 

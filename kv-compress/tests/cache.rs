@@ -136,6 +136,43 @@ fn an_append_that_does_not_fit_changes_nothing() {
     assert!(matches!(wide, Err(Error::Argument { argument: "T", .. })), "pages have 16-bit elements");
 }
 
+#[test]
+fn an_append_of_what_the_storage_type_does_not_hold_changes_nothing() {
+    let ranks = ranks(&[(16, 32), (32, 16)]);
+    let mut cache = cache(&ranks, 16, 4);
+    let id = cache.create().unwrap();
+    let (keys, values) = tokens(&ranks, 20, 1);
+    cache.append(id, &keys, &values).unwrap();
+    // A shared page: an append that began would copy it.
+    cache.fork(id).unwrap();
+    let (held, usage) = (gathered(&cache, id), cache.usage());
+    for (x, stored) in [(1e5, f64::INFINITY), (-1e5, f64::NEG_INFINITY), (f32::NAN, f64::NAN)] {
+        for (named, at) in [("keys", 0), ("keys", 20 * 48 - 1), ("values", 48 + 5)] {
+            let (mut keys, mut values) = (keys.clone(), values.clone());
+            if named == "keys" {
+                keys[at] = x
+            } else {
+                values[at] = x
+            }
+            match cache.append(id, &keys, &values) {
+                Err(Error::NotFinite { argument, index, value }) => {
+                    assert_eq!(
+                        (argument, index, value.to_bits()),
+                        (named, at, stored.to_bits()),
+                        "{x} in {named}"
+                    )
+                }
+                other => panic!("{x} in {named} at {at}: {other:?}"),
+            }
+            assert_eq!((cache.tokens(id).unwrap(), cache.usage()), (20, usage), "{x} in {named}");
+            assert!(gathered(&cache, id) == held, "{x} in {named}");
+        }
+    }
+    let mut wide_range = LayerCache::<bf16>::new(cache.layout().clone(), 2).unwrap();
+    let id = wide_range.create().unwrap();
+    wide_range.append(id, &[1e5; 48], &[-1e5; 48]).unwrap();
+}
+
 /// Zero-padded keys and values of full size give the same attention: the definition of a reduced basis.
 #[test]
 fn reduced_attention_is_zero_padded_dense_attention() {

@@ -1,4 +1,4 @@
-//! Calibration streams, merges and is fast enough.
+//! Calibration streams, merges and copes with the shapes of real models.
 
 mod common;
 
@@ -96,24 +96,25 @@ fn halves_of_the_data_agree_on_the_subspace() {
     }
 }
 
-/// One layer of Llama 3 8B: 32 query heads over 8 KV heads of 128. 32K tokens are sixteen of these chunks.
+/// One layer of Llama 3 8B: 32 query heads over 8 KV heads of 128, hidden 4096. How fast it is the benches say.
 #[test]
-fn a_layer_is_calibrated_in_seconds() {
+fn a_layer_of_llama_3_8b_has_bases_that_lose_ever_less() {
     let shape = HeadShape::new(32, 8, 128, 128).unwrap();
-    let values = |heads: usize, seed| Inputs::OutlierChannels.values(2048 * heads, 128, seed);
-    let (q, k, v) = (values(32, 1), values(8, 2), values(8, 3));
+    let values = |heads: usize, seed| Inputs::OutlierChannels.values(1024 * heads, 128, seed);
     let mut layer = LayerCalibration::new(shape);
-    let mut best = std::time::Duration::MAX;
-    for _ in 0..3 {
-        let begin = std::time::Instant::now();
-        layer.add(&q, &k, &v).unwrap();
-        best = best.min(begin.elapsed());
-    }
-    layer.set_w_o(&Inputs::Normal.values(512 * 32, 128, 4), 512).unwrap();
-    let begin = std::time::Instant::now();
+    layer.add(&values(32, 1), &values(8, 2), &values(8, 3)).unwrap();
+    layer.set_w_o(&Inputs::Normal.values(4096 * 32, 128, 4), 4096).unwrap();
     let bases = project(0, &layer, Projection::Optimal).unwrap();
-    println!("2048 tokens: {best:?}, bases of 8 heads: {:?}", begin.elapsed());
     assert_eq!(bases.len(), 8);
-    // Generous: other tests run at the same time. 32K tokens are then calibrated within a minute.
-    assert!(16 * best.as_millis() < 60_000, "{best:?}");
+    for (head, basis) in bases.iter().enumerate() {
+        for (what, basis) in [("scores", &basis.scores), ("values", &basis.values)] {
+            let (lost, rounding) = (basis.lost_energy(), 1e-9 * basis.lost_energy()[0]);
+            assert!(lost[0] > 0.0 && lost.len() == 9, "{what} of head {head}: {lost:?}");
+            assert!(
+                lost.windows(2).all(|pair| pair[1] <= pair[0] + rounding),
+                "{what} of head {head}: {lost:?}"
+            );
+            assert!(lost[8].abs() <= rounding, "all of rank 128 is kept, {what} of head {head}: {lost:?}");
+        }
+    }
 }

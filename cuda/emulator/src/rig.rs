@@ -70,7 +70,12 @@ pub trait Rig {
     }
 
     /// A buffer of `len` elements whose bytes are all zero. In the emulator it takes memory only where it is written.
-    fn zeroed<T: Pod>(&self, len: usize) -> Self::Buffer<T>;
+    fn zeroed<T: Pod>(&self, len: usize) -> Self::Buffer<T> {
+        self.try_zeroed(len).expect("allocate")
+    }
+
+    /// The same, or why there is no memory for it.
+    fn try_zeroed<T: Pod>(&self, len: usize) -> Result<Self::Buffer<T>, String>;
 
     /// What enqueues the same launches as `enqueue` whenever it is called: a CUDA graph where there is one; the emulator
     /// calls `enqueue` itself. Whatever `enqueue` borrows it borrows for each launch anew.
@@ -123,8 +128,8 @@ impl Rig for EmulatorRig {
         buffer.clone()
     }
 
-    fn zeroed<T: Pod>(&self, len: usize) -> Vec<T> {
-        bytemuck::zeroed_vec(len)
+    fn try_zeroed<T: Pod>(&self, len: usize) -> Result<Vec<T>, String> {
+        bytemuck::try_zeroed_vec(len).map_err(|()| format!("no memory for {len} elements"))
     }
 
     fn record<'a>(&'a self, enqueue: Box<dyn Fn() + 'a>) -> Box<dyn Fn() + 'a> {
@@ -247,12 +252,13 @@ impl Rig for GpuRig {
         self.stream.memcpy_htod(bytemuck::cast_slice::<T, u8>(host), &mut place).expect("copy to the device");
     }
 
-    fn zeroed<T: Pod>(&self, len: usize) -> GpuBuffer<T> {
+    fn try_zeroed<T: Pod>(&self, len: usize) -> Result<GpuBuffer<T>, String> {
         use cuda::cudarc::driver::DevicePtr;
         // A buffer without elements still needs an address.
-        let bytes = self.stream.alloc_zeros::<u8>((len * size_of::<T>()).max(1)).expect("allocate");
+        let bytes = self.stream.alloc_zeros::<u8>((len * size_of::<T>()).max(1));
+        let bytes = bytes.map_err(|error| format!("no memory for {len} elements: {error}"))?;
         let address = bytes.device_ptr(&self.stream).0;
-        GpuBuffer { bytes, address, len, _element: PhantomData }
+        Ok(GpuBuffer { bytes, address, len, _element: PhantomData })
     }
 
     fn record<'a>(&'a self, enqueue: Box<dyn Fn() + 'a>) -> Box<dyn Fn() + 'a> {
@@ -328,6 +334,23 @@ pub fn gpu_or_skip(test: &str) -> Option<GpuRig> {
         }
         Err(reason) => {
             println!("SKIPPED {test}: {reason}");
+            None
+        }
+    }
+}
+
+/// A buffer of zeros; without the memory for it, the test's name and the reason are printed.
+///
+/// # Panics
+/// If memory is short although `REQUIRE_GPU=1` demands that every test runs.
+pub fn zeroed_or_skip<R: Rig, T: Pod>(rig: &R, len: usize, test: &str) -> Option<R::Buffer<T>> {
+    match rig.try_zeroed(len) {
+        Ok(buffer) => Some(buffer),
+        Err(reason) if std::env::var_os("REQUIRE_GPU").is_some_and(|v| v == "1") => {
+            panic!("{test} on {}: REQUIRE_GPU=1, but {reason}", rig.name())
+        }
+        Err(reason) => {
+            println!("SKIPPED {test} on {}: {reason}", rig.name());
             None
         }
     }

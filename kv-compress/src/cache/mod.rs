@@ -12,7 +12,7 @@ use attention::{BlockTable, DType, Element};
 pub use layout::PageLayout;
 
 use crate::Error;
-use crate::error::check_len;
+use crate::error::{check_len, stored};
 
 /// Handle of a sequence of a [`LayerCache`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -127,8 +127,8 @@ impl<T: Element> LayerCache<T> {
     /// head.
     ///
     /// # Errors
-    /// [`Error::Argument`] for lengths that do not fit or an unknown sequence, [`Error::Attention`] when pages run out; the
-    /// sequence then has the tokens it had.
+    /// [`Error::Argument`] for lengths that do not fit or an unknown sequence, [`Error::NotFinite`] for an element that `T` does
+    /// not hold, [`Error::Attention`] when pages run out; the sequence then has the tokens it had.
     pub fn append(&mut self, id: SequenceId, keys: &[f32], values: &[f32]) -> Result<(), Error> {
         let heads = self.layout.ranks().heads();
         let (key_row, value_row) =
@@ -136,9 +136,9 @@ impl<T: Element> LayerCache<T> {
         let tokens = keys.len() / key_row;
         check_len("keys", keys.len(), &[tokens, key_row])?;
         check_len("values", values.len(), &[tokens, value_row])?;
+        let (keys, values): (Vec<T>, Vec<T>) = (stored("keys", keys)?, stored("values", values)?);
         let sequence = self.sequences.get_mut(&id.0).ok_or_else(|| unknown(id))?;
         let before = sequence.tokens();
-        let mut row: Vec<T> = Vec::new();
         for (keys, values) in keys.chunks_exact(key_row).zip(values.chunks_exact(value_row)) {
             let slot = match sequence.append(&mut self.pool) {
                 Ok(slot) => slot,
@@ -154,10 +154,8 @@ impl<T: Element> LayerCache<T> {
                     (&mut keys, ranks.k, self.layout.keys(head)),
                     (&mut values, ranks.v, self.layout.values(head)),
                 ] {
-                    let (elements, rest) = from.split_at(rank);
-                    row.clear();
-                    row.extend(elements.iter().map(|&x| T::from_f32(x)));
-                    region.write(page, slot.index, &row);
+                    let (row, rest) = from.split_at(rank);
+                    region.write(page, slot.index, row);
                     *from = rest;
                 }
             }

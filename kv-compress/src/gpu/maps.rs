@@ -2,7 +2,7 @@
 
 use attention::Element;
 
-use crate::error::check_finite;
+use crate::error::stored;
 use crate::{Error, LayerProjection};
 
 /// The maps of a layer, rounded to the storage type, head after head: what goes to the device once, when a plan is loaded.
@@ -31,38 +31,34 @@ impl<E: Element> PackedMaps<E> {
     /// Packs the maps of a layer.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] for an element that the storage type does not hold.
+    /// [`Error::NotFinite`] for an element that the storage type does not hold; its index counts through the maps of all KV heads,
+    /// head after head, each row-major `[rank, dim]`.
     pub fn new(projection: &LayerProjection) -> Result<Self, Error> {
-        let shape = projection.shape();
-        let mut packed = PackedMaps {
-            project_q: Vec::new(),
-            project_k: Vec::new(),
-            project_v: Vec::new(),
-            back_k: Vec::new(),
-            back_v: Vec::new(),
-        };
-        for maps in projection.heads() {
-            for (argument, to, map, dim) in [
-                ("query", &mut packed.project_q, &maps.query, shape.qk_dim()),
-                ("key", &mut packed.project_k, &maps.key, shape.qk_dim()),
-                ("value", &mut packed.project_v, &maps.value, shape.v_dim()),
-            ] {
-                let rank = map.len() / dim;
-                let transposed: Vec<f32> = (0..map.len()).map(|i| map[i % rank * dim + i / rank]).collect();
-                push(argument, to, &transposed)?;
-            }
+        let (shape, heads) = (projection.shape(), projection.heads());
+        let query = stored("query", heads.iter().flat_map(|maps| &maps.query))?;
+        let key = stored("key", heads.iter().flat_map(|maps| &maps.key))?;
+        let value = stored("value", heads.iter().flat_map(|maps| &maps.value))?;
+        let output = stored("output", heads.iter().flat_map(|maps| &maps.output))?;
+        let ranks = projection.ranks().heads().iter();
+        let (k, v) = (ranks.clone().map(|ranks| ranks.k), ranks.map(|ranks| ranks.v));
+        Ok(PackedMaps {
+            project_q: transposed(&query, shape.qk_dim(), k.clone()),
+            project_k: transposed(&key, shape.qk_dim(), k),
+            project_v: transposed(&value, shape.v_dim(), v),
             // QKᵀ ≈ Q·A·(K·B)ᵀ = Q·(K̃·Aᵀ)ᵀ: what scores see of a key is K̃·Aᵀ.
-            push("query", &mut packed.back_k, &maps.query)?;
-            push("output", &mut packed.back_v, &maps.output)?;
-        }
-        Ok(packed)
+            back_k: query,
+            back_v: output,
+        })
     }
 }
 
-/// Appends values rounded to the storage type.
-fn push<E: Element>(argument: &'static str, to: &mut Vec<E>, values: &[f32]) -> Result<(), Error> {
-    let first = to.len();
-    to.extend(values.iter().map(|&x| E::from_f32(x)));
-    let stored: Vec<f32> = to[first..].iter().map(|x| x.to_f64() as f32).collect();
-    check_finite(argument, &stored)
+/// Maps `[rank, dim]`, one after the other, each as `[dim, rank]`.
+fn transposed<E: Copy>(mut maps: &[E], dim: usize, ranks: impl Iterator<Item = usize>) -> Vec<E> {
+    let mut packed = Vec::with_capacity(maps.len());
+    for rank in ranks {
+        let (map, others) = maps.split_at(rank * dim);
+        packed.extend((0..map.len()).map(|i| map[i % rank * dim + i / rank]));
+        maps = others;
+    }
+    packed
 }

@@ -8,7 +8,7 @@ use attention::{
     AttentionSpec, BlockTable, Element, HeadShape, HeadsView, Mask, RaggedKv, RaggedView, Score,
 };
 use cuda::status::Fault;
-use emulator::rig::Rig;
+use emulator::rig::{Rig, zeroed_or_skip};
 use half::f16;
 use kv_compress::cache::{LayerCache, PageLayout, PagedView};
 use kv_compress::calibrate::Calibration;
@@ -25,7 +25,7 @@ use kv_compress::{CompressionPlan, Error, HeadMaps, LayerProjection};
 emulator::device_test!(
     a_plan_on_the_device_is_the_plan_on_the_cpu,
     full_ranks_are_dense_attention,
-    pages_past_2_to_the_31_elements,
+    pages_past_2_to_the_32_elements,
 );
 
 const DIM: usize = 64;
@@ -500,22 +500,28 @@ fn full_ranks_are_dense_attention<R: Rig>(rig: &R) {
     assert!(lost < 2e-3, "on {}: {lost}", rig.name());
 }
 
-/// Pages at the end of a pool of more than 2³¹ elements are appended to and read; what lies between is never touched.
-fn pages_past_2_to_the_31_elements<R: Rig>(rig: &R) {
+/// Pages at the end of a pool of more than 2³² elements are appended to and read; what lies between is never touched. 32-bit
+/// arithmetic, with a sign or without, would meet pages at the start, which belong to others.
+fn pages_past_2_to_the_32_elements<R: Rig>(rig: &R) {
     let model = 40;
     let plan = plan(&Layer::new(512, model, 1), |planner| planner.within(KV_HEADS * DIM * 2));
     let layer = Layer::new(tokens(), model, 100);
     let near = Step::new(&plan.layers()[0], &layer, Values::Folded);
     let page = near.layout().page_elements();
-    let before = (1usize << 31).div_ceil(page);
-    let moved = |id: &u32| if id.is_multiple_of(2) { *id } else { *id + before as u32 };
+    let before = (1usize << 32).div_ceil(page);
+    // Odd pages go where 32 bits see the even page before them.
+    let moved = |id: &u32| if id.is_multiple_of(2) { *id } else { *id - 1 + before as u32 };
     let far = Step {
         pages: near.pages + before,
         tables: near.tables.iter().map(|table| table.iter().map(moved).collect()).collect(),
         ..Step::new(near.projection, &layer, Values::Folded)
     };
-    assert!(far.tables.iter().flatten().any(|id| *id as usize * page > i32::MAX as usize));
-    let mut pages = rig.zeroed::<f16>(far.pages * page);
+    let starts = far.tables.iter().flatten().map(|id| *id as usize * page);
+    assert!(starts.clone().any(|start| start > u32::MAX as usize) && starts.min() < Some(page * near.pages));
+    let Some(mut pages) = zeroed_or_skip::<_, f16>(rig, far.pages * page, "pages_past_2_to_the_32_elements")
+    else {
+        return;
+    };
     let found = on_the_device(rig, &far, &mut pages);
     let (expected, _) = on_the_cpu(&near, &stored(near.projection));
     assert_attended(&found, &expected, &format!("pages from {before} on, on {}", rig.name()));
@@ -525,10 +531,26 @@ fn pages_past_2_to_the_31_elements<R: Rig>(rig: &R) {
 fn maps_that_the_storage_type_does_not_hold_are_refused() {
     let plan = plan(&Layer::new(512, 40, 1), |planner| planner.within(KV_HEADS * DIM * 2));
     let layer = &plan.layers()[0];
-    let mut heads = layer.heads().to_vec();
-    heads[1].key[3] = 1e6;
-    let layer =
-        LayerProjection::from_maps(*layer.shape(), layer.ranks().clone(), heads).expect("finite maps");
-    assert!(matches!(PackedMaps::<f16>::new(&layer), Err(Error::NotFinite { argument: "key", .. })));
-    assert!(PackedMaps::<half::bf16>::new(&layer).is_ok());
+    type Map = fn(&mut HeadMaps) -> &mut Vec<f32>;
+    let maps: [(&str, Map); 4] = [
+        ("query", |maps| &mut maps.query),
+        ("key", |maps| &mut maps.key),
+        ("value", |maps| &mut maps.value),
+        ("output", |maps| &mut maps.output),
+    ];
+    for (named, map) in maps {
+        let mut heads = layer.heads().to_vec();
+        let at = map(&mut heads[0]).len() + 3;
+        let mut with = |x: f32| {
+            map(&mut heads[1])[3] = x;
+            LayerProjection::from_maps(*layer.shape(), layer.ranks().clone(), heads.clone())
+        };
+        let refused = |error: &Error| matches!(error, Error::NotFinite { argument, index, .. } if (*argument, *index) == (named, at));
+        let error = with(f32::NAN).expect_err("NaN");
+        assert!(refused(&error), "{named}, element {at}: {error}");
+        let large = with(1e6).expect("finite maps");
+        let error = PackedMaps::<f16>::new(&large).expect_err("1e6 is infinite in f16");
+        assert!(refused(&error), "{named}, element {at}: {error}");
+        assert!(PackedMaps::<half::bf16>::new(&large).is_ok(), "{named}");
+    }
 }
