@@ -44,6 +44,7 @@ pub struct View<'a, T> {
     address: u64,
     len: usize,
     space: Space,
+    mapped: bool,
     stream: StreamHandle,
     _guard: Guard<'a>,
     _borrow: PhantomData<&'a [T]>,
@@ -55,6 +56,7 @@ pub struct ViewMut<'a, T> {
     address: u64,
     len: usize,
     space: Space,
+    mapped: bool,
     stream: StreamHandle,
     _guard: Guard<'a>,
     _borrow: PhantomData<&'a mut [T]>,
@@ -69,7 +71,21 @@ macro_rules! common {
             /// The memory must be valid in `space` for as long as any kernel launched with this view runs, and must not be
             /// written (for a mutable view: accessed at all) by anybody else meanwhile. Such a view fits every stream.
             pub unsafe fn from_raw(address: u64, len: usize, space: Space) -> Self {
-                Self { address, len, space, stream: None, _guard: None, _borrow: PhantomData }
+                Self { address, len, space, mapped: false, stream: None, _guard: None, _borrow: PhantomData }
+            }
+
+            /// The same for host memory that the device with this ordinal sees: what a kernel reads of it crosses the link.
+            ///
+            /// # Safety
+            /// As [`from_raw`](Self::from_raw), and the memory is pinned memory of the host.
+            pub unsafe fn from_mapped(address: u64, len: usize, ordinal: usize) -> Self {
+                let space = Space::Device(ordinal);
+                Self { address, len, space, mapped: true, stream: None, _guard: None, _borrow: PhantomData }
+            }
+
+            /// Whether the memory is the host's: pinned memory that a device sees, or what the emulator reaches.
+            pub fn is_in_host_memory(&self) -> bool {
+                self.mapped || self.space == Space::Host
             }
 
             /// Address of the first element, in the address space of [`space`](Self::space).
@@ -98,6 +114,7 @@ macro_rules! common {
                     address: self.address,
                     len: self.bytes() / size_of::<U>().max(1),
                     space: self.space,
+                    mapped: self.mapped,
                     stream: self.stream,
                     _guard: self._guard,
                     _borrow: PhantomData,
@@ -172,6 +189,7 @@ impl<'a, T: Pod> View<'a, T> {
             address: slice.as_ptr() as u64,
             len: slice.len(),
             space: Space::Host,
+            mapped: false,
             stream: None,
             _guard: None,
             _borrow: PhantomData,
@@ -185,6 +203,7 @@ impl<'a, T: Pod> View<'a, T> {
             address,
             len: range.len(),
             space: self.space,
+            mapped: self.mapped,
             stream: self.stream,
             _guard: None,
             _borrow: PhantomData,
@@ -199,6 +218,7 @@ impl<'a, T: Pod> ViewMut<'a, T> {
             address: slice.as_mut_ptr() as u64,
             len: slice.len(),
             space: Space::Host,
+            mapped: false,
             stream: None,
             _guard: None,
             _borrow: PhantomData,
@@ -211,6 +231,7 @@ impl<'a, T: Pod> ViewMut<'a, T> {
             address: self.address,
             len: self.len,
             space: self.space,
+            mapped: self.mapped,
             stream: self.stream,
             _guard: None,
             _borrow: PhantomData,
@@ -224,6 +245,7 @@ impl<'a, T: Pod> ViewMut<'a, T> {
             address,
             len: range.len(),
             space: self.space,
+            mapped: self.mapped,
             stream: self.stream,
             _guard: None,
             _borrow: PhantomData,
@@ -237,6 +259,7 @@ impl<'a, T: Pod> ViewMut<'a, T> {
             address,
             len: range.len(),
             space: self.space,
+            mapped: self.mapped,
             stream: self.stream,
             _guard: None,
             _borrow: PhantomData,
@@ -258,7 +281,7 @@ mod device {
             let space = Space::Device(slice.stream().context().ordinal());
             let (address, guard) = slice.device_ptr(stream);
             let stream = Some(stream.cu_stream() as usize);
-            Self { address, len, space, stream, _guard: Some(guard), _borrow: PhantomData }
+            Self { address, len, space, mapped: false, stream, _guard: Some(guard), _borrow: PhantomData }
         }
     }
 
@@ -270,7 +293,7 @@ mod device {
             let space = Space::Device(slice.stream().context().ordinal());
             let (address, guard) = slice.device_ptr_mut(stream);
             let stream = Some(stream.cu_stream() as usize);
-            Self { address, len, space, stream, _guard: Some(guard), _borrow: PhantomData }
+            Self { address, len, space, mapped: false, stream, _guard: Some(guard), _borrow: PhantomData }
         }
     }
 }

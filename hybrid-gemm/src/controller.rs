@@ -83,6 +83,22 @@ impl Rule {
     pub const fn together() -> Self {
         Rule::Together { tolerance: 0.1, step: 1.0 / 16.0, dwell: 2 }
     }
+
+    /// Refuses steps past the middle, which leave no alpha between them, and what is tolerated below nothing.
+    fn check(self) -> Result<(), Error> {
+        let (tolerated, step, most) = match self {
+            Rule::Makespan => return Ok(()),
+            Rule::Utilisation { tau, step, .. } => (("tau", tau), step, 1.0),
+            Rule::Together { tolerance, step, .. } => (("tolerance", tolerance), step, 0.5),
+        };
+        if !(step > 0.0 && step <= most) {
+            return Err(Error::argument("step", format!("above 0, at most {most}"), step));
+        }
+        if !(tolerated.1.is_finite() && tolerated.1 >= 0.0) {
+            return Err(Error::argument(tolerated.0, "a finite number, 0 or more", tolerated.1));
+        }
+        Ok(())
+    }
 }
 
 /// Weight of a new observation in an exponential moving average.
@@ -107,7 +123,7 @@ impl Controller {
     /// Starts at `alpha`; the paper starts at 0, the frugal end for the link.
     ///
     /// # Errors
-    /// [`Error::Argument`] for an alpha outside 0..=1 or rates that are no positive numbers.
+    /// [`Error::Argument`] for an alpha outside 0..=1, rates that are no positive numbers, or a rule's step or tolerance that cannot be.
     pub fn new(
         rule: Rule,
         terms: AlphaTerms,
@@ -118,6 +134,7 @@ impl Controller {
         if !(0.0..=1.0).contains(&alpha) {
             return Err(Error::argument("alpha", "0 to 1", alpha));
         }
+        rule.check()?;
         for (argument, rate) in [("link_bytes_per_s", link_bytes_per_s), ("hbm_bytes_per_s", hbm_bytes_per_s)]
         {
             if !(rate.is_finite() && rate > 0.0) {

@@ -12,7 +12,7 @@ pub const SWIGLU_GROUP: usize = 8;
 const _: () = assert!(TILE_ROWS.is_multiple_of(2 * SWIGLU_GROUP));
 
 /// The function between product and residual.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Activation {
     /// None.
     #[default]
@@ -26,7 +26,7 @@ pub enum Activation {
 }
 
 /// What a product does behind its sums.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct EpilogueSpec {
     /// Whether a bias `[n]` is added.
     pub bias: bool,

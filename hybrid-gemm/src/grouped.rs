@@ -6,7 +6,7 @@
 
 use crate::cpu::{Gemm, GemmArgs};
 use crate::path::{self, LinkLoad};
-use crate::plan::{LARGE_PANEL, SMALL_PANEL, check_alpha};
+use crate::plan::{LARGE_PANEL, SMALL_PANEL, check_alpha, check_path};
 use crate::schedule::TileSchedule;
 use crate::traffic::Receipt;
 use crate::weights::Placement;
@@ -97,6 +97,14 @@ impl GroupedPlan {
         let sm_budget = GemmPlan::new(*first, any)?.sm_budget();
         let k_tiles = first.tiling().k_tiles();
         let schedule = GroupSchedule { panel, k_tiles, os_blocks: 0, ws_blocks: 0, hbm_blocks: 0 };
+        check_path(config.path)?;
+        // Alpha has one place, so that it can be set later.
+        let config = match config.path {
+            PathChoice::Only(Path::Direct { alpha }) => {
+                GemmConfig { path: PathChoice::Direct, alpha: Alpha::Fixed(alpha), ..config }
+            }
+            _ => config,
+        };
         let mut plan = GroupedPlan { experts, config, sm_budget, schedule };
         plan.set_alpha(plan.config.alpha)?;
         Ok(plan)
@@ -130,7 +138,6 @@ impl GroupedPlan {
         check_alpha(alpha)?;
         let several_panels = self.config.max_tokens > self.schedule.panel;
         let fixed = match (self.config.path, alpha) {
-            (PathChoice::Only(Path::Direct { alpha }), _) => Some(alpha),
             (PathChoice::Only(path), _) => {
                 return Err(Error::NoPath(format!("{path}: grouped products read weights where they lie")));
             }
@@ -147,8 +154,9 @@ impl GroupedPlan {
         let even = self.even_rows();
         let mut best: Option<(f64, GroupSchedule)> = None;
         let mut refused = String::new();
-        // The simplest first: it is taken where others are no faster.
-        for sixteenths in [16, 0].into_iter().chain(1..16) {
+        // The first is taken where others are no faster: weight-stationary, whose bytes over the link stay the same where rows
+        // crowd at an expert and fill several panels.
+        for sixteenths in [0, 16].into_iter().chain(1..16) {
             match self.blocks(f64::from(sixteenths) / 16.0) {
                 Ok(schedule) => {
                     self.schedule = schedule;

@@ -96,6 +96,7 @@ impl PathShape<'_> {
         }
         match path {
             Path::Direct { alpha } => {
+                check_share(alpha)?;
                 if base.sums_in_registers() && alpha < 1.0 {
                     let panel = self.panel;
                     return Err(format!(
@@ -223,7 +224,16 @@ impl LinkLoad {
     }
 }
 
-/// Output-stationary blocks of `link` blocks: alpha's share, at least one of each dataflow that alpha has.
+/// Refuses an alpha that is no share; `clamp` below would panic, or take it for another.
+pub(crate) fn check_share(alpha: f64) -> Result<(), String> {
+    match (0.0..=1.0).contains(&alpha) {
+        true => Ok(()),
+        false => Err(format!("alpha is 0 to 1, not {alpha}")),
+    }
+}
+
+/// Output-stationary blocks of `link` blocks: alpha's share, at least one of each dataflow that alpha has, of which `link` has room
+/// for two.
 pub(crate) fn output_stationary_blocks(alpha: f64, link: usize) -> usize {
     match alpha {
         0.0 => 0,

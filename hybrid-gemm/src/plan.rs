@@ -18,7 +18,7 @@ const SLAB_BYTES: u64 = 16 << 20;
 const RING_BYTES: u64 = 64 << 20;
 
 /// Who may change a result in its last bits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Summation {
     /// Nobody: an output depends on its row of X and its row of W alone, not on where the weights lie, the path, alpha, the
     /// number of tokens or of threads. Weight-stationary sums continue from the workspace instead of being added to it.
@@ -46,7 +46,7 @@ pub enum PathChoice {
     Fastest,
     /// Blocks that read host memory in place, with the plan's alpha.
     Direct,
-    /// This one.
+    /// This one. A direct path is output-stationary for calls of one panel of a plan of several.
     Only(Path),
 }
 
@@ -136,6 +136,14 @@ pub(crate) fn check_alpha(alpha: Alpha) -> Result<(), Error> {
     }
 }
 
+/// The same of a path.
+pub(crate) fn check_path(path: PathChoice) -> Result<(), Error> {
+    match path {
+        PathChoice::Only(Path::Direct { alpha }) => check_alpha(Alpha::Fixed(alpha)),
+        _ => Ok(()),
+    }
+}
+
 /// A path that was looked at for a number of tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Candidate {
@@ -154,6 +162,7 @@ impl GemmPlan {
         config.device.check()?;
         config.epilogue.check(placement.tiling().n())?;
         check_alpha(config.alpha)?;
+        check_path(config.path)?;
         let sm_budget = config.sm_budget.unwrap_or(config.device.sm_count);
         if sm_budget == 0 || sm_budget > config.device.sm_count {
             let expected = format!("1 to {}, the SMs of {}", config.device.sm_count, config.device.name);
@@ -210,13 +219,18 @@ impl GemmPlan {
         self.panel
     }
 
-    /// Sets alpha for the calls that follow, as a controller does: blocks change their dataflow, nothing is planned anew.
+    /// Sets alpha for the calls that follow, as a controller does: blocks change their dataflow, nothing is planned anew. It takes
+    /// the place of the alpha of [`PathChoice::Only`] a direct path; other paths have none, and stay as they are.
     ///
     /// # Errors
     /// [`Error::Argument`] for an alpha outside 0..=1.
     pub fn set_alpha(&mut self, alpha: Alpha) -> Result<(), Error> {
         check_alpha(alpha)?;
-        let config = GemmConfig { alpha, ..self.config.clone() };
+        let path = match self.config.path {
+            PathChoice::Only(Path::Direct { .. }) => PathChoice::Direct,
+            path => path,
+        };
+        let config = GemmConfig { alpha, path, ..self.config.clone() };
         *self = GemmPlan::with_panel(self.placement, config, self.panel, self.sm_budget, self.backend)?;
         Ok(())
     }
@@ -268,6 +282,12 @@ impl GemmPlan {
     /// Every path for a number of tokens, the simplest first.
     pub fn candidates(&self, tokens: usize) -> Vec<Candidate> {
         let paths = match self.config.path {
+            // With one panel all dataflows are one, so a plan of many tokens serves few as well.
+            PathChoice::Only(Path::Direct { .. })
+                if tokens <= self.panel && self.config.max_tokens > self.panel =>
+            {
+                vec![Path::Direct { alpha: 1.0 }]
+            }
             PathChoice::Only(path) => vec![path],
             PathChoice::Direct => self.direct(tokens),
             PathChoice::Fastest => {

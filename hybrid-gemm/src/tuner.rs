@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 
-use crate::{Error, Format, GemmPlan, Path, PathChoice};
+use crate::weights::Layout;
+use crate::{DType, EpilogueSpec, Error, Format, GemmPlan, Path, PathChoice, Summation};
 
 /// Candidates that are timed: the model ranks them well enough that the best is among its first.
 pub const TIMED: usize = 3;
@@ -29,8 +30,20 @@ pub struct TuningKey {
     pub shape: [usize; 2],
     /// Column tiles in host memory.
     pub host_columns: usize,
+    /// How they lie in memory.
+    pub host_layout: Layout,
+    /// Type of X.
+    pub x: DType,
+    /// What follows the sums.
+    pub epilogue: EpilogueSpec,
+    /// Who may change the last bits.
+    pub summation: Summation,
+    /// Which paths are open, as text: choices of a path hold numbers that have no hash.
+    pub paths: String,
     /// SMs that launches may use.
     pub sm_budget: usize,
+    /// Tokens of a panel.
+    pub panel: usize,
     /// Tokens, rounded up to a bucket.
     pub tokens: usize,
 }
@@ -44,6 +57,12 @@ impl TuningKey {
             format: tiling.format(),
             shape: [tiling.n(), tiling.k()],
             host_columns: plan.placement().host_columns(),
+            host_layout: plan.placement().host_layout(),
+            x: config.x,
+            epilogue: config.epilogue,
+            summation: config.summation,
+            paths: format!("{:?}, {:?}", config.path, config.alpha),
+            panel: plan.panel(),
             sm_budget: config.sm_budget.unwrap_or(config.device.sm_count),
             tokens: if tokens <= 1 { 1 } else { tokens.next_power_of_two().max(8) },
         }
@@ -87,7 +106,10 @@ impl Tuner {
     /// [`Error::NoPath`] when there is no candidate; what the timer returns.
     pub fn choose(&mut self, plan: &GemmPlan, tokens: usize, timer: &mut impl Timer) -> Result<Path, Error> {
         let key = TuningKey::new(plan, tokens);
-        if let Some(path) = self.choices.get(&key) {
+        // Tokens of one bucket may differ in what is open to them.
+        if let Some(path) = self.choices.get(&key)
+            && plan.launches_of(*path, tokens).is_ok()
+        {
             return Ok(*path);
         }
         let candidates = Self::rank(plan, key.tokens.min(plan.config().max_tokens), TIMED);

@@ -237,3 +237,48 @@ fn profiles() {
         assert!(profile.unwrap_err().to_string().contains(named), "{named}");
     }
 }
+
+/// An alpha that is no share is refused wherever it comes from; where the budget is smallest it would have no blocks to be a share of.
+#[test]
+fn paths_with_no_share_are_refused() {
+    let config =
+        GemmConfig { sm_budget: Some(1), ..GemmConfig::new(300, DType::BF16, DeviceProfile::gh200()) };
+    let plan = GemmPlan::new(placement(640, 256, 0.0), config.clone()).unwrap();
+    for alpha in [1.5, 7.0, -0.1, f64::NAN, f64::INFINITY] {
+        let path = Path::Direct { alpha };
+        let reason = plan.launches_of(path, 300).unwrap_err();
+        assert!(reason.contains("alpha is 0 to 1"), "{alpha}: {reason}");
+        assert!(
+            matches!(hybrid_gemm::simulate::simulate(&plan, path, 300), Err(Error::NoPath(_))),
+            "{alpha}"
+        );
+        let only = GemmConfig { path: PathChoice::Only(path), ..config.clone() };
+        let single = GemmPlan::new(*plan.placement(), only.clone()).unwrap_err().to_string();
+        let group =
+            hybrid_gemm::grouped::GroupedPlan::new(vec![*plan.placement()], only).unwrap_err().to_string();
+        assert!(single.contains("alpha") && group.contains("alpha"), "{alpha}: {single}; {group}");
+    }
+}
+
+/// A plan of one direct path serves few tokens too, and takes another alpha later.
+#[test]
+fn one_direct_path_serves_every_call() {
+    let config = GemmConfig::new(300, DType::BF16, DeviceProfile::gh200());
+    let only = GemmConfig { path: PathChoice::Only(Path::Direct { alpha: 0.0 }), ..config };
+    let mut plan = GemmPlan::new(placement(640, 256, 0.0), only).unwrap();
+    for (tokens, alpha) in [(0, 1.0), (7, 1.0), (256, 1.0), (257, 0.0), (300, 0.0)] {
+        assert_eq!(plan.choose(tokens).unwrap().0, Path::Direct { alpha }, "{tokens} tokens");
+    }
+    plan.set_alpha(Alpha::Fixed(0.5)).unwrap();
+    assert_eq!(plan.choose(300).unwrap().0, Path::Direct { alpha: 0.5 });
+}
+
+/// Where even rows make all dataflows equal the one is taken that does not read a crowded expert again per panel.
+#[test]
+fn crowded_experts_are_read_once() {
+    let config = GemmConfig::new(2048, DType::BF16, DeviceProfile::gh200());
+    let experts = vec![placement(1024, 1024, 0.0); 8];
+    let plan = hybrid_gemm::grouped::GroupedPlan::new(experts, config).unwrap();
+    let rows = [0, 0, 2048, 0, 0, 0, 0, 0];
+    assert_eq!(plan.predict(&rows).unwrap().traffic.link_bytes, plan.experts()[2].host_bytes());
+}

@@ -228,6 +228,21 @@ fn a_budget_of_the_link_is_kept() {
     assert!(controller.set_link_budget(Some(0.0)).is_err());
     assert!(Controller::new(Rule::Makespan, terms, 375e9, 3.4e12, 1.5).is_err());
     assert!(Controller::new(Rule::Makespan, terms, f64::NAN, 3.4e12, 0.5).is_err());
+    for (rule, named) in [
+        (Rule::Together { tolerance: 0.1, step: 0.6, dwell: 2 }, "step"),
+        (Rule::Together { tolerance: 0.1, step: f64::NAN, dwell: 2 }, "step"),
+        (Rule::Together { tolerance: f64::NAN, step: 0.1, dwell: 2 }, "tolerance"),
+        (Rule::Utilisation { tau: 0.1, step: 0.0, dwell: 2 }, "step"),
+        (Rule::Utilisation { tau: -0.1, step: 0.1, dwell: 2 }, "tau"),
+    ] {
+        let error = Controller::new(rule, terms, 375e9, 3.4e12, 0.5).unwrap_err().to_string();
+        assert!(error.contains(named), "{rule:?}: {error}");
+    }
+    // The widest step that there is, and a role without blocks.
+    let widest = Rule::Together { tolerance: 0.1, step: 0.5, dwell: 0 };
+    let mut controller = Controller::new(widest, terms, 375e9, 3.4e12, 0.0).unwrap();
+    controller.observe(&call);
+    assert_eq!(controller.alpha(), 0.5);
 }
 
 /// A timer that simulates, and finds one kind of path much slower than the model thinks.
@@ -264,4 +279,7 @@ fn the_tuner_believes_the_clock() {
     let config = GemmConfig { path: PathChoice::Only(Path::Direct { alpha: 0.5 }), ..plan.config().clone() };
     let fixed = GemmPlan::new(*plan.placement(), config).unwrap();
     assert_eq!(Tuner::rank(&fixed, 1024, 100).len(), 1);
+    let other = tuner.choose(&fixed, 1024, &mut timer).unwrap();
+    assert_eq!(other, Path::Direct { alpha: 0.5 }, "what another plan chose is not open to this one");
+    assert_eq!(tuner.choose(&plan, 1024, &mut timer).unwrap(), chosen, "nor the other way round");
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bytemuck::Pod;
 use cuda::cudarc::driver::{CudaSlice, CudaStream};
-use cuda::driver::{Gpu, Graph, SideStream};
+use cuda::driver::{Gpu, Graph, Mapped, MappedKind, SideStream};
 use cuda::launch::{Device, Function};
 use cuda::memory::{Space, View, ViewMut};
 use cuda::side_queue::SideQueue;
@@ -43,7 +43,9 @@ pub trait Rig {
     fn side(&self, slots: usize) -> Self::Side;
     /// Copies `host` to the device.
     fn upload<T: Pod>(&self, host: &[T]) -> Self::Buffer<T>;
-    /// Overwrites part of a buffer, from element `at` on, in the order of the queue.
+    /// Copies `host` to memory of the host that the device reads in place, for arguments that are to cross the link.
+    fn pin<T: Pod>(&self, host: &[T]) -> Self::Buffer<T>;
+    /// Overwrites part of a buffer of [`upload`](Self::upload), from element `at` on, in the order of the queue.
     fn write<T: Pod>(&self, buffer: &mut Self::Buffer<T>, at: usize, host: &[T]);
     /// Waits for the queue and copies a buffer back.
     fn download<T: Pod>(&self, buffer: &Self::Buffer<T>) -> Vec<T>;
@@ -120,6 +122,10 @@ impl Rig for EmulatorRig {
         host.to_vec()
     }
 
+    fn pin<T: Pod>(&self, host: &[T]) -> Vec<T> {
+        host.to_vec()
+    }
+
     fn write<T: Pod>(&self, buffer: &mut Vec<T>, at: usize, host: &[T]) {
         buffer[at..at + host.len()].copy_from_slice(host);
     }
@@ -175,10 +181,12 @@ pub struct GpuRig {
     side: Arc<CudaStream>,
 }
 
-/// Device memory of a [`GpuRig`], kept as bytes so that any plain type fits.
+/// Memory of a [`GpuRig`], kept as bytes so that any plain type fits.
 #[derive(Debug)]
 pub struct GpuBuffer<T> {
+    /// On the device; a byte for what is pinned.
     bytes: CudaSlice<u8>,
+    pinned: Option<Mapped<u8>>,
     address: u64,
     len: usize,
     _element: PhantomData<T>,
@@ -243,7 +251,15 @@ impl Rig for GpuRig {
         let bytes = if bytes.is_empty() { &[0u8] } else { bytes };
         let bytes = self.stream.clone_htod(bytes).expect("copy to the device");
         let address = bytes.device_ptr(&self.stream).0;
-        GpuBuffer { bytes, address, len: host.len(), _element: PhantomData }
+        GpuBuffer { bytes, pinned: None, address, len: host.len(), _element: PhantomData }
+    }
+
+    fn pin<T: Pod>(&self, host: &[T]) -> GpuBuffer<T> {
+        let mut pinned =
+            Mapped::<u8>::zeroed(&self.gpu, size_of_val(host), MappedKind::Cached).expect("pinned memory");
+        pinned.write().expect("nothing runs that uses it").copy_from_slice(bytemuck::cast_slice(host));
+        let address = pinned.view().address();
+        GpuBuffer { pinned: Some(pinned), address, len: host.len(), ..self.zeroed(0) }
     }
 
     fn write<T: Pod>(&self, buffer: &mut GpuBuffer<T>, at: usize, host: &[T]) {
@@ -258,7 +274,7 @@ impl Rig for GpuRig {
         let bytes = self.stream.alloc_zeros::<u8>((len * size_of::<T>()).max(1));
         let bytes = bytes.map_err(|error| format!("no memory for {len} elements: {error}"))?;
         let address = bytes.device_ptr(&self.stream).0;
-        Ok(GpuBuffer { bytes, address, len, _element: PhantomData })
+        Ok(GpuBuffer { bytes, pinned: None, address, len, _element: PhantomData })
     }
 
     fn record<'a>(&'a self, enqueue: Box<dyn Fn() + 'a>) -> Box<dyn Fn() + 'a> {
@@ -285,6 +301,9 @@ impl Rig for GpuRig {
     }
 
     fn view<'a, T: Pod>(&self, buffer: &'a GpuBuffer<T>) -> View<'a, T> {
+        if let Some(pinned) = &buffer.pinned {
+            return pinned.view().cast();
+        }
         let space = Space::Device(self.stream.context().ordinal());
         // SAFETY: the borrow keeps the allocation alive, and all work of this rig is ordered by its one stream, on the side by forks and joins.
         unsafe { View::from_raw(buffer.address, buffer.len, space) }

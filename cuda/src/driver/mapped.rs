@@ -10,7 +10,7 @@ use cudarc::driver::{CudaStream, sys};
 use super::call::check;
 use super::gpu::Gpu;
 use crate::Error;
-use crate::memory::{Space, View, ViewMut};
+use crate::memory::{View, ViewMut};
 
 /// How pinned memory is cached by the CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -71,13 +71,13 @@ impl<T: Pod> Mapped<T> {
     pub fn view(&self) -> View<'_, T> {
         // SAFETY: the device sees `len` elements at this address until the drop, which waits for the context; `&self` keeps
         // safe host code from writing them.
-        unsafe { View::from_raw(self.device, self.len, self.space()) }
+        unsafe { View::from_mapped(self.device, self.len, self.ordinal()) }
     }
 
     /// For kernels on one stream that read and write; no other stream takes the view.
     pub fn view_mut(&mut self, stream: &CudaStream) -> ViewMut<'_, T> {
         // SAFETY: as in `view`; `&mut self` keeps safe host code and other launches from using them.
-        let view = unsafe { ViewMut::from_raw(self.device, self.len, self.space()) };
+        let view = unsafe { ViewMut::from_mapped(self.device, self.len, self.ordinal()) };
         view.for_stream(Some(stream.cu_stream() as usize))
     }
 
@@ -113,8 +113,8 @@ impl<T: Pod> Mapped<T> {
         unsafe { std::slice::from_raw_parts_mut(self.host, self.len) }
     }
 
-    fn space(&self) -> Space {
-        Space::Device(self.gpu.device().ordinal)
+    fn ordinal(&self) -> usize {
+        self.gpu.device().ordinal
     }
 }
 
@@ -197,7 +197,7 @@ impl<T: Pod, O: AsRef<[T]> + 'static> Registered<T, O> {
     pub fn view(&self) -> View<'_, T> {
         // SAFETY: the device sees `len` elements at this address until the drop, which waits for the context; the owner is
         // out of everybody's reach, so nobody writes them.
-        unsafe { View::from_raw(self.device, self.len, Space::Device(self.gpu.device().ordinal)) }
+        unsafe { View::from_mapped(self.device, self.len, self.gpu.device().ordinal) }
     }
 }
 

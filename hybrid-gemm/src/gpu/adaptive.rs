@@ -31,6 +31,8 @@ pub struct DeviceTimer<'a, X> {
 /// Everything that a product needs.
 #[derive(Debug)]
 struct Candidate<X> {
+    /// What it was prepared for.
+    plan: GemmPlan,
     path: Path,
     tokens: usize,
     gemm: Gemm<GpuFunction, X>,
@@ -60,9 +62,9 @@ impl<'a, X: Storage + Element + cuda::cudarc::driver::DeviceRepr> DeviceTimer<'a
         Ok(DeviceTimer { gpu, stream, side, weights, timer, prepared: Vec::new() })
     }
 
-    fn prepare(&self, plan: &GemmPlan, path: Path, tokens: usize) -> Result<Candidate<X>, Error> {
-        let config = GemmConfig { path: PathChoice::Only(path), ..plan.config().clone() };
-        let plan = Plan::new(*plan.placement(), config)?;
+    fn prepare(&self, asked: &GemmPlan, path: Path, tokens: usize) -> Result<Candidate<X>, Error> {
+        let config = GemmConfig { path: PathChoice::Only(path), ..asked.config().clone() };
+        let plan = Plan::new(*asked.placement(), config)?;
         let (config, tiling) = (plan.config(), plan.placement().tiling());
         let rows = config.max_tokens;
         let out_bytes = rows * config.epilogue.out_columns(tiling.n()) * config.epilogue.out.size();
@@ -72,6 +74,7 @@ impl<'a, X: Storage + Element + cuda::cudarc::driver::DeviceRepr> DeviceTimer<'a
         let (stream, bytes) = (&self.stream, |len: usize| self.stream.alloc_zeros::<u8>(len.max(1)));
         let residual = if config.epilogue.residual { out_bytes } else { 0 };
         Ok(Candidate {
+            plan: asked.clone(),
             path,
             tokens,
             gemm: Gemm::prepare(&self.gpu, &plan)?,
@@ -112,12 +115,17 @@ impl<'a, X: Storage + Element + cuda::cudarc::driver::DeviceRepr> DeviceTimer<'a
 }
 
 impl<X: Storage + Element + cuda::cudarc::driver::DeviceRepr> tuner::Timer for DeviceTimer<'_, X> {
-    /// Infinite for a staged path without a side stream.
+    /// Infinite for a staged path without a side stream. Another placement than the weights' is refused.
     fn time(&mut self, plan: &GemmPlan, path: Path, tokens: usize) -> Result<f64, Error> {
+        if plan.placement() != self.weights.weights().placement() {
+            return Err(Error::argument("placement", "that of the weights that are timed", "another"));
+        }
         if matches!(path, Path::Staged { .. }) && self.side.is_none() {
             return Ok(f64::INFINITY);
         }
-        let known = self.prepared.iter().position(|known| known.path == path && known.tokens == tokens);
+        // Candidates of another plan do not come again.
+        self.prepared.retain(|known| known.plan == *plan && known.tokens == tokens);
+        let known = self.prepared.iter().position(|known| known.path == path);
         let index = match known {
             Some(index) => index,
             None => {
@@ -160,6 +168,8 @@ impl AlphaControl {
         if plan.is_staged() {
             return Err(Error::NoPath("a staged plan has no alpha".into()));
         }
+        // Both roles need a block, else no schedule follows what the controller says.
+        gemm.launches_of(Path::Direct { alpha: 0.5 }, tokens).map_err(Error::NoPath)?;
         let terms = AlphaTerms::between(&pure(1.0)?, &pure(0.0)?);
         let device = &plan.config().device;
         let controller =

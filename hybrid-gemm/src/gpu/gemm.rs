@@ -21,7 +21,8 @@ use crate::{DType, Error, GemmConfig};
 /// Where the columns of a matrix lie, as the device sees them.
 #[derive(Debug, Clone, Copy)]
 pub struct DeviceWeights<'a> {
-    /// The columns in host memory: [`Weights::host_bytes`](crate::Weights::host_bytes), pinned. None where there are none.
+    /// The columns in host memory: [`Weights::host_bytes`](crate::Weights::host_bytes), pinned. None where there are none. A view of
+    /// device memory is refused: a receipt that counts bytes over the link would be wrong of it.
     pub host: Option<&'a View<'a, u8>>,
     /// The columns in HBM: [`Weights::hbm_bytes`](crate::Weights::hbm_bytes). None where there are none.
     pub hbm: Option<&'a View<'a, u8>>,

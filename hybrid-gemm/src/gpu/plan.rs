@@ -6,7 +6,7 @@ use cuda::workspace::{ALIGNMENT, Layout, Region};
 
 use crate::pack::{TILE_ROWS, Tiling, slab_elements};
 use crate::path::RING_SLABS;
-use crate::plan::{Backend, LARGE_PANEL, SMALL_PANEL};
+use crate::plan::{Backend, LARGE_PANEL, SMALL_PANEL, check_alpha};
 use crate::schedule::TileSchedule;
 use crate::tuner::{Timer, Tuner};
 use crate::weights::Placement;
@@ -84,9 +84,11 @@ impl Plan {
             _ => 1,
         };
         let (choice, alpha) = match path {
-            // Alpha stays the caller's, for calls of other sizes and for whoever sets it later.
-            Path::Direct { .. } if matches!(config.path, PathChoice::Only(_)) => (config.path, config.alpha),
             Path::Direct { .. } if !large => (PathChoice::Direct, Alpha::Fixed(1.0)),
+            // Alpha has one place, so that it can be set later.
+            Path::Direct { alpha } if matches!(config.path, PathChoice::Only(_)) => {
+                (PathChoice::Direct, Alpha::Fixed(alpha))
+            }
             Path::Direct { alpha } if config.alpha == Alpha::Auto => {
                 // An alpha that was timed stays; the model's own follows the size of each call.
                 let model = considered.choose(tokens)?.0;
@@ -152,8 +154,21 @@ impl Plan {
     /// Sets alpha for the schedules that follow; everything that is prepared stays.
     ///
     /// # Errors
-    /// [`Error::Argument`] for an alpha outside 0..=1; [`Error::NoPath`] where kernels of this plan have one dataflow only.
+    /// [`Error::Argument`] for an alpha outside 0..=1; [`Error::NoPath`] for a staged plan, and for a weight-stationary share where
+    /// kernels of this plan have one dataflow only.
     pub fn set_alpha(&mut self, alpha: Alpha) -> Result<(), Error> {
+        check_alpha(alpha)?;
+        if self.is_staged() {
+            return Err(Error::NoPath("a staged plan has no alpha".into()));
+        }
+        if !self.is_large() {
+            return match alpha {
+                Alpha::Auto | Alpha::Fixed(1.0) => Ok(()),
+                Alpha::Fixed(_) => Err(Error::NoPath(format!(
+                    "no kernel of panels of {SMALL_PANEL} tokens keeps a weight tile"
+                ))),
+            };
+        }
         self.gemm.set_alpha(alpha)
     }
 
@@ -162,7 +177,8 @@ impl Plan {
         self.k_splits
     }
 
-    /// Layout of the workspace of [`Gemm::run`](super::Gemm::run), zeroed before the first; products on one stream share it.
+    /// Layout of the workspace of [`Gemm::run`](super::Gemm::run), zeroed before the first. Calls of this plan share it one after
+    /// another; another plan's counters lie elsewhere in theirs, so each plan has its own.
     pub fn workspace(&self) -> &Layout {
         &self.layout
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cuda::cudarc::driver::{CudaSlice, CudaStream};
 use cuda::driver::{Gpu, Mapped, MappedKind};
-use cuda::memory::{Space, View};
+use cuda::memory::View;
 
 use super::DeviceWeights;
 use crate::weights::Layout;
@@ -62,7 +62,7 @@ impl ResidentWeights {
                 let address = memory.device_address(self.ordinal)? + start as u64;
                 // SAFETY: the weights hold this many pinned bytes at the address, nobody writes them, and giving them up
                 // waits for the kernels that read them.
-                Some(unsafe { View::from_raw(address, bytes, Space::Device(self.ordinal)) })
+                Some(unsafe { View::from_mapped(address, bytes, self.ordinal) })
             }
         };
         let hbm = (placement.hbm_columns() > 0).then(|| View::device(&self.hbm, stream));

@@ -126,6 +126,9 @@ impl<F: Function, X: Storage> Gemm<F, X> {
         let host = args.weights.host;
         let host = host.ok_or_else(|| Error::argument("host", "the columns in host memory", "none"))?;
         host.check("hybrid_gemm", "host", plan.placement().host_bytes() as usize, 1)?;
+        if !host.is_in_host_memory() {
+            return Err(Error::argument("host", "pinned memory of the host", host.space()));
+        }
         args.schedule.check("hybrid_gemm", "schedule", self.slabs.launches.len(), 4)?;
         let carver = Carver::new("hybrid_gemm", workspace, plan.workspace())?;
         let mut partials = carver.take(plan.partials())?;

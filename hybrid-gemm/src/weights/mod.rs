@@ -102,7 +102,7 @@ impl fmt::Debug for HostMemory {
 }
 
 /// How a part of the weights is laid out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Layout {
     /// Tile by tile, see [`pack`](crate::pack).
     Packed,

@@ -5,7 +5,8 @@ use half::bf16;
 use hybrid_gemm::gpu::{DeviceTimer, Plan, ResidentWeights};
 use hybrid_gemm::tuner::{TIMED, Tuner};
 use hybrid_gemm::{
-    DType, DeviceProfile, EpilogueSpec, Format, GemmConfig, Path, Residency, RowMajor, Weights,
+    DType, DeviceProfile, EpilogueSpec, Format, GemmConfig, Path, PathChoice, Placement, Residency, RowMajor,
+    Weights,
 };
 
 use crate::support::fake_driver::{FakeDriver, Setup, with_driver};
@@ -85,6 +86,41 @@ fn paths_are_timed_on_the_device_once_per_shape() {
         let other = DeviceProfile { name: "another".into(), ..config(1024).device };
         Plan::tuned(placement, GemmConfig { device: other, ..config(1024) }, &mut tuner, &mut timer).unwrap();
         assert!(fake.log().iter().any(|line| line.starts_with("cuLaunchKernelEx")));
+    });
+}
+
+/// A timer's candidates are those of the plan that asks, not of one before; the tuner's choices are those of plans like it.
+#[test]
+fn other_plans_are_timed_anew() {
+    with_driver("adaptive::other_plans_are_timed_anew", ORDERED, |fake| {
+        let (gpu, stream, weights) = open(fake);
+        let placement = *weights.weights().placement();
+        let side = SideStream::new(&gpu, gpu.context().new_stream().unwrap(), 3).unwrap();
+        let mut timer = DeviceTimer::<bf16>::new(&gpu, &stream, Some(side), &weights).unwrap();
+        let mut tuner = Tuner::new();
+        fake.elapsed(&[1.0]);
+        for budget in [132, 32, 132] {
+            let config = GemmConfig { sm_budget: Some(budget), ..config(1024) };
+            fake.log();
+            // Another tuner each time, so that it asks the clock.
+            let plan = Plan::tuned(placement, config, &mut Tuner::new(), &mut timer).unwrap();
+            assert_eq!(plan.considered().sm_budget(), budget);
+            let grid = format!(" grid={budget},1,1 ");
+            let log = fake.log();
+            let launches: Vec<_> = log.iter().filter(|line| line.starts_with("cuLaunchKernelEx")).collect();
+            assert!(!launches.is_empty() && launches.iter().all(|line| line.contains(&grid)), "{launches:?}");
+        }
+        // Paths that are not open to a plan are not taken from one to which they were.
+        let slabs = PathChoice::Only(Path::Staged { slab_columns: 4 });
+        for (path, staged) in [(slabs, true), (PathChoice::Direct, false), (slabs, true)] {
+            let config = GemmConfig { path, ..config(1024) };
+            let plan = Plan::tuned(placement, config, &mut tuner, &mut timer).unwrap();
+            assert_eq!(plan.is_staged(), staged, "{path:?}");
+        }
+        // Nor are the weights of another placement timed.
+        let elsewhere = Placement::packed(*placement.tiling(), Residency::HbmFraction(0.5)).unwrap();
+        let error = Plan::tuned(elsewhere, config(1024), &mut tuner, &mut timer).unwrap_err().to_string();
+        assert!(error.contains("placement"), "{error}");
     });
 }
 

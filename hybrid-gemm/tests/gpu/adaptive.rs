@@ -124,6 +124,32 @@ fn the_controller_follows_a_step() {
     }
 }
 
+/// A path that was asked for is where alpha starts, not where it stays: of one matrix, and of experts.
+#[test]
+fn one_direct_path_follows_too() {
+    let tiling = Tiling::new(640, 256, Format::Float(DType::BF16)).expect("a tiling");
+    let placement = Placement::packed(tiling, Residency::Host).expect("a placement");
+    let only = GemmConfig { path: PathChoice::Only(Path::Direct { alpha: 0.25 }), ..config(300, device(8)) };
+    let plan = Plan::new(placement, only.clone()).expect("a plan");
+    assert_eq!(plan.schedule(300).expect("a schedule").os_blocks, 2);
+    assert_eq!(plan.schedule(7).expect("few tokens").os_blocks, 8, "one panel is output-stationary");
+    assert_eq!(plan.schedule(0).expect("no tokens").tokens, 0);
+    let mut control = AlphaControl::new(&plan, Rule::together(), 300, 0.5).expect("both dataflows");
+    assert_eq!(control.schedule().expect("a schedule").os_blocks, 4);
+    let predicted = plan.predict(300).expect("a prediction");
+    // The link is slow: its readers take twice as long.
+    let slow = Observation::of_call(1e-3, [2e-3, 1e-3], &predicted.traffic, &predicted);
+    let moved: Vec<u32> = (0..12)
+        .filter_map(|_| control.observe(&slow).expect("a schedule"))
+        .map(|schedule| schedule.os_blocks)
+        .collect();
+    assert!(!moved.is_empty() && *moved.last().expect("one") < 4, "{moved:?}");
+    let mut experts = hybrid_gemm::gpu::GroupedPlan::new(vec![placement; 2], only).expect("a plan");
+    assert_eq!(experts.schedule().os_blocks, 2);
+    experts.set_alpha(Alpha::Fixed(0.75)).expect("an alpha");
+    assert_eq!(experts.schedule().os_blocks, 6);
+}
+
 #[test]
 fn plans_without_an_alpha_have_no_controller() {
     let placement = |n| {
@@ -138,4 +164,7 @@ fn plans_without_an_alpha_have_no_controller() {
     assert!(AlphaControl::new(&staged, Rule::Makespan, 300, 0.0).is_err());
     let direct = Plan::new(placement(640), config(300, device(4))).expect("a plan");
     assert!(AlphaControl::new(&direct, Rule::Makespan, 300, 1.5).is_err());
+    let one = GemmConfig { sm_budget: Some(1), ..config(300, device(4)) };
+    let one = Plan::new(placement(640), one).expect("a plan");
+    assert!(AlphaControl::new(&one, Rule::Makespan, 300, 0.0).is_err(), "one block for two roles");
 }

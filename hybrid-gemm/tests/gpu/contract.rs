@@ -325,3 +325,24 @@ fn plans_explain_themselves() {
     let staged = plan(Format::Int4 { group: 32 }, 256, &same).expect("a plan");
     assert!(staged.is_staged(), "{}", staged.explain(256));
 }
+
+/// A receipt counts as crossing the link what a role of the link reads, so its memory must lie behind the link.
+#[test]
+fn host_parts_on_the_device_are_refused() {
+    use cuda::memory::{Space, View};
+    emulator::emulator_or_skip!();
+    let rig = EmulatorRig::new(Order::Forward);
+    let operands = operands(8, [200, 80], Residency::Host);
+    let bytes = operands.weights.host_bytes().len();
+    for path in [Path::Direct { alpha: 1.0 }, Path::Staged { slab_columns: 1 }] {
+        let config = GemmConfig { path: PathChoice::Only(path), ..f32_out(8, 4) };
+        let plan = Plan::new(*operands.weights.placement(), config).expect("a plan");
+        let calls = [plan.schedules(8).expect("schedules")];
+        // SAFETY: refused before anybody follows the address.
+        let on_device = unsafe { View::<u8>::from_raw(4096, bytes, Space::Device(0)) };
+        let refused = crate::product::call_each_on(&rig, &plan, &operands, &on_device, &calls, false);
+        let Err(error) = refused else { panic!("{path}: taken") };
+        let error = error.to_string();
+        assert!(error.contains("`host`") && error.contains("pinned memory of the host"), "{path}: {error}");
+    }
+}

@@ -19,7 +19,12 @@ use hybrid_gemm::{
 use crate::common::{compare, device, random};
 use crate::product::{fit, weights};
 
-emulator::device_test!(experts_are_a_loop_of_products, formats_of_experts, bad_experts_are_named);
+emulator::device_test!(
+    experts_are_a_loop_of_products,
+    partial_sums_of_experts,
+    formats_of_experts,
+    bad_experts_are_named,
+);
 
 /// Experts whose weights lie in host memory, in HBM and in both, one after another.
 fn experts<X: Element>(count: usize, tiling: Tiling) -> Vec<Weights> {
@@ -62,7 +67,7 @@ fn run<R: Rig, X: Storage + Element, O: Storage + Element>(
     let tiling = experts[0].placement().tiling();
     let columns = config.epilogue.out_columns(tiling.n());
     let all = |bytes: fn(&Weights) -> &[u8]| experts.iter().flat_map(bytes).copied().collect::<Vec<u8>>();
-    let (host, hbm) = (rig.upload(&all(Weights::host_bytes)), rig.upload(&all(Weights::hbm_bytes)));
+    let (host, hbm) = (rig.pin(&all(Weights::host_bytes)), rig.upload(&all(Weights::hbm_bytes)));
     let scales: Vec<f32> = experts.iter().flat_map(Weights::channel_scales).copied().collect();
     let (has_scales, scales) = (!scales.is_empty(), rig.upload(&scales));
     let x = rig.upload(x);
@@ -202,6 +207,24 @@ fn experts_are_a_loop_of_products<R: Rig>(rig: &R) {
             let case = format!("{case} of {max_tokens}, {alpha:?}, on {}, seeds 80 to 90", rig.name());
             verify(&case, &plan, &experts, &x, rows, outcome);
         }
+    }
+}
+
+/// Two experts of several panels and several K tiles: their partial sums pass through the workspace one after the other.
+fn partial_sums_of_experts<R: Rig>(rig: &R) {
+    let tiling = Tiling::with_tile_k(72, 264, Format::Float(DType::BF16), 128).expect("a tiling");
+    assert_eq!(tiling.k_tiles(), 3);
+    let experts: Vec<_> = (0..3).map(|index| weights::<bf16>(84 + index, tiling, Residency::Host)).collect();
+    let (tokens, rows) = (540, [259, 3, 278]);
+    let x: Vec<bf16> = random(94, tokens * tiling.k());
+    for alpha in [0.0, 0.5] {
+        let plain = EpilogueSpec::plain(DType::F32);
+        let plan = plan(rig, &experts, (tokens, DType::BF16), Alpha::Fixed(alpha), plain);
+        let calls = [Call { offsets: offsets(&rows), table: plan.table() }];
+        let outcome = &run::<R, bf16, f32>(rig, &plan, &experts, &x, &calls, false).expect("a launch")[0];
+        let case = format!("alpha {alpha}, on {}, seeds 84 to 94", rig.name());
+        verify(&case, &plan, &experts, &x, &rows, outcome);
+        assert!(outcome.traffic.partial_bytes > 0, "{case}: no partial sums");
     }
 }
 

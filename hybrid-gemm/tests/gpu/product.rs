@@ -92,7 +92,7 @@ pub(crate) fn call_each<R: Rig, X: Storage + Element, O: Storage + Element>(
     calls: &[Vec<HybridGemmSchedule>],
     recorded: bool,
 ) -> Result<Vec<Outcome<O>>, Error> {
-    let host = rig.upload(operands.weights.host_bytes());
+    let host = rig.pin(operands.weights.host_bytes());
     call_each_on(rig, plan, operands, &rig.view(&host), calls, recorded)
 }
 

@@ -11,6 +11,8 @@ use crate::params::{
 use crate::storage::Storage;
 
 const ROWS: usize = HYBRID_TILE_ROWS as usize;
+/// Inputs of a chunk of activations.
+const CHUNK_INPUTS: usize = 64;
 
 /// How weights are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -72,7 +74,8 @@ pub struct HybridGemmArgs<'a, X, O> {
     pub blocks: u32,
     /// X `[max_tokens, k]`, rows `x_stride` apart.
     pub x: &'a View<'a, X>,
-    /// Columns in host memory, the first ones; none where there are none.
+    /// Columns in host memory, the first ones; none where there are none. Refused in memory of the device: what the receipt
+    /// counts for the link must cross it.
     pub host: Option<&'a View<'a, u8>>,
     /// Columns in HBM from `hbm_first` on.
     pub hbm: Option<&'a View<'a, u8>>,
@@ -141,10 +144,10 @@ pub(super) fn launch<F: Function, X: Storage, O: Storage>(
             return wrong(argument, "at least 1".into(), 0);
         }
     }
-    // Steps of a block are counted in 32 bits.
-    let steps = elements(&[columns, k_tiles, tokens.div_ceil(panel)]);
+    // Steps of a block, and the chunks of activations that they are made of, are counted in 32 bits.
+    let steps = elements(&[columns, slabs, format.slab_inputs() / CHUNK_INPUTS, tokens.div_ceil(panel)]);
     if steps > i32::MAX as usize {
-        return wrong("n", format!("at most {} tiles of weights times panels", i32::MAX), steps as u64);
+        return wrong("n", format!("at most {} chunks of 64 inputs times panels", i32::MAX), steps as u64);
     }
     let column_bytes = slabs * (HYBRID_SLAB_BYTES as usize + format.scale_bytes());
     if params.column_bytes != column_bytes as u64 {
@@ -192,6 +195,11 @@ pub(super) fn launch<F: Function, X: Storage, O: Storage>(
             None if len == 0 => {}
             None => return Err(Error::argument(kernel, argument, format_args!("{len} bytes"), "none")),
         }
+    }
+    if let Some(host) = args.host
+        && !host.is_in_host_memory()
+    {
+        return Err(Error::argument(kernel, "host", "pinned memory of the host", host.space()));
     }
     if experts > 0 && (row_major || args.bias.is_some()) {
         return wrong("experts", "packed weights and no bias".into(), experts as u64);
