@@ -62,7 +62,8 @@ pub enum Rule {
     /// Estimate the rates, finish together.
     Makespan,
     /// Compare the times of the two roles, take a step. Their blocks have equal columns, so where the link is the slower the
-    /// output-stationary ones, which read more over it, take longer, and where HBM is, the weight-stationary ones.
+    /// output-stationary ones, which read more over it, take longer, and where HBM is, the weight-stationary ones. That holds where
+    /// blocks have several columns each.
     Together {
         /// Ratio of times, less 1, that is tolerated.
         tolerance: f64,

@@ -158,7 +158,9 @@ impl AlphaControl {
     /// Controls calls of `tokens` tokens, from `alpha` on: the paper begins with 0, the frugal end for the link.
     ///
     /// # Errors
-    /// [`Error::Argument`] for an alpha outside 0..=1; [`Error::NoPath`] for a plan without both dataflows.
+    /// [`Error::Argument`] for an alpha outside 0..=1; [`Error::NoPath`] for a plan without both dataflows, and for
+    /// [`Rule::Together`] where there are no more columns in host memory than blocks for them: each block has one then, whatever
+    /// alpha is, and their times say nothing.
     pub fn new(plan: &Plan, rule: Rule, tokens: usize, alpha: f64) -> Result<Self, Error> {
         let gemm = plan.gemm();
         let pure = |alpha| {
@@ -169,7 +171,16 @@ impl AlphaControl {
             return Err(Error::NoPath("a staged plan has no alpha".into()));
         }
         // Both roles need a block, else no schedule follows what the controller says.
-        gemm.launches_of(Path::Direct { alpha: 0.5 }, tokens).map_err(Error::NoPath)?;
+        let both = gemm.launches_of(Path::Direct { alpha: 0.5 }, tokens).map_err(Error::NoPath)?;
+        let schedule = both[0].schedule;
+        let (columns, blocks) =
+            (schedule.os_columns + schedule.ws_columns, schedule.os_blocks + schedule.ws_blocks);
+        if matches!(rule, Rule::Together { .. }) && columns <= blocks {
+            let why = format!(
+                "roles have no times to compare: {columns} columns in host memory for {blocks} blocks"
+            );
+            return Err(Error::NoPath(why));
+        }
         let terms = AlphaTerms::between(&pure(1.0)?, &pure(0.0)?);
         let device = &plan.config().device;
         let controller =

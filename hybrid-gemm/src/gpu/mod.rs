@@ -4,7 +4,8 @@
 //! may block. `run` only enqueues: no allocation, no synchronization, no read-back, so that a step can be captured in a CUDA
 //! graph. What may change from call to call, tokens and alpha, lies in the schedule, one small struct in device memory that
 //! the caller writes from [`Plan::schedule`]; a captured graph follows it. The kernel checks it: a bad one gives O of zeros
-//! and is named by the caller's status word.
+//! and is named by the caller's status word. Of a staged call, whose launches have a schedule each, O is of no use where one is bad:
+//! that launch clears all of it, those behind it fill their columns again.
 //!
 //! - [`Plan`], [`Gemm`]: one matrix, read where it lies or staged by a copy engine ([`Gemm::run_staged`]).
 //! - [`GroupedPlan`], [`GroupedGemm`]: one matrix per expert (MoE), in one launch; rows per expert lie in device memory too.

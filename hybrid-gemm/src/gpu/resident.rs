@@ -11,7 +11,8 @@ use crate::weights::Layout;
 use crate::weights::gpu::pin;
 use crate::{Error, Weights};
 
-/// A matrix on both sides of the link: the host part pinned, the rest copied to HBM. Dropping it waits for whoever reads it.
+/// A matrix on both sides of the link: the host part pinned, the rest copied to HBM. Giving up the pinned part
+/// waits for whoever reads it; what lies in HBM is freed in the order of the stream that it was copied on.
 #[derive(Debug)]
 pub struct ResidentWeights {
     weights: Weights,
@@ -73,7 +74,7 @@ impl ResidentWeights {
 }
 
 /// The weights of experts on both sides of the link, as [`GroupedPlan::table`](super::GroupedPlan::table) has them: the host
-/// parts in pinned memory one behind the other, the other parts in HBM. Dropping it waits for whoever reads it.
+/// parts in pinned memory one behind the other, the other parts in HBM. Giving them up is as with [`ResidentWeights`].
 #[derive(Debug)]
 pub struct ResidentExperts {
     host: Option<Mapped<u8>>,
@@ -104,8 +105,8 @@ impl ResidentExperts {
             }
             host = Some(arena);
         }
-        let hbm: Vec<u8> = experts.iter().flat_map(Weights::hbm_bytes).copied().collect();
-        let scales: Vec<f32> = experts.iter().flat_map(Weights::channel_scales).copied().collect();
+        let hbm = experts.iter().map(Weights::hbm_bytes).collect::<Vec<_>>().concat();
+        let scales = experts.iter().map(Weights::channel_scales).collect::<Vec<_>>().concat();
         Ok(ResidentExperts {
             host,
             hbm: if hbm.is_empty() { None } else { Some(to_device(stream, &hbm)?) },

@@ -164,6 +164,11 @@ fn plans_without_an_alpha_have_no_controller() {
     assert!(AlphaControl::new(&staged, Rule::Makespan, 300, 0.0).is_err());
     let direct = Plan::new(placement(640), config(300, device(4))).expect("a plan");
     assert!(AlphaControl::new(&direct, Rule::Makespan, 300, 1.5).is_err());
+    // Ten columns for sixteen blocks: each has one at most.
+    let wide = Plan::new(placement(640), config(300, device(16))).expect("a plan");
+    let error = AlphaControl::new(&wide, Rule::together(), 300, 0.5).expect_err("no signal").to_string();
+    assert!(error.contains("10 columns in host memory for 16 blocks"), "{error}");
+    AlphaControl::new(&wide, Rule::Makespan, 300, 0.5).expect("rates are another signal");
     let one = GemmConfig { sm_budget: Some(1), ..config(300, device(4)) };
     let one = Plan::new(placement(640), one).expect("a plan");
     assert!(AlphaControl::new(&one, Rule::Makespan, 300, 0.0).is_err(), "one block for two roles");
