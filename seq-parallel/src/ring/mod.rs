@@ -293,7 +293,9 @@ impl<'a, Q: Element, T: Element> Ring<'a, Q, T> {
         }
     }
 
-    /// Pauses at a step that all ranks agree on: the last that any of them has begun. Every rank calls it, whatever its step.
+    /// Pauses at a step that all ranks agree on: the last that any of them has begun. Every rank calls it, whatever its step
+    /// where exchanges match by tag: over `gpu::transport`, whose waits need both peers or whose messages have no tags, all ranks have
+    /// to be at the same step.
     ///
     /// # Errors
     /// As [`step`](Self::step).
