@@ -3,8 +3,8 @@
 use criterion::{BenchmarkId, Criterion, criterion_group};
 use half::bf16;
 use longkv_attention::gpu::{
-    CacheLayout, Prefill, PrefillConfig, PrefillInputs, PrefillOutput, PrefillPlan, PrefillState,
-    PrefillTiles, PrefillTilesArgs,
+    CacheLayout, Prefill, PrefillConfig, PrefillInputs, PrefillKernel, PrefillOutput, PrefillPlan,
+    PrefillState, PrefillTiles, PrefillTilesArgs,
 };
 use longkv_attention::testing::Inputs;
 use longkv_attention::{
@@ -29,7 +29,7 @@ const CASES: [(&str, usize, usize, Mask, bool); 6] = [
     ("64-after-32704", 64, 32_768, Mask::Causal, false),
 ];
 
-fn plan(queries: usize, keys: usize, mask: Mask, carry: bool) -> PrefillPlan {
+fn plan(queries: usize, keys: usize, mask: Mask, carry: bool, kernel: PrefillKernel) -> PrefillPlan {
     let layout = PageLayout::nhd(1, KV_HEADS, DIM);
     PrefillPlan::new(PrefillConfig {
         spec: AttentionSpec {
@@ -42,6 +42,7 @@ fn plan(queries: usize, keys: usize, mask: Mask, carry: bool) -> PrefillPlan {
         max_kv_len: keys,
         cache: CacheLayout::Contiguous { tokens: keys, k: layout, v: layout },
         carry,
+        kernel,
     })
     .expect("a valid plan")
 }
@@ -50,7 +51,7 @@ fn cpu(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("attention/prefill/cpu-reference/bf16");
     group.sample_size(10);
     let tokens = 256;
-    let plan = plan(tokens, tokens, Mask::Causal, false);
+    let plan = plan(tokens, tokens, Mask::Causal, false, PrefillKernel::MmaSync);
     let vectors = |heads, seed| Inputs::Normal.generate::<bf16>(tokens * heads, DIM, seed);
     let (q, k, v) = (vectors(Q_HEADS, 1), vectors(KV_HEADS, 2), vectors(KV_HEADS, 3));
     let q = RaggedView::single(HeadsView::nhd(&q, tokens, Q_HEADS, DIM).expect("q")).expect("q");
@@ -73,8 +74,17 @@ fn gpu(criterion: &mut Criterion) {
     let Some(mut bench) = GpuBench::new() else { return };
     let mut group = bench.group(criterion, "attention/prefill", "bf16");
     group.group.sample_size(20);
-    for (name, queries, keys, mask, carry) in CASES {
-        let plan = plan(queries, keys, mask, carry);
+    // Both kernels, where the device has the second.
+    let arch = longkv_cuda::launch::Device::arch(&bench.gpu);
+    let wgmma = longkv_cuda::table::ArchClass::Hopper.runs_on(arch);
+    let kernels = [("", PrefillKernel::MmaSync), ("-wgmma", PrefillKernel::Wgmma)];
+    let kernels = &kernels[..if wgmma { 2 } else { 1 }];
+    for (case, (suffix, kernel)) in
+        CASES.iter().flat_map(|case| kernels.iter().map(move |kernel| (case, *kernel)))
+    {
+        let &(name, queries, keys, mask, carry) = case;
+        let name = &format!("{name}{suffix}");
+        let plan = plan(queries, keys, mask, carry, kernel);
         let prefill = Prefill::<_, bf16>::prepare(&bench.gpu, &plan).expect("prepare");
         let planner = PrefillTiles::prepare(&bench.gpu, &plan).expect("prepare the plan");
         let stream = bench.stream.clone();

@@ -30,6 +30,8 @@ pub struct Resources {
     pub spill_stores: u32,
     /// Bytes of registers read back.
     pub spill_loads: u32,
+    /// Whether ptxas makes warpgroup products wait for each other because of how the kernel uses their registers.
+    pub serialized: bool,
 }
 
 /// Compiles an instance for one real architecture, as the run time does.
@@ -149,6 +151,8 @@ fn parse_resources(log: &str) -> Option<Resources> {
             resources.registers = resources.registers.max(registers);
             resources.shared = resources.shared.max(number_before("bytes smem").unwrap_or(0));
         }
+        // (C7510) … (C7514): "wgmma.mma_async instructions are serialized due to …".
+        resources.serialized |= line.contains("wgmma.mma_async instructions are serialized");
     }
     found.then_some(resources)
 }
@@ -195,8 +199,20 @@ ptxas info    : Function properties for k
 ptxas info    : Used 58 registers, used 1 barriers, 1024 bytes smem, 380 bytes cmem[0]
 ptxas info    : Function properties for helper
     32 bytes stack frame, 1 bytes spill stores, 2 bytes spill loads";
-        let expected = Resources { registers: 58, shared: 1024, stack: 32, spill_stores: 5, spill_loads: 10 };
+        let expected = Resources {
+            registers: 58,
+            shared: 1024,
+            stack: 32,
+            spill_stores: 5,
+            spill_loads: 10,
+            serialized: false,
+        };
         assert_eq!(parse_resources(log), Some(expected));
+        let warned = format!(
+            "{log}\nptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to \
+             insufficient register resources for the wgmma pipeline in the function 'k'"
+        );
+        assert_eq!(parse_resources(&warned), Some(Resources { serialized: true, ..expected }));
         let bare = "ptxas info    : Used 8 registers, used 0 barriers";
         assert_eq!(parse_resources(bare), Some(Resources { registers: 8, ..Resources::default() }));
         assert_eq!(parse_resources("nothing to see"), None, "a report without registers is no report");

@@ -231,6 +231,9 @@ fn over_budget(job: &Job, used: &Resources) -> Vec<String> {
             used.spill_stores, used.spill_loads
         ));
     }
+    if used.serialized {
+        faults.push("warpgroup products are serialized".to_string());
+    }
     if let Some(row) = job.row {
         if used.registers > row.registers {
             faults.push(format!("{} registers, the budget is {}", used.registers, row.registers));
@@ -287,6 +290,12 @@ mod tests {
                 Some("spills 4 bytes of stores"),
             ),
             ("spilled loads", None, Resources { spill_loads: 8, ..within }, Some("8 bytes of loads")),
+            (
+                "products that wait for each other",
+                None,
+                Resources { serialized: true, ..within },
+                Some("serialized"),
+            ),
             ("no budget", None, Resources { registers: 255, shared: u32::MAX, ..within }, None),
         ];
         for (name, row, used, expected) in cases {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use cuda::kernels::attention as kernels;
+pub use cuda::kernels::attention::PrefillKernel;
 use cuda::launch::{Device, Function};
 use cuda::memory::{View, ViewMut};
 use cuda::params::{PrefillParams, PrefillTile};
@@ -29,6 +30,8 @@ pub struct PrefillConfig {
     /// Whether the softmax state (m, l, O) is kept in f32 from run to run instead of an output: what the steps of a ring
     /// need.
     pub carry: bool,
+    /// Which kernel: by default the one for the device.
+    pub kernel: PrefillKernel,
 }
 
 /// Grid, variant and workspace of a prefill.
@@ -77,6 +80,7 @@ impl PrefillPlan {
             paged: cache.paged,
             soft_cap: score.soft_cap().is_some(),
             carry: config.carry,
+            kernel: config.kernel,
         };
         to_u32("num_queries", config.num_queries.saturating_mul(shape.group()))?;
         let max_tiles = kernels::max_tiles(config.num_queries, shape.group(), variant.rows(), config.batch);

@@ -1,8 +1,8 @@
 //! Flash prefill.
 
 use attention::gpu::{
-    CacheLayout, Prefill, PrefillConfig, PrefillInputs, PrefillOutput, PrefillPlan, PrefillState,
-    PrefillTiles, PrefillTilesArgs,
+    CacheLayout, Prefill, PrefillConfig, PrefillInputs, PrefillKernel, PrefillOutput, PrefillPlan,
+    PrefillState, PrefillTiles, PrefillTilesArgs,
 };
 use attention::testing::{Comparison, Inputs, Tolerance};
 use attention::{
@@ -18,6 +18,8 @@ use crate::cache::{Cache, KeysValues};
 
 emulator::device_test!(
     equals_the_oracle,
+    warpgroup_products_equal_the_oracle,
+    warpgroup_products_carry_a_state,
     steps_over_chunks_of_keys_equal_one_prefill,
     bad_sequences_are_reported_and_the_others_stay_right,
     a_bad_page_of_one_head_harms_that_head_alone,
@@ -40,6 +42,7 @@ struct Case {
     mask: Mask,
     soft_cap: Option<f32>,
     inputs: Inputs,
+    kernel: PrefillKernel,
 }
 
 impl Case {
@@ -51,7 +54,8 @@ impl Case {
         mask: Mask,
     ) -> Self {
         let sequences = sequences.to_vec();
-        Case { q_heads, kv_heads, dims, sequences, cache, mask, soft_cap: None, inputs: Inputs::Normal }
+        let (inputs, kernel) = (Inputs::Normal, PrefillKernel::MmaSync);
+        Case { q_heads, kv_heads, dims, sequences, cache, mask, soft_cap: None, inputs, kernel }
     }
 
     fn spec(&self) -> AttentionSpec {
@@ -110,6 +114,7 @@ fn plan(case: &Case, cache: CacheLayout, carry: bool) -> PrefillPlan {
         max_kv_len: 4096,
         cache,
         carry,
+        kernel: case.kernel,
     })
     .expect("a valid plan")
 }
@@ -219,6 +224,64 @@ fn equals_the_oracle<R: Rig>(rig: &R) {
         },
         9,
     );
+}
+
+/// Whether the device has warpgroup products; says so where it has not.
+fn has_wgmma<R: Rig>(rig: &R) -> bool {
+    let arch = cuda::launch::Device::arch(rig.device());
+    let has = cuda::table::ArchClass::Hopper.runs_on(arch);
+    if !has {
+        println!("SKIPPED warpgroup products: {arch} is not sm_90a");
+    }
+    has
+}
+
+fn wgmma(case: Case) -> Case {
+    Case { kernel: PrefillKernel::Wgmma, ..case }
+}
+
+/// The kernel of Hopper, on the same cases: tiles of keys of 128, so lengths on both sides of that.
+fn warpgroup_products_equal_the_oracle<R: Rig>(rig: &R) {
+    if !has_wgmma(rig) {
+        return;
+    }
+    let window = |window, sinks| Mask::sliding_window(window, sinks).expect("a window");
+    let edges = [(0, 5), (1, 1), (3, 0), (127, 128), (65, 129)];
+    check::<R, f16>(rig, &wgmma(Case::new((2, 2), (64, 64), &edges, Cache::Contiguous, Mask::Causal)), 61);
+    check::<R, f16>(rig, &wgmma(Case::new((3, 1), (64, 64), &[(50, 270)], Cache::Gaps, Mask::Full)), 62);
+    let ragged = [(70, 70), (5, 390), (0, 0)];
+    check::<R, bf16>(rig, &wgmma(Case::new((8, 2), (128, 128), &ragged, Cache::Nhd(16), Mask::Causal)), 63);
+    check::<R, bf16>(
+        rig,
+        &wgmma(Case::new((5, 1), (128, 128), &[(30, 430)], Cache::Hnd(8), window(40, 0))),
+        64,
+    );
+    check::<R, bf16>(
+        rig,
+        &wgmma(Case::new((2, 1), (128, 128), &[(20, 400)], Cache::PerHead(64), window(33, 70))),
+        65,
+    );
+    let prefix = Mask::Prefix { prefix: 140 };
+    check::<R, bf16>(
+        rig,
+        &wgmma(Case::new((4, 1), (128, 128), &[(30, 190), (10, 4)], Cache::Nhd(128), prefix)),
+        66,
+    );
+    let saturated = Case::new((7, 1), (128, 128), &[(20, 280)], Cache::Contiguous, Mask::Causal);
+    check::<R, f16>(rig, &wgmma(Case { inputs: Inputs::Saturated, ..saturated }), 67);
+}
+
+/// Steps over chunks of keys, as in a ring.
+fn warpgroup_products_carry_a_state<R: Rig>(rig: &R) {
+    if !has_wgmma(rig) {
+        return;
+    }
+    let full = |keys: &'static [usize]| (keys, Mask::Full);
+    let ragged =
+        Case::new((2, 1), (128, 128), &[(70, 0), (5, 0), (0, 0), (90, 0)], Cache::Contiguous, Mask::Full);
+    let ring: [(&[usize], Mask); 3] =
+        [full(&[200, 0, 3, 64]), full(&[1, 7, 0, 129]), (&[70, 3, 5, 20], Mask::Causal)];
+    carried::<R, bf16>(rig, &wgmma(ragged), &ring, 71);
 }
 
 /// One step: its sequences' queries, which are those of every step, with keys of its own.
@@ -531,6 +594,7 @@ fn plans_refuse_what_no_kernel_can_do() {
         max_kv_len: 64,
         cache: cache(16, 8, 128),
         carry: false,
+        kernel: PrefillKernel::MmaSync,
     };
     PrefillPlan::new(good).expect("a valid plan");
     let bad = [

@@ -99,8 +99,10 @@ struct Arrival {
 
 struct Wgmma {
     uint64_t a, b;
+    unsigned n;
     float* d[LANES];
-    bool bf16;
+    const uint32_t* a_registers[LANES];
+    bool in_registers, add, bf16;
     const void* pc;
     Stamp mark;  // on its operands
 };

@@ -129,9 +129,10 @@ void tma_load_2d(uint32_t dst, const void* map, uint32_t mbar, int x, int y);
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(unsigned pending);
-// Both operands in shared memory, K-major with 128-byte swizzle. `d` must stay in place until the wait.
-void wgmma_m64n64k16_bf16(float (&d)[32], uint64_t a_desc, uint64_t b_desc);
-void wgmma_m64n64k16_f16(float (&d)[32], uint64_t a_desc, uint64_t b_desc);
+// D [64, n] = A·B, or += with `add`, of f16 or bf16. Both operands in shared memory, K-major with 128-byte swizzle; or A in four
+// registers and B N-major. `d`, n / 2 registers, and `a` must stay in place until the wait.
+void wgmma_ss(float* d, unsigned n, uint64_t a_desc, uint64_t b_desc, bool add, bool bf16);
+void wgmma_rs(float* d, unsigned n, const uint32_t* a, uint64_t b_desc, bool add, bool bf16);
 
 // ---- fences and order between blocks ------------------------------------------------------------------------------
 

@@ -102,3 +102,22 @@ DEVICE bool next_span(PrefillDraw& draw, PrefillItem<Element, Paged>& item, cons
     __syncthreads();
     return true;
 }
+
+// Leaves the rows of a carrying kernel as their tile says: as a state, after what was stored of it has joined, or as output.
+template <class Rows, class Item, class Element>
+DEVICE void leave_rows(Rows& rows, float* state_o, float* state_ml, Element* out, float* lse, const PrefillDraw& draw,
+                       const Item& item, const PrefillParams& params) {
+    const bool resume = params.resume != 0 || (draw.flags & PREFILL_TILE_RESUME) != 0;
+    const bool finish = lse != nullptr && (draw.flags & PREFILL_TILE_FINISH) != 0;
+    if (resume) rows.join_state(state_o, state_ml, finish, item, params);
+    if (finish) {
+        rows.normalise(lse, item, params);
+    } else {
+        rows.store_sums(state_ml, resume, item, params);
+    }
+    if (finish && out != nullptr) {
+        rows.store(out, false, item, params);
+    } else {
+        rows.store(state_o, resume && !finish, item, params);
+    }
+}

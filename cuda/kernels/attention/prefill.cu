@@ -253,19 +253,7 @@ prefill(const Element* q, const Element* k, const Element* v, const uint32_t* bl
             absorb(rows, shared, params);
         } while (next_span(shared.draw, shared.item, buffers, status, params));
 #if CARRY
-        const bool resume = params.resume != 0 || (shared.draw.flags & PREFILL_TILE_RESUME) != 0;
-        const bool finish = lse != nullptr && (shared.draw.flags & PREFILL_TILE_FINISH) != 0;
-        if (resume) rows.join_state(state_o, state_ml, finish, shared.item, params);
-        if (finish) {
-            rows.normalise(lse, shared.item, params);
-        } else {
-            rows.store_sums(state_ml, resume, shared.item, params);
-        }
-        if (finish && out != nullptr) {
-            rows.store(out, false, shared.item, params);
-        } else {
-            rows.store(state_o, resume && !finish, shared.item, params);
-        }
+        leave_rows(rows, state_o, state_ml, out, lse, shared.draw, shared.item, params);
 #else
         rows.normalise(lse, shared.item, params);
         rows.store(out, false, shared.item, params);

@@ -75,6 +75,6 @@ pub(super) const KERNELS: &[Kernel] = &[
         Hopper,
         160,
         &[Constant { name: "DTYPE", allowed: &[dtype::F16, dtype::BF16] }],
-        &[row(&[dtype::F16], 72, 32800), row(&[dtype::BF16], 72, 32800)]
+        &[row(&[dtype::F16], 128, 49184), row(&[dtype::BF16], 128, 49184)]
     ),
 ];

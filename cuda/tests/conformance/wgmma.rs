@@ -62,6 +62,10 @@ impl TensorMaps for GpuRig {
     }
 }
 
+const RS: u32 = WgmmaProduct::<<GpuRig as Rig>::Function>::RS;
+const N64: u32 = WgmmaProduct::<<GpuRig as Rig>::Function>::N64;
+
+/// Every form: operands in shared memory and A in registers, K-major and N-major, 64 and 128 columns, added to and overwritten.
 fn product<R: TensorMaps>(rig: &R, dtype: i64, to_bits: fn(f32) -> u16, from_bits: fn(u16) -> f32) {
     if !ArchClass::Hopper.runs_on(rig.device().arch()) {
         println!("SKIPPED wgmma: {} is not sm_90a", rig.device().arch());
@@ -71,9 +75,10 @@ fn product<R: TensorMaps>(rig: &R, dtype: i64, to_bits: fn(f32) -> u16, from_bit
     let seed = 51;
     let mut random = Random::new(seed);
     // Depths of less than a slot, one slot, two, more than the ring, and with a zero-filled rest.
-    for (m, n, k) in [(64, 64, 8), (64, 64, 64), (64, 128, 128), (128, 64, 200), (64, 128, 320)] {
-        for case in ["integers", "random"] {
-            let what = format!("{m}×{n}×{k}, {case} (seed {seed}), {}", rig.name());
+    let forms = [0, RS, N64, RS | N64].map(|form| ["integers", "random"].map(|case| (form, case)));
+    for (m, n, k) in [(64, 128, 8), (64, 128, 64), (128, 128, 200), (64, 256, 320)] {
+        for (form, case) in forms.into_iter().flatten() {
+            let what = format!("{m}×{n}×{k}, form {form}, {case} (seed {seed}), {}", rig.name());
             let mut values = |count: usize| -> Vec<u16> {
                 let mut value =
                     || if case == "integers" { random.integer(-8, 8) as f32 } else { random.unit() };
@@ -83,11 +88,17 @@ fn product<R: TensorMaps>(rig: &R, dtype: i64, to_bits: fn(f32) -> u16, from_bit
             let (a_tensor, b_tensor) = (rig.upload(&a), rig.upload(&b));
             let (a_view, b_view) = (rig.view(&a_tensor), rig.view(&b_tensor));
             let a_map = rig.tensor_map(&a_view, m, k, dtype);
-            let b_map = rig.tensor_map(&b_view, n, k, dtype);
+            let by_columns = form & RS != 0;
+            let b_map = if by_columns {
+                rig.tensor_map(&b_view, k, n, dtype)
+            } else {
+                rig.tensor_map(&b_view, n, k, dtype)
+            };
             let mut c = rig.poisoned::<f32>(m * n);
             // SAFETY: the maps are of these tensors, which outlive the download below.
-            let launched =
-                unsafe { kernel.launch(rig.queue(), m, n, k, &a_map, &b_map, &mut rig.view_mut(&mut c)) };
+            let launched = unsafe {
+                kernel.launch(rig.queue(), (m, n, k), form, &a_map, &b_map, &mut rig.view_mut(&mut c))
+            };
             launched.unwrap_or_else(|error| panic!("{what}: {error}"));
             let c = rig.download(&c);
             let widen = |bits: &[u16]| bits.iter().map(|&x| f64::from(from_bits(x))).collect::<Vec<f64>>();
@@ -95,7 +106,8 @@ fn product<R: TensorMaps>(rig: &R, dtype: i64, to_bits: fn(f32) -> u16, from_bit
             for (row, column) in (0..m).flat_map(|row| (0..n).map(move |column| (row, column))) {
                 let (mut sum, mut magnitude) = (0.0, 0.0);
                 for i in 0..k {
-                    let x = a[row * k + i] * b[column * k + i];
+                    let b = if by_columns { b[i * n + column] } else { b[column * k + i] };
+                    let x = a[row * k + i] * b;
                     sum += x;
                     magnitude += x.abs();
                 }

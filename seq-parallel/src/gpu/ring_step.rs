@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use attention::gpu::PrefillKernel;
 use attention::{DType, HeadShape};
 use cuda::kernels::attention as kernels;
 use cuda::launch::{Device, Function};
@@ -53,6 +54,7 @@ impl RingStepPlan {
             paged: false,
             soft_cap: spec.score.soft_cap().is_some(),
             carry: true,
+            kernel: PrefillKernel::Auto,
         };
         let meetings: Vec<Meeting> = (0..ranks)
             .map(|step| {
@@ -117,6 +119,16 @@ impl RingStepPlan {
         let work = layout.counters(1)?;
         let direction = ring.direction();
         Ok(RingStepPlan { shape, direction, variant, params, lists, sizes, layout, work })
+    }
+
+    /// The same steps by this kernel instead of the one for the device.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] for heads that it is not written for.
+    pub fn with_kernel(self, kernel: PrefillKernel) -> Result<Self, Error> {
+        let variant = kernels::PrefillVariant { kernel, ..self.variant };
+        variant.check(&self.params)?;
+        Ok(RingStepPlan { variant, ..self })
     }
 
     /// How many steps.

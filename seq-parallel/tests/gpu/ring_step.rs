@@ -1,5 +1,6 @@
 //! Ring steps: P ranks on one device, against the f64 oracle and against one rank, which is one launch of the same kernel.
 
+use attention::gpu::PrefillKernel;
 use attention::testing::{Comparison, Tolerance};
 use attention::{AttentionSpec, Element, Mask};
 use cuda::params::PrefillTile;
@@ -16,6 +17,7 @@ use seq_parallel::testing::{Contents, sequences, spec};
 emulator::device_test!(
     rings_equal_the_oracle,
     cached_prefixes_and_other_masks,
+    warpgroup_products_make_rings_too,
     queries_go_round_too,
     more_ranks_are_as_exact_as_one,
     runs_are_bitwise_equal,
@@ -33,12 +35,17 @@ struct Packed<E> {
 struct World<'a, E> {
     contents: &'a Contents<E>,
     ring: RingPlan,
+    kernel: PrefillKernel,
 }
 
 impl<'a, E: Element> World<'a, E> {
     fn new(contents: &'a Contents<E>, placement: Placement, cached: Placement, ranks: usize) -> Self {
         let shards = Shards::new(contents.sequences.iter().copied(), placement, ranks).unwrap();
-        World { contents, ring: RingPlan::new(contents.spec, shards.with_cached(cached)).unwrap() }
+        World {
+            contents,
+            ring: RingPlan::new(contents.spec, shards.with_cached(cached)).unwrap(),
+            kernel: PrefillKernel::MmaSync,
+        }
     }
 
     fn shards(&self) -> &Shards {
@@ -58,7 +65,7 @@ impl<'a, E: Element> World<'a, E> {
 
 /// Runs all steps of a rank where keys go round.
 fn run_rank<R: Rig, E: Storage + Element>(rig: &R, world: &World<'_, E>, rank: usize) -> Packed<E> {
-    let plan = RingStepPlan::new(&world.ring, rank).unwrap();
+    let plan = RingStepPlan::new(&world.ring, rank).unwrap().with_kernel(world.kernel).unwrap();
     let step = RingStep::<_, E>::prepare(rig.device(), &plan).unwrap();
     let shape = world.contents.spec.shape;
     let rows = plan.query_tokens(0) * shape.q_heads();
@@ -174,6 +181,21 @@ fn cached_prefixes_and_other_masks<R: Rig>(rig: &R) {
     );
 }
 
+/// The kernel of Hopper on the same lists.
+fn warpgroup_products_make_rings_too<R: Rig>(rig: &R) {
+    let arch = cuda::launch::Device::arch(rig.device());
+    if !cuda::table::ArchClass::Hopper.runs_on(arch) {
+        println!("SKIPPED warpgroup products: {arch} is not sm_90a");
+        return;
+    }
+    let contents = Contents::<bf16>::new(spec(4, 2, 128, Mask::Causal), sequences(&[(0, 150), (20, 9)]), 15);
+    for placement in [Placement::Zigzag, Placement::Striped] {
+        let world = World::new(&contents, placement, Placement::Contiguous, 2);
+        let packed = run(rig, &World { kernel: PrefillKernel::Wgmma, ..world });
+        compare(&format!("{placement} by warpgroups on {}", rig.name()), &contents, &packed);
+    }
+}
+
 /// Where queries go round, every rank leaves normalised partial outputs in f32; merged by LSE they are the whole.
 fn queries_go_round_too<R: Rig>(rig: &R) {
     let ranks = 3;
@@ -186,7 +208,7 @@ fn queries_go_round_too<R: Rig>(rig: &R) {
     // Of each rank's keys, over all queries.
     let mut partials = Vec::new();
     for rank in 0..ranks {
-        let plan = RingStepPlan::new(&world.ring, rank).unwrap();
+        let plan = RingStepPlan::new(&world.ring, rank).unwrap().with_kernel(world.kernel).unwrap();
         let step = RingStep::<_, f16>::prepare(rig.device(), &plan).unwrap();
         let (tiles, counts) = (rig.upload(plan.tiles()), rig.upload(plan.tile_counts()));
         let block = rig.upload(&world.block(rank));
@@ -260,7 +282,7 @@ fn runs_are_bitwise_equal<R: Rig>(rig: &R) {
 fn tiles_outside_their_arrays_are_skipped<R: Rig>(rig: &R) {
     let contents = Contents::<f16>::new(spec(2, 1, 64, Mask::Full), sequences(&[(0, 30), (0, 40)]), 51);
     let world = World::new(&contents, Placement::Contiguous, Placement::Contiguous, 1);
-    let plan = RingStepPlan::new(&world.ring, 0).unwrap();
+    let plan = RingStepPlan::new(&world.ring, 0).unwrap().with_kernel(world.kernel).unwrap();
     let step = RingStep::<_, f16>::prepare(rig.device(), &plan).unwrap();
     let shape = contents.spec.shape;
     let rows = 70 * shape.q_heads();

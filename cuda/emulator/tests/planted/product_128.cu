@@ -19,7 +19,7 @@ KERNEL(128, 1) product_128(const uint4* a, const uint4* b, float* d, uint32_t bu
     for (float& x : acc) x = 0.0f;
     if (bug != 3) wgmma_fence();
     for (uint32_t k = 0; k < 4; k++)
-        wgmma_m64n64k16_bf16(acc, wgmma_descriptor(base + 32 * k), wgmma_descriptor(base + 8192 + 32 * k));
+        wgmma_ss<bf16, 64>(acc, wgmma_descriptor(base + 32 * k), wgmma_descriptor(base + 8192 + 32 * k), true);
     wgmma_commit();
     if (bug == 4) tiles[threadIdx.x] = make_uint4(0, 0, 0, 0);  // while it is being read
     if (bug == 5) {

@@ -12,6 +12,6 @@ pub use decode::{
 };
 pub use merge_states::{MergeStates, MergeStatesArgs, MergeStatesLastArriver, MergeStatesScratch};
 pub use prefill::{
-    Prefill, PrefillArgs, PrefillPlan, PrefillPlanArgs, PrefillResult, PrefillVariant, max_tiles,
-    prefill_valid_lens,
+    Prefill, PrefillArgs, PrefillKernel, PrefillPlan, PrefillPlanArgs, PrefillResult, PrefillVariant,
+    max_tiles, prefill_valid_lens,
 };

@@ -1,4 +1,4 @@
-//! Flash attention over ragged batches: `prefill_plan` and `prefill`.
+//! Flash attention over ragged batches: `prefill_plan`, and `prefill` or `prefill_sm90a`.
 
 use std::marker::PhantomData;
 
@@ -7,7 +7,7 @@ use crate::launch::{Arg, Device, Function, LaunchConfig};
 use crate::memory::{View, ViewMut};
 use crate::params::{PrefillParams, PrefillTile};
 use crate::storage::Storage;
-use crate::table::Instance;
+use crate::table::{ArchClass, Instance};
 
 use super::cache::{CacheExtent, check_cache, check_scale, elements, table_len};
 
@@ -166,6 +166,19 @@ impl<F: Function> PrefillPlan<F> {
     }
 }
 
+/// Which of the kernels a [`Prefill`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum PrefillKernel {
+    /// `prefill_sm90a` on sm_90a for q, K and V of 64 or of 128 channels without a soft cap, which are the rows that it is
+    /// tested in; else `prefill`.
+    #[default]
+    Auto,
+    /// `prefill`: mma.sync, any device.
+    MmaSync,
+    /// `prefill_sm90a`: warpgroup products, sm_90a, 64 or 128 channels.
+    Wgmma,
+}
+
 /// What a [`Prefill`] kernel is compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PrefillVariant {
@@ -179,6 +192,8 @@ pub struct PrefillVariant {
     pub soft_cap: bool,
     /// Whether the kernel keeps raw states instead of writing outputs.
     pub carry: bool,
+    /// Which kernel; lists of tiles are the same for both.
+    pub kernel: PrefillKernel,
 }
 
 impl PrefillVariant {
@@ -187,14 +202,34 @@ impl PrefillVariant {
     /// # Errors
     /// [`Error::Constant`] for a size that the kernel is not written for, [`Error::Argument`] for parameters out of range.
     pub fn check(&self, params: &PrefillParams) -> Result<(), Error> {
-        self.instance(crate::table::dtype::BF16)?;
+        let dtype = crate::table::dtype::BF16;
+        match self.kernel {
+            PrefillKernel::Wgmma => self.instance("prefill_sm90a", dtype)?,
+            PrefillKernel::Auto | PrefillKernel::MmaSync => self.instance("prefill", dtype)?,
+        };
         check_params("prefill", params)?;
         check_scale("prefill", params.scale)
     }
 
-    fn instance(&self, dtype: i64) -> Result<Instance, Error> {
+    /// The kernel that this is on a device.
+    fn on(self, device: &impl Device) -> Self {
+        let kernel = match self.kernel {
+            PrefillKernel::Auto
+                if ArchClass::Hopper.runs_on(device.arch())
+                    && matches!((self.qk_dim, self.v_dim), (64, 64) | (128, 128))
+                    && !self.soft_cap =>
+            {
+                PrefillKernel::Wgmma
+            }
+            PrefillKernel::Auto => PrefillKernel::MmaSync,
+            kernel => kernel,
+        };
+        PrefillVariant { kernel, ..self }
+    }
+
+    fn instance(&self, kernel: &'static str, dtype: i64) -> Result<Instance, Error> {
         Instance::new(
-            "prefill",
+            kernel,
             &[
                 ("QK_DIM", self.qk_dim as i64),
                 ("V_DIM", self.v_dim as i64),
@@ -211,16 +246,18 @@ impl PrefillVariant {
         if self.qk_dim <= 128 && self.v_dim <= 128 { 128 } else { 64 }
     }
 
-    /// Dynamic shared memory of a block, in bytes: queries, a tile of K, a tile of V, two tiles' places in the cache, what each
-    /// row sees, the tiles that some row sees, the item and what the block has drawn.
-    pub fn shared_bytes(&self) -> usize {
-        let places = 2 * 2 * KEYS * size_of::<i64>();
+    /// Dynamic shared memory of a block, in bytes: queries, tiles of K and of V, what each row sees, the tiles that some row sees,
+    /// the item, what the block has drawn, and places of keys or barriers.
+    fn shared_bytes(&self, wgmma: bool) -> usize {
         let (seen, item) = (12 * self.rows() + 32, size_of::<PrefillTile>() + 32);
-        self.rows() * self.qk_dim * 2 + KEYS * (self.qk_dim + self.v_dim) * 2 + places + seen + item + 16
+        let (slots, keys, rest) =
+            if wgmma { (2, 128, 9 * 8) } else { (1, KEYS, 2 * 2 * KEYS * size_of::<i64>()) };
+        let tiles = slots * keys * (self.qk_dim + self.v_dim) * 2;
+        self.rows() * self.qk_dim * 2 + tiles + seen + item + 16 + rest
     }
 }
 
-/// `prefill`. `E` is the storage type of q, K, V and the output.
+/// `prefill` or `prefill_sm90a`. `E` is the storage type of q, K, V and the output.
 #[derive(Debug, Clone)]
 pub struct Prefill<F, E> {
     function: F,
@@ -288,8 +325,13 @@ impl<F: Function, E: Storage> Prefill<F, E> {
     /// Compiles and loads the kernel for `variant`.
     pub fn prepare<D: Device<Function = F>>(device: &D, variant: PrefillVariant) -> Result<Self, Error> {
         // Without a number of SMs, a few: more tiles than blocks is what an emulator should meet.
-        let blocks = device.sm_count().map_or(3, |sms| 2 * sms);
-        let instance = variant.instance(E::DTYPE)?;
+        let variant = variant.on(device);
+        let (kernel, of_sm) = match variant.kernel {
+            PrefillKernel::Wgmma => ("prefill_sm90a", 1),
+            _ => ("prefill", 2),
+        };
+        let blocks = device.sm_count().map_or(3, |sms| of_sm * sms);
+        let instance = variant.instance(kernel, E::DTYPE)?;
         Ok(Self { function: device.load(&instance)?, variant, blocks, _element: PhantomData })
     }
 
@@ -300,9 +342,10 @@ impl<F: Function, E: Storage> Prefill<F, E> {
     /// [`Error::Argument`] names an argument that is too short, misaligned, missing or in the wrong space.
     pub fn launch(&self, queue: &F::Queue, mut args: PrefillArgs<'_, E>) -> Result<(), Error> {
         const KERNEL: &str = "prefill";
-        const THREADS: u32 = 128;
         let params = args.params;
-        let PrefillVariant { qk_dim, v_dim, paged, soft_cap, carry } = self.variant;
+        let PrefillVariant { qk_dim, v_dim, paged, soft_cap, carry, kernel } = self.variant;
+        let wgmma = kernel == PrefillKernel::Wgmma;
+        let threads = if wgmma { 384 } else { 128 };
         check_params(KERNEL, params)?;
         check_scale(KERNEL, params.scale)?;
         if params.tile_rows as usize != self.variant.rows() {
@@ -376,8 +419,8 @@ impl<F: Function, E: Storage> Prefill<F, E> {
         ]);
 
         let blocks = self.blocks.min(params.max_tiles.saturating_mul(params.kv_heads));
-        let mut config = LaunchConfig::new(blocks, THREADS);
-        config = config.shared(self.variant.shared_bytes() as u32);
+        let mut config = LaunchConfig::new(blocks, threads);
+        config = config.shared(self.variant.shared_bytes(wgmma) as u32);
         config.programmatic = args.programmatic;
         // SAFETY: the arguments are the kernel's parameters in order and type. The checks above made every buffer as long
         // as the kernel's index range; the kernel checks that tiles lie in q, the cache and the list, and clamps page ids to the

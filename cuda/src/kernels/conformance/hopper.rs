@@ -114,28 +114,38 @@ kernel! {
 }
 
 impl<F: Function> WgmmaProduct<F> {
-    /// Enqueues the product of `[m, k]` and `[n, k]` into c `[m, n]`; m and n are multiples of 64.
+    /// Form: A from registers, B as columns of K.
+    pub const RS: u32 = 1;
+    /// Form: two products of 64 columns instead of one of 128.
+    pub const N64: u32 = 2;
+
+    /// Enqueues the product of a `[m, k]` and b, `[n, k]` or with [`Self::RS`] `[k, n]`, into c `[m, n]`; m is a multiple of 64, n
+    /// of 128.
     ///
     /// # Errors
-    /// [`Error::Argument`] names an argument that is too short or misaligned, or an extent that is no multiple of 64.
+    /// [`Error::Argument`] names an argument that is too short or misaligned, or an extent that is no such multiple.
     ///
     /// # Safety
-    /// The maps must have been encoded for this device, from tensors of 16-bit elements with `m` and `n` rows of `k`, in
+    /// The maps must have been encoded for this device, from tensors of 16-bit elements of these extents, in
     /// boxes of 64 × 64 with the 128-byte swizzle, and the tensors must stay alive until the launch has run.
     #[allow(clippy::too_many_arguments, reason = "one per extent and tensor")]
     pub unsafe fn launch(
         &self,
         queue: &F::Queue,
-        m: usize,
-        n: usize,
-        k: usize,
+        (m, n, k): (usize, usize, usize),
+        form: u32,
         a_map: &TensorMap,
         b_map: &TensorMap,
         c: &mut ViewMut<'_, f32>,
     ) -> Result<(), Error> {
-        for (argument, extent) in [("m", m), ("n", n)] {
-            if !extent.is_multiple_of(64) {
-                return Err(Error::argument(Self::KERNEL, argument, "a multiple of 64", extent));
+        for (argument, extent, tile) in [("m", m, 64), ("n", n, 128)] {
+            if !extent.is_multiple_of(tile) {
+                return Err(Error::argument(
+                    Self::KERNEL,
+                    argument,
+                    format_args!("a multiple of {tile}"),
+                    extent,
+                ));
             }
         }
         count(Self::KERNEL, "c", &[m, n])?;
@@ -148,8 +158,9 @@ impl<F: Function> WgmmaProduct<F> {
             Arg::write("c", c),
             Arg::value("n", &columns),
             Arg::value("k", &depth),
+            Arg::value("form", &form),
         ];
-        let config = LaunchConfig::new((columns / 64, m as u32 / 64), 160).shared(32800);
+        let config = LaunchConfig::new((columns / 128, m as u32 / 64), 160).shared(49184);
         // SAFETY: the arguments are the kernel's parameters, `c` is as long as the grid indexes it, shared memory holds two
         // slots and four barriers, and the caller vouches for the maps.
         unsafe { self.function.launch(queue, &config, &args) }

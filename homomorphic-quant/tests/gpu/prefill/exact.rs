@@ -115,6 +115,7 @@ impl<E: Element + Storage> Exact<E> {
             max_kv_len: tokens,
             cache: dense_gpu::CacheLayout::Contiguous { tokens, k: layout(dims.0), v: layout(dims.1) },
             carry: true,
+            kernel: dense_gpu::PrefillKernel::MmaSync,
         })
         .unwrap_or_else(|error| fail(error));
         let planner =

@@ -1,0 +1,345 @@
+// Prefill attention on Hopper: what prefill computes, by warpgroup products with warps that load and warps that multiply.
+//
+// Buffers, list of tiles, mask, carried state, work and status are those of prefill.cu.
+//
+// Arch:    sm_90a.
+// Mapping: a block owns 128 rows of one sequence and KV head at a time and stays for others. Warpgroup 0 loads: q once per tile of
+//          rows, then tiles of 128 keys and of 128 values through two rings of two slots, by cp.async with the swizzle applied on
+//          the way, so that pages of any size do. Warpgroups 1 and 2 multiply 64 rows each: Q·Kᵀ from shared memory, P·V with P from
+//          registers and V as an N-major operand. A warpgroup issues the next tile's Q·Kᵀ before this tile's P·V and works out its
+//          softmax while P·V runs (FlashAttention-3, algorithm 2); the two take turns at issuing, so that one's softmax meets the
+//          other's products.
+// Budget:  128 threads of 40 registers and 256 of 232; of shared memory 128·QK_DIM·2 bytes for q, 512·(QK_DIM + V_DIM) for the rings
+//          and 1.8 KB beside them: 162 KB at d 128. One block per SM.
+// Limit:   flops: 2·(QK_DIM + V_DIM) per visible key and row on the tensor cores. At d 128 a tile of keys takes 2048 clocks of them
+//          for 128 rows (64·128·128·2·2 FLOP per warpgroup at 4096 per clock and SM: 1024 clocks each) and 1024 of exp2 (16 per clock);
+//          the latter is hidden if the turns hold, which leaves the first tile, the last P·V and the epilogue of a tile of rows,
+//          about 3 tiles' worth: 640 to 660 TFLOP/s of 790 at 16K keys are to be expected if nothing else stalls, less where tiles of
+//          rows see few keys, since they do not overlap one another.
+#include "core.cuh"
+#include "prefill_params.h"
+#include "ptx/bulk_copy.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/sync.cuh"
+#include "ptx/wgmma.cuh"
+#include "status_params.h"
+#include "tile/prefill_list.cuh"
+#include "tile/prefill_rows.cuh"
+#include "types.cuh"
+
+using Element = StorageOf<KV_DTYPE>;
+using Item = PrefillItem<Element, PAGED>;
+
+constexpr uint32_t LOADERS = 128;  // threads that load, the first warpgroup
+constexpr uint32_t ROWS = 128;
+constexpr uint32_t KEYS = 128;   // of a tile
+constexpr uint32_t SLOTS = 2;    // of each ring
+
+// Registers of a thread when a block of 384 starts; then the loaders give some, and the multipliers take no more than these.
+constexpr uint32_t START_REGISTERS = 168;
+constexpr uint32_t LOADER_REGISTERS = 40;
+constexpr uint32_t MULTIPLIER_REGISTERS = 232;
+static_assert((START_REGISTERS - LOADER_REGISTERS) * LOADERS >= (MULTIPLIER_REGISTERS - START_REGISTERS) * 256, "or nobody starts");
+
+// Tiles in shared memory are panels of 64 channels: rows of 128 bytes in the 128-byte swizzle.
+constexpr uint32_t PANEL_BYTES = 128 * 128;
+constexpr uint32_t Q_BYTES = QK_DIM / 64 * PANEL_BYTES;
+constexpr uint32_t K_BYTES = QK_DIM / 64 * PANEL_BYTES;
+constexpr uint32_t V_BYTES = V_DIM / 64 * PANEL_BYTES;
+constexpr uint32_t K_AT = Q_BYTES;
+constexpr uint32_t V_AT = K_AT + SLOTS * K_BYTES;
+constexpr uint32_t REST_AT = V_AT + SLOTS * V_BYTES;
+static_assert(ROWS * 128 == PANEL_BYTES && KEYS * 128 == PANEL_BYTES, "q, K and V have panels of one size");
+
+using Rows = PrefillRows<LOADERS / WARP_SIZE, 1, KEYS, V_DIM, SOFT_CAP>;
+using Tiles = KeyTiles<ROWS, KEYS>;
+using Scores = float[1][Rows::KEY_TILES][4];
+
+struct Shared {
+    Tiles tiles;
+    Item item;
+    PrefillDraw draw;
+    uint32_t _pad;
+    uint64_t q_full;          // mbarriers
+    uint64_t full[2][SLOTS];  // of K and V
+    uint64_t empty[2][SLOTS];
+};
+
+// The n-th tile of keys that the block has worked on, counted over all its rows, and where it lies.
+struct Turn {
+    uint32_t count = 0;
+
+    DEVICE uint32_t slot() const { return count % SLOTS; }
+    DEVICE uint32_t parity() const { return count / SLOTS % 2; }
+};
+
+enum Operand : uint32_t { K = 0, V = 1 };
+
+// The warpgroup that loads.
+struct Loader {
+    Shared& shared;
+    uint32_t base;      // of shared memory
+    Turn turns[2];      // of K and V
+    uint32_t on_way = 0;  // loads that are not announced yet, at most two
+    uint32_t older, newer;  // their barriers
+
+    DEVICE Loader(Shared& shared, uint32_t base) : shared(shared), base(base) {}
+
+    // A load has landed for this thread; the products may read what it wrote.
+    static DEVICE void announce(uint32_t barrier) {
+        async_proxy_fence();
+        mbarrier_arrive(barrier);
+    }
+
+    // Closes a load, which completes on `barrier`, and announces the one two before.
+    DEVICE void close(uint32_t barrier) {
+        cp_async_commit();
+        if (on_way == 2) {
+            cp_async_wait<2>();
+            announce(older);
+        } else {
+            on_way++;
+        }
+        older = newer;
+        newer = barrier;
+    }
+
+    // Announces all loads.
+    DEVICE void drain() {
+        if (on_way == 2) {
+            cp_async_wait<1>();
+            announce(older);
+        }
+        cp_async_wait<0>();
+        if (on_way > 0) announce(newer);
+        on_way = 0;
+    }
+
+    // Loads the block's rows of q; rows that do not exist are zero.
+    DEVICE void queries(const Element* q, const PrefillParams& params) {
+        constexpr uint32_t CHUNKS = QK_DIM / 8;
+#pragma unroll 1
+        for (uint32_t index = threadIdx.x; index < ROWS * CHUNKS; index += LOADERS) {
+            const uint32_t row = index / CHUNKS, chunk = index % CHUNKS;
+            const int64_t place = shared.item.place_of_query(row, QK_DIM, params);
+            cp_async_16_zfill(base + chunk / 8 * PANEL_BYTES + Swizzle<128>::offset(row, chunk % 8),
+                              q + (place < 0 ? 0 : place) + chunk * 8, place < 0 ? 0 : 16);
+        }
+        close(shared_address(&shared.q_full));
+    }
+
+    // Loads a tile of keys or values into the next slot, once it is free. A warp copies the rows that its lanes have placed; rows
+    // of keys that no row of the block sees become 0: a weight of 0 would not silence a NaN.
+    template <Operand Which>
+    DEVICE void tile(uint32_t first_key, const PrefillParams& params) {
+        constexpr uint32_t CHUNKS = (Which == K ? QK_DIM : V_DIM) / 8;
+        constexpr uint32_t ROWS_AT_ONCE = WARP_SIZE / CHUNKS;
+        const Item& item = shared.item;
+        const uint32_t key = first_key + threadIdx.x;
+        const int64_t offset = Item::place_of(key, item.page_of(key, shared.tiles.seen, params),
+                                              Which == K ? params.k_page_stride : params.v_page_stride,
+                                              Which == K ? params.k_token_stride : params.v_token_stride, params);
+        const int64_t place = shared.tiles.seen.sees(key) ? offset : NO_PLACE;
+        Turn& turn = turns[Which];
+        const uint32_t slot = base + (Which == K ? K_AT + turn.slot() * K_BYTES : V_AT + turn.slot() * V_BYTES);
+        const Element* const from = Which == K ? item.keys : item.values;
+        const uint32_t chunk = lane_index() % CHUNKS;
+        mbarrier_wait(shared_address(&shared.empty[Which][turn.slot()]), turn.parity() ^ 1);
+#pragma unroll 4
+        for (uint32_t i = 0; i < WARP_SIZE / ROWS_AT_ONCE; i++) {
+            const uint32_t row = i * ROWS_AT_ONCE + lane_index() / CHUNKS;
+            const int64_t of_row = __shfl_sync(FULL_WARP, place, row);
+            cp_async_16_zfill(slot + chunk / 8 * PANEL_BYTES + Swizzle<128>::offset(warp_index() * WARP_SIZE + row, chunk % 8),
+                              from + (of_row < 0 ? 0 : of_row) + chunk * 8, of_row < 0 ? 0 : 16);
+        }
+        close(shared_address(&shared.full[Which][turn.slot()]));
+        turn.count++;
+    }
+
+    // Loads the span's tiles in the order in which they are multiplied: K is one tile ahead of V.
+    DEVICE void span(const PrefillParams& params) {
+        const Tiles& tiles = shared.tiles;
+        uint32_t v_tile = tiles.end;
+        for (uint32_t k_tile = tiles.first(); k_tile < tiles.end; k_tile = tiles.after(k_tile)) {
+            tile<K>(k_tile * KEYS, params);
+            if (v_tile < tiles.end) tile<V>(v_tile * KEYS, params);
+            v_tile = k_tile;
+        }
+        if (v_tile < tiles.end) tile<V>(v_tile * KEYS, params);
+        drain();
+    }
+};
+
+// A warpgroup that multiplies.
+struct Multiplier {
+    Shared& shared;
+    uint32_t base;   // of shared memory
+    uint32_t group;  // 0 or 1
+    Turn turn;       // of K; V's is the same or the one before
+    uint32_t q_parity = 0;
+
+    DEVICE Multiplier(Shared& shared, uint32_t base)
+        : shared(shared), base(base), group(warp_index() / 4 - LOADERS / 128) {}
+
+    // The two take turns at issuing products.
+    DEVICE void wait_turn() const { named_barrier_sync(1 + group, 256); }
+    DEVICE void end_turn() const { named_barrier_arrive(2 - group, 256); }
+
+    DEVICE void wait_full(Operand which, Turn at) const {
+        mbarrier_wait(shared_address(&shared.full[which][at.slot()]), at.parity());
+    }
+    DEVICE void release(Operand which, Turn at) const {
+        if (lane_index() == 0) mbarrier_arrive(shared_address(&shared.empty[which][at.slot()]));
+    }
+
+    // Issues S = Q·Kᵀ.
+    DEVICE void multiply_keys(Scores& s) const {
+        const uint32_t q = base + group * 64 * 128, k = base + K_AT + turn.slot() * K_BYTES;
+#pragma unroll
+        for (uint32_t step = 0; step < QK_DIM / 16; step++) {
+            const uint32_t at = step / 4 * PANEL_BYTES + step % 4 * 32;
+            wgmma_ss<Element, KEYS>(reinterpret_cast<float(&)[KEYS / 2]>(s), wgmma_descriptor(q + at), wgmma_descriptor(k + at),
+                                    step > 0);
+        }
+        wgmma_commit();
+    }
+
+    // Issues O += P·V.
+    DEVICE void multiply_values(Rows& rows, const uint32_t (&p)[KEYS / 16][4], Turn at) const {
+        const uint32_t v = base + V_AT + at.slot() * V_BYTES;
+#pragma unroll
+        for (uint32_t step = 0; step < KEYS / 16; step++) {
+            wgmma_rs<Element, V_DIM>(reinterpret_cast<float(&)[V_DIM / 2]>(rows.o), p[step],
+                                     wgmma_descriptor_n_major(v + step * 16 * 128, PANEL_BYTES), true);
+        }
+        wgmma_commit();
+    }
+
+    // From scores to weights, and the factors that O still needs.
+    DEVICE void weigh(Rows& rows, Scores& s, float (&shrink)[1][2], uint32_t first_key, const PrefillParams& params) const {
+        rows.cap(s, params);
+        if (shared.tiles.needs_mask(first_key)) {
+            uint32_t hidden[Rows::HIDDEN];
+            rows.hide(hidden, first_key, shared.tiles.of_row);
+            rows.mask(s, hidden);
+        }
+        rows.softmax(s, shrink, params);
+    }
+
+    static DEVICE void pack(uint32_t (&p)[KEYS / 16][4], const Scores& s) {
+#pragma unroll
+        for (uint32_t step = 0; step < KEYS / 16; step++) pack_p<Element>(p[step], s[0][2 * step], s[0][2 * step + 1]);
+    }
+
+    // Takes the keys of the item's span into the rows.
+    DEVICE void span(Rows& rows, const PrefillParams& params) {
+        const Tiles& tiles = shared.tiles;
+        uint32_t tile = tiles.first();
+        if (tile >= tiles.end) return;
+        Scores s;
+        float shrink[1][2];
+        uint32_t p[KEYS / 16][4];
+
+        wait_full(K, turn);
+        wait_turn();
+        wgmma_fence();
+        multiply_keys(s);
+        end_turn();
+        wgmma_wait<0>();
+        release(K, turn);
+        weigh(rows, s, shrink, tile * KEYS, params);
+        rows.rescale(shrink);
+        pack(p, s);
+        for (tile = tiles.after(tile); tile < tiles.end; tile = tiles.after(tile)) {
+            const Turn before = turn;
+            turn.count++;
+            wait_full(K, turn);
+            wait_turn();
+            wgmma_fence();
+            multiply_keys(s);
+            wait_full(V, before);
+            multiply_values(rows, p, before);
+            end_turn();
+            wgmma_wait<1>();
+            release(K, turn);
+            weigh(rows, s, shrink, tile * KEYS, params);
+            // Never so; but a branch on the sums keeps the compiler from putting the exponentials behind the wait.
+            if (rows.l[0][0] + rows.l[0][1] < 0.0f) __trap();
+            wgmma_wait<0>();
+            release(V, before);
+            rows.rescale(shrink);
+            pack(p, s);
+        }
+        wait_full(V, turn);
+        wgmma_fence();
+        multiply_values(rows, p, turn);
+        wgmma_wait<0>();
+        release(V, turn);
+        turn.count++;
+    }
+};
+
+// Both kinds of warpgroups meet here, at one place of the source, once the span's tiles are filled in.
+DEVICE void meet_for_span() { __syncthreads(); }
+
+KERNEL(384, 1)
+prefill_sm90a(const Element* q, const Element* k, const Element* v, const uint32_t* block_table, const PrefillTile* tile_list,
+              const uint32_t* tile_count, const uint32_t* valid_len,
+#if CARRY
+              float* state_o, float* state_ml,
+#endif
+              Element* out, float* lse, uint32_t* work, uint64_t* status, const __grid_constant__ PrefillParams params) {
+    DYNAMIC_SHARED(shared_bytes);
+    const uint32_t base = shared_address(shared_bytes);
+    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes + REST_AT);
+    const PrefillBuffers<Element> buffers = {q, k, v, block_table, tile_list, tile_count, valid_len};
+    if (threadIdx.x == 0) {
+        mbarrier_init(shared_address(&shared.q_full), LOADERS);
+        for (uint32_t which = 0; which < 2; which++) {
+            for (uint32_t slot = 0; slot < SLOTS; slot++) {
+                mbarrier_init(shared_address(&shared.full[which][slot]), LOADERS);
+                mbarrier_init(shared_address(&shared.empty[which][slot]), 2 * 4);
+            }
+        }
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+
+    grid_dependency_wait();
+    if (threadIdx.x < LOADERS) {
+        give_registers<LOADER_REGISTERS>();
+        Loader loader(shared, base);
+        while (draw_tile(shared.draw, shared.item, buffers, work, status, params)) {
+            loader.queries(q, params);
+            do {
+                shared.tiles.fill(threadIdx.x, shared.item, params);
+                meet_for_span();
+                loader.span(params);
+            } while (next_span(shared.draw, shared.item, buffers, status, params));
+        }
+    } else {
+        take_registers<MULTIPLIER_REGISTERS>();
+        Multiplier multiplier(shared, base);
+        if (multiplier.group == 1) multiplier.end_turn();  // the first turn is group 0's
+        while (draw_tile(shared.draw, shared.item, buffers, work, status, params)) {
+            Rows rows;
+            rows.start();
+            bool first = true;
+            do {
+                meet_for_span();
+                if (first) mbarrier_wait(shared_address(&shared.q_full), multiplier.q_parity);
+                first = false;
+                multiplier.span(rows, params);
+            } while (next_span(shared.draw, shared.item, buffers, status, params));
+            multiplier.q_parity ^= 1;
+#if CARRY
+            leave_rows(rows, state_o, state_ml, out, lse, shared.draw, shared.item, params);
+#else
+            rows.normalise(lse, shared.item, params);
+            rows.store(out, false, shared.item, params);
+#endif
+        }
+        if (multiplier.group == 0) multiplier.wait_turn();  // the turn that group 1 has given last
+    }
+}
