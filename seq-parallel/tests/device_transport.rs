@@ -245,6 +245,10 @@ fn set_up_that_fails_or_hangs_ends() {
         let context = fakes.context();
         let library = NcclLibrary::open().unwrap();
         assert_eq!(library.version(), Ok(22809));
+        fakes.nccl_version(21706);
+        let old = NcclLibrary::open().unwrap_err();
+        assert!(matches!(old, Error::Library { call: "ncclGetVersion", code: 21706, .. }), "{old}");
+        fakes.nccl_version(22809);
         let connect = |ends| {
             local::run_on(ends, |mut end: Local| {
                 end.set_deadline(DEADLINE);

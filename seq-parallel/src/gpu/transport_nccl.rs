@@ -1,8 +1,10 @@
 //! NCCL: ranks as threads or processes, each with a GPU of its own.
 //!
 //! The communicator is nonblocking; what is under way is polled, never waited for without bound. Every exchange is one group of a send and
-//! a receive, enqueued on the caller's stream, and is announced on the control transport, which knows who is silent: NCCL does not say so
-//! of a process that died on the same host. NCCL has no tags: two ranks must post their exchanges with each other in one order.
+//! a receive, enqueued on the caller's stream, and is announced on the control transport first, which knows who is silent: NCCL does not
+//! say so of a process that died on the same host. NCCL has no tags: two ranks must post their exchanges with each other in one order.
+//! The first group between two ranks connects them, which needs both; a communicator takes no other group until then, so an exchange
+//! that is posted meanwhile waits for that, within the deadline.
 //!
 //! After a fault every survivor aborts its communicator. First the fault is told to all, then each aborts its own: aborting one while
 //! others still poll theirs can wait for them. An abort that does not come back is left to a thread of its own, and the process should
@@ -29,6 +31,8 @@ pub struct Nccl<X: Transport> {
     stream: Arc<CudaStream>,
     next: u64,
     pending: HashMap<u64, Pending>,
+    /// The exchange whose group is perhaps not on the stream yet.
+    launching: Option<u64>,
     traffic: Traffic,
 }
 
@@ -39,10 +43,14 @@ struct Pending {
     send: Arc<CudaSlice<u8>>,
     recv: CudaSlice<u8>,
     recv_len: usize,
-    /// After it both halves are done.
-    done: CudaEvent,
-    announced: Ticket,
+    /// After it both halves are done. None until the group is on the stream.
+    done: Option<CudaEvent>,
+    /// The announcement, until it was waited for.
+    announced: Option<Ticket>,
 }
+
+/// How long kernels of an aborted communicator are waited for, at most.
+const STOPPING: Duration = Duration::from_secs(1);
 
 /// What is being set up is waited for here.
 const SET_UP: Tag = Tag::new(Operation::Barrier, 0);
@@ -68,7 +76,7 @@ impl<X: Transport> Nccl<X> {
             }
         };
         let (pending, traffic) = (HashMap::new(), Traffic::default());
-        let mut nccl = Nccl { control, library, comm, stream, next: 0, pending, traffic };
+        let mut nccl = Nccl { control, library, comm, stream, next: 0, pending, launching: None, traffic };
         nccl.settle("ncclCommInitRankConfig")?;
         Ok(nccl)
     }
@@ -135,24 +143,96 @@ impl<X: Transport> Nccl<X> {
             let _ = context.bind_to_thread();
             let _ = done.send(library.abort(comm));
         });
-        let aborted = wait.recv_timeout(self.control.deadline());
-        if aborted.is_err() {
-            // NCCL may still write to blocks under way.
-            self.pending.drain().for_each(|(_, pending)| std::mem::forget(pending));
+        let deadline = self.control.deadline();
+        let aborted = matches!(wait.recv_timeout(deadline), Ok(Ok(())));
+        self.launching = None;
+        // NCCL may still write to blocks under way, even after an abort: of ranks that are threads, only the last one waits for kernels.
+        let end = Instant::now() + STOPPING.min(deadline / 4);
+        for (_, pending) in self.pending.drain() {
+            let stopped = pending.done.as_ref().is_some_and(|done| {
+                loop {
+                    match done.try_is_complete() {
+                        Ok(true) => return true,
+                        Ok(false) if aborted && Instant::now() < end => {
+                            std::thread::sleep(Duration::from_micros(100))
+                        }
+                        _ => return false,
+                    }
+                }
+            });
+            if !stopped {
+                std::mem::forget(pending);
+            }
         }
     }
 
-    /// Waits for both halves of an exchange.
-    fn complete(&mut self, pending: &mut Pending) -> Result<(), Error> {
-        let announced = std::mem::replace(&mut pending.announced, Ticket(0));
+    /// How the communicator fares, as a code.
+    fn state(&self) -> i32 {
+        self.comm.as_ref().map_or(SUCCESS, |comm| self.library.state(comm))
+    }
+
+    /// Waits until both peers of an exchange have announced theirs. Who does not is found by the control transport.
+    fn announced(&mut self, id: u64) -> Result<(), Error> {
+        let Some(pending) = self.pending.get_mut(&id) else { return Ok(()) };
+        let Some(announced) = pending.announced.take() else { return Ok(()) };
         let there = self.control.wait(announced)?;
         let there = there.values::<u64>()[0];
         if there != pending.recv_len as u64 {
             let fault = PeerFault::Garbage(format!("{there} bytes instead of {}", pending.recv_len));
             return Err(self.control.accuse(pending.from, pending.tag, fault));
         }
+        Ok(())
+    }
+
+    /// Waits until the last group is on the stream.
+    fn launched(&mut self) -> Result<(), Error> {
+        let Some(id) = self.launching else { return Ok(()) };
+        if self.state() == IN_PROGRESS {
+            self.announced(id)?;
+        }
+        let start = Instant::now();
+        loop {
+            let Some(Pending { tag, from, .. }) = self.pending.get(&id) else { return Ok(()) };
+            let (tag, from) = (*tag, *from);
+            match self.state() {
+                SUCCESS => return self.on_stream(id),
+                IN_PROGRESS => {
+                    self.control.check()?;
+                    let waited = start.elapsed();
+                    if waited >= self.control.deadline() {
+                        let fault = PeerFault::Stalled { waited_ms: waited.as_millis() as u64 };
+                        return Err(self.control.accuse(from, tag, fault));
+                    }
+                    std::thread::sleep(Duration::from_micros(20));
+                }
+                code => {
+                    let failed = self.library.check("ncclGroupEnd", code);
+                    return failed.inspect_err(|error| self.control.abort(tag, &error.to_string()));
+                }
+            }
+        }
+    }
+
+    /// Records that an exchange is done after what is on the stream now.
+    fn on_stream(&mut self, id: u64) -> Result<(), Error> {
+        let Some(pending) = self.pending.get_mut(&id) else { return Ok(()) };
+        // The blocks' own events have to come after the group as well.
+        drop(pending.send.device_ptr(&self.stream));
+        drop(pending.recv.device_ptr_mut(&self.stream));
+        pending.done = Some(self.stream.record_event(None).map_err(failed("cuEventRecord"))?);
+        self.launching = None;
+        Ok(())
+    }
+
+    /// Waits for both halves of an exchange.
+    fn complete(&mut self, id: u64) -> Result<(), Error> {
+        self.announced(id)?;
+        if self.launching == Some(id) {
+            self.launched()?;
+        }
+        let Some(Pending { tag, from, done: Some(done), .. }) = self.pending.get(&id) else { return Ok(()) };
         let (library, comm) = (&self.library, &self.comm);
-        until_complete(&mut self.control, &pending.done, pending.from, pending.tag, || {
+        until_complete(&mut self.control, done, *from, *tag, || {
             match comm.as_ref().map_or(SUCCESS, |comm| library.state(comm)) {
                 SUCCESS | IN_PROGRESS => Ok(()),
                 code => Err(PeerFault::Unreachable(format!("NCCL: {} ({code})", library.message(code)))),
@@ -187,59 +267,57 @@ impl<X: Transport> DeviceTransport for Nccl<X> {
         if let Err(error) = self.control.check() {
             return Err(self.spent(error));
         }
-        let Some(comm) = &self.comm else {
-            return Err(Error::argument("communicator", "one that was not aborted", "an aborted one"));
-        };
-        self.bind()?;
-        let Outgoing { to, block: send, len: send_len } = send;
-        let Incoming { from, space: mut recv, len: recv_len } = recv;
-        let ready = after.record_event(None).map_err(failed("cuEventRecord"))?;
-        self.stream.wait(&ready).map_err(failed("cuStreamWaitEvent"))?;
-        let enqueued = {
-            let (send, _read) = send.device_ptr(&self.stream);
-            let (recv, _written) = recv.device_ptr_mut(&self.stream);
-            // SAFETY: `pending` keeps both blocks until the event after this is complete, or leaks them; the stream was made to wait for
-            // what wrote and read them; a shared block cannot be written, and the other is in nobody else's hands.
-            unsafe {
-                let stream = self.stream.cu_stream().cast();
-                self.library.exchange(comm, (to, send, send_len), (from, recv, recv_len), stream)
-            }
-        };
-        if let Err(error) = enqueued.and_then(|()| self.settled_group()) {
-            self.control.abort(tag, &error.to_string());
-            // Half a group may be under way.
-            std::mem::forget((send, recv));
+        if let Err(error) = self.launched() {
             return Err(self.spent(error));
         }
-        let done = self.stream.record_event(None).map_err(failed("cuEventRecord"))?;
+        if self.comm.is_none() {
+            return Err(Error::argument("communicator", "one that was not aborted", "an aborted one"));
+        }
+        self.bind()?;
+        let Outgoing { to, block: send, len: send_len } = send;
+        let Incoming { from, space: recv, len: recv_len } = recv;
+        let ready = after.record_event(None).map_err(failed("cuEventRecord"))?;
+        self.stream.wait(&ready).map_err(failed("cuStreamWaitEvent"))?;
         let mut announcement = Buffer::of(&[send_len as u64]);
         self.control.seal(&mut announcement, tag);
         let announced = match self.control.exchange(tag, to, Arc::new(announcement), from, Buffer::new(8)) {
-            Ok(announced) => announced,
-            Err(error) => {
-                std::mem::forget((send, recv));
-                return Err(self.spent(error));
-            }
+            Ok(announced) => Some(announced),
+            Err(error) => return Err(self.spent(error)),
         };
+        self.next += 1;
+        let id = self.next;
+        let mut pending = Pending { tag, from, send, recv, recv_len, done: None, announced };
+        let enqueued = self.enqueue(to, send_len, &mut pending);
+        // Without its event it is leaked when the communicator is aborted: half a group may be under way.
+        self.pending.insert(id, pending);
+        self.launching = Some(id);
+        if let Err(error) = enqueued {
+            self.control.abort(tag, &error.to_string());
+            return Err(self.spent(error));
+        }
+        if self.state() == SUCCESS
+            && let Err(error) = self.on_stream(id)
+        {
+            self.control.abort(tag, &error.to_string());
+            return Err(self.spent(error));
+        }
         self.traffic.sent += send_len as u64;
         self.traffic.messages += 1;
-        self.next += 1;
-        self.pending.insert(self.next, Pending { tag, from, send, recv, recv_len, done, announced });
-        Ok(Ticket(self.next))
+        Ok(Ticket(id))
     }
 
     fn wait(&mut self, ticket: Ticket) -> Result<CudaSlice<u8>, Error> {
-        let Some(mut pending) = self.pending.remove(&ticket.0) else {
-            return Err(Error::argument("ticket", "one of this transport", format!("{ticket:?}")));
-        };
-        if let Err(error) = self.complete(&mut pending) {
+        if self.pending.contains_key(&ticket.0)
+            && let Err(error) = self.complete(ticket.0)
+        {
             // The kernels of NCCL stop at the abort; until then they may write.
-            self.pending.insert(ticket.0, pending);
             return Err(self.spent(error));
         }
-        self.traffic.received += pending.recv_len as u64;
-        let Pending { send, recv, .. } = pending;
-        drop(send);
+        let Some(Pending { recv, recv_len, .. }) = self.pending.remove(&ticket.0) else {
+            self.control.check()?;
+            return Err(Error::argument("ticket", "one of this transport", format!("{ticket:?}")));
+        };
+        self.traffic.received += recv_len as u64;
         Ok(recv)
     }
 
@@ -249,23 +327,17 @@ impl<X: Transport> DeviceTransport for Nccl<X> {
 }
 
 impl<X: Transport> Nccl<X> {
-    /// A group of a nonblocking communicator may still be launching; the event has to come after it.
-    fn settled_group(&mut self) -> Result<(), Error> {
-        let start = Instant::now();
-        loop {
-            let state = self.comm.as_ref().map_or(SUCCESS, |comm| self.library.state(comm));
-            match state {
-                IN_PROGRESS if start.elapsed() < self.control.deadline() => {
-                    self.control.check()?;
-                    std::thread::yield_now();
-                }
-                IN_PROGRESS => {
-                    let message = format!("not launched after {} ms", start.elapsed().as_millis());
-                    let code = state.into();
-                    return Err(Error::Library { library: "NCCL", call: "ncclGroupEnd", code, message });
-                }
-                code => return self.library.check("ncclGroupEnd", code),
-            }
+    /// Enqueues a send and a receive as one group.
+    fn enqueue(&self, to: usize, send_len: usize, pending: &mut Pending) -> Result<(), Error> {
+        let Some(comm) = &self.comm else { return Ok(()) };
+        let Pending { from, send, recv, recv_len, .. } = pending;
+        let (send, _read) = send.device_ptr(&self.stream);
+        let (recv, _written) = recv.device_ptr_mut(&self.stream);
+        // SAFETY: `pending` keeps both blocks until the event after this is complete, or leaks them; the stream was made to wait for what
+        // wrote and read them; a shared block cannot be written, and the other is in nobody else's hands.
+        unsafe {
+            let stream = self.stream.cu_stream().cast();
+            self.library.exchange(comm, (to, send, send_len), (*from, recv, *recv_len), stream)
         }
     }
 }

@@ -19,7 +19,8 @@ pub(super) type Handle = *mut c_void;
 #[repr(C)]
 pub(super) struct UniqueId(pub(super) [u8; 128]);
 
-/// `ncclConfig_t` as of 2.18: the library takes older, shorter ones by their size and version.
+/// `ncclConfig_t` as of 2.18: the library takes older, shorter ones by their size and version. The last field came with 2.26, in what
+/// was padding before, and is read by its size alone.
 #[repr(C)]
 struct Config {
     size: usize,
@@ -31,7 +32,14 @@ struct Config {
     max_ctas: c_int,
     net_name: *const c_char,
     split_share: c_int,
+    traffic_class: c_int,
 }
+
+// As in nccl.h, and no byte of it is left unwritten.
+const _: () = assert!(size_of::<Config>() == 48 && std::mem::offset_of!(Config, traffic_class) == 44);
+
+/// Before 2.18 the thread that sets a nonblocking communicator up writes to the caller's handle after the call has returned.
+const OLDEST: c_int = 21800;
 
 /// `NCCL_CONFIG_UNDEF_INT`.
 const UNDEFINED: c_int = c_int::MIN;
@@ -41,7 +49,7 @@ pub(super) const IN_PROGRESS: c_int = 7;
 /// `ncclUint8`.
 const UINT8: c_int = 1;
 
-/// The library, loaded.
+/// The library, loaded. It is never unloaded: threads of its own outlive the communicators.
 pub struct Library {
     get_version: unsafe extern "C" fn(*mut c_int) -> c_int,
     get_unique_id: unsafe extern "C" fn(*mut UniqueId) -> c_int,
@@ -55,8 +63,6 @@ pub struct Library {
     finalize: unsafe extern "C" fn(Handle) -> c_int,
     destroy: unsafe extern "C" fn(Handle) -> c_int,
     abort: unsafe extern "C" fn(Handle) -> c_int,
-    /// Last, so that it outlives what points into it.
-    _library: libloading::Library,
 }
 
 impl std::fmt::Debug for Library {
@@ -69,7 +75,7 @@ impl Library {
     /// Loads the library: what the environment variable [`VARIABLE`] names, else `libnccl.so.2`.
     ///
     /// # Errors
-    /// [`Error::Library`] where there is none, or it lacks a function (NCCL before 2.14).
+    /// [`Error::Library`] where there is none, it lacks a function, or it is older than 2.18.
     pub fn open() -> Result<Arc<Self>, Error> {
         let name = std::env::var_os(VARIABLE).unwrap_or_else(|| "libnccl.so.2".into());
         let missing = |call: &'static str| {
@@ -83,11 +89,11 @@ impl Library {
         let library = unsafe { libloading::Library::new(&name) }.map_err(missing("dlopen"))?;
         macro_rules! function {
             ($name:literal) => {
-                // SAFETY: the type is that of this function in nccl.h, since 2.14.
+                // SAFETY: the type is that of this function in nccl.h, since 2.14, and the library stays loaded.
                 *unsafe { library.get($name) }.map_err(missing("dlsym"))?
             };
         }
-        Ok(Arc::new(Library {
+        let loaded = Library {
             get_version: function!("ncclGetVersion"),
             get_unique_id: function!("ncclGetUniqueId"),
             init: function!("ncclCommInitRankConfig"),
@@ -100,8 +106,15 @@ impl Library {
             finalize: function!("ncclCommFinalize"),
             destroy: function!("ncclCommDestroy"),
             abort: function!("ncclCommAbort"),
-            _library: library,
-        }))
+        };
+        std::mem::forget(library);
+        let version = loaded.version()?;
+        if version < OLDEST {
+            let message = format!("version {version}; {OLDEST} or newer is needed");
+            let code = version.into();
+            return Err(Error::Library { library: "NCCL", call: "ncclGetVersion", code, message });
+        }
+        Ok(Arc::new(loaded))
     }
 
     /// The version, as in 22809 for 2.28.9.
@@ -148,13 +161,14 @@ impl Library {
         let mut config = Config {
             size: size_of::<Config>(),
             magic: 0xcafe_beef,
-            version: 21800,
+            version: OLDEST as u32,
             blocking: 0,
             cga_cluster_size: UNDEFINED,
             min_ctas: UNDEFINED,
             max_ctas: UNDEFINED,
             net_name: std::ptr::null(),
             split_share: UNDEFINED,
+            traffic_class: UNDEFINED,
         };
         let mut handle = std::ptr::null_mut();
         // SAFETY: handle and configuration are of this frame, which the call is done with when it returns.

@@ -1,6 +1,7 @@
 // A stand-in for NCCL among the threads of one process: device memory is host memory, sends and receives meet as soon as both are in, and
 // every call of interest is written to a log that the test reads. Calls can be told to fail or to hang, communicators to break.
 #include <chrono>
+#include <climits>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
@@ -19,13 +20,13 @@ struct UniqueId {
     char bytes[128];
 };
 
-// As in nccl.h since 2.18.
+// As in nccl.h since 2.26.
 struct Config {
     size_t size;
     unsigned magic, version;
     int blocking, cga_cluster_size, min_ctas, max_ctas;
     const char* net_name;
-    int split_share;
+    int split_share, traffic_class;
 };
 
 struct World;
@@ -34,6 +35,8 @@ struct Communicator {
     int rank;
     int state;
     bool finalized;
+    // Pairs of ranks whose first message waits for the other rank.
+    std::set<std::pair<int, int>> connecting;
 };
 struct Half {
     char* memory;
@@ -44,6 +47,8 @@ struct World {
     int present;
     // Of each pair of ranks, in order.
     std::map<std::pair<int, int>, std::deque<Half>> sends, receives;
+    // Pairs of which the sender, and the receiver, has ever posted.
+    std::set<std::pair<int, int>> sent, received;
 };
 
 static std::mutex mutex;
@@ -52,7 +57,7 @@ static std::map<std::string, int> failures;
 static std::set<std::string> hung;
 static std::map<std::string, World*> worlds;
 static std::vector<Communicator*> communicators;
-static int ids;
+static int ids, version_number = 22809;
 
 struct Call {
     bool is_send;
@@ -70,6 +75,13 @@ static std::string number(long value) { return std::to_string(value); }
 static int outcome(const char* call) {
     auto found = failures.find(call);
     return found == failures.end() ? SUCCESS : found->second;
+}
+
+// Whether every pair that a communicator has posted for is connected.
+static bool connected(Communicator* comm) {
+    for (auto pair = comm->connecting.begin(); pair != comm->connecting.end();)
+        pair = comm->world->sent.count(*pair) && comm->world->received.count(*pair) ? comm->connecting.erase(pair) : std::next(pair);
+    return comm->connecting.empty();
 }
 
 static void meet(World* world, std::pair<int, int> pair) {
@@ -109,6 +121,10 @@ void fake_nccl_break(int rank, int code) {
     for (Communicator* comm : communicators)
         if (comm->rank == rank) comm->state = code;
 }
+void fake_nccl_version(int version) {
+    std::lock_guard<std::mutex> lock(mutex);
+    version_number = version;
+}
 int fake_nccl_alive() {
     std::lock_guard<std::mutex> lock(mutex);
     return static_cast<int>(communicators.size());
@@ -117,7 +133,8 @@ int fake_nccl_alive() {
 // ---- NCCL ----
 
 int ncclGetVersion(int* version) {
-    *version = 22809;
+    std::lock_guard<std::mutex> lock(mutex);
+    *version = version_number;
     return SUCCESS;
 }
 const char* ncclGetErrorString(int code) {
@@ -142,12 +159,14 @@ int ncclCommInitRankConfig(Communicator** comm, int ranks, UniqueId id, int rank
     std::lock_guard<std::mutex> lock(mutex);
     if (int code = outcome("ncclCommInitRankConfig")) return code;
     if (config->size != sizeof(Config) || config->magic != 0xcafebeef || config->version < 21400) return INVALID_ARGUMENT;
+    // What nobody has set is not to be read as a class.
+    if (config->split_share != INT_MIN || config->traffic_class != INT_MIN) return INVALID_ARGUMENT;
     World*& world = worlds[id.bytes];
-    if (!world) world = new World{ranks, 0, {}, {}};
+    if (!world) world = new World{ranks, 0, {}, {}, {}, {}};
     if (rank < 0 || rank >= ranks || world->ranks != ranks) return INVALID_ARGUMENT;
     ++world->present;
     // Done when all are here, as the nonblocking call says.
-    *comm = new Communicator{world, rank, IN_PROGRESS, false};
+    *comm = new Communicator{world, rank, IN_PROGRESS, false, {}};
     communicators.push_back(*comm);
     note("ncclCommInitRankConfig rank=" + number(rank) + " of " + number(ranks) + " blocking=" + number(config->blocking));
     return config->blocking ? INVALID_USAGE : IN_PROGRESS;
@@ -156,7 +175,7 @@ int ncclCommGetAsyncError(Communicator* comm, int* state) {
     std::lock_guard<std::mutex> lock(mutex);
     if (comm->state == IN_PROGRESS && comm->world->present == comm->world->ranks && !hung.count("ncclCommInitRankConfig"))
         comm->state = SUCCESS;
-    *state = comm->state;
+    *state = comm->state == SUCCESS && !connected(comm) ? IN_PROGRESS : comm->state;
     return SUCCESS;
 }
 int ncclGroupStart() {
@@ -170,6 +189,8 @@ static int call(bool is_send, char* memory, size_t bytes, int type, int peer, Co
     // Alone, a send and a receive of two ranks can wait for each other for ever.
     if (depth != 1 || type != 1) return INVALID_USAGE;
     if (comm->state != SUCCESS) return comm->state;
+    // A communicator cannot be used before it has done what it was asked for last.
+    if (!connected(comm)) return INVALID_ARGUMENT;
     group.push_back({is_send, memory, bytes, peer, comm});
     return SUCCESS;
 }
@@ -190,10 +211,14 @@ int ncclGroupEnd() {
         World* world = c.comm->world;
         std::pair<int, int> pair = c.is_send ? std::make_pair(c.comm->rank, c.peer) : std::make_pair(c.peer, c.comm->rank);
         (c.is_send ? world->sends : world->receives)[pair].push_back({c.memory, c.bytes});
+        (c.is_send ? world->sent : world->received).insert(pair);
+        c.comm->connecting.insert(pair);
         meet(world, pair);
         line += " " + number(pair.first) + (c.is_send ? ">" : "<") + number(pair.second) + ":" + number(static_cast<long>(c.bytes));
     }
     note(line);
+    for (const Call& c : calls)
+        if (!connected(c.comm)) return IN_PROGRESS;
     return SUCCESS;
 }
 static int end(const char* name, Communicator* comm) {

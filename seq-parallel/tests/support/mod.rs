@@ -140,6 +140,13 @@ impl Fakes {
         hang(call.as_ptr());
     }
 
+    /// Gives NCCL another version.
+    pub(crate) fn nccl_version(&self, version: i32) {
+        // SAFETY: the source declares `void fake_nccl_version(int)`.
+        let set = unsafe { self.nccl.get::<extern "C" fn(i32)>(b"fake_nccl_version") }.unwrap();
+        set(version);
+    }
+
     /// Breaks the communicators of a rank.
     pub(crate) fn nccl_break(&self, rank: i32, code: i32) {
         // SAFETY: the source declares `void fake_nccl_break(int, int)`.
