@@ -63,7 +63,8 @@ pub trait DeviceTransport: Send {
     /// The caller's stream that blocks move on.
     fn stream(&self) -> &Arc<CudaStream>;
 
-    /// Starts sending one block and receiving another, once what is queued on `after` is done. Never blocks.
+    /// Starts sending one block and receiving another, once what is queued on `after` is done. Does not wait for other
+    /// ranks, but over NCCL, where a group between ranks that are not connected yet must be launched before the next.
     ///
     /// # Errors
     /// [`Error::Argument`] for a rank that is not there or is this one, or for a block that is too short; [`Error::Peer`] when a rank has
@@ -150,9 +151,14 @@ pub(super) fn until_complete<X: Transport>(
 }
 
 /// A device transport as one of host buffers: each message is copied to the device, sent, and copied back.
+///
+/// The copies have a stream of their own: those of pageable memory wait in the driver, with no deadline, for what is queued before them,
+/// which must not be a message whose peer has died.
 #[derive(Debug)]
 pub struct Staged<D> {
     inner: D,
+    /// For the copies, from the first on.
+    stream: Option<Arc<CudaStream>>,
     next: u64,
     pending: HashMap<u64, Message>,
     traffic: Traffic,
@@ -169,7 +175,17 @@ struct Message {
 impl<D: DeviceTransport> Staged<D> {
     /// Stages messages of this transport.
     pub fn new(inner: D) -> Self {
-        Staged { inner, next: 0, pending: HashMap::new(), traffic: Traffic::default() }
+        Staged { inner, stream: None, next: 0, pending: HashMap::new(), traffic: Traffic::default() }
+    }
+
+    /// The stream for copies.
+    fn staging(&mut self) -> Result<Arc<CudaStream>, Error> {
+        if let Some(stream) = &self.stream {
+            return Ok(stream.clone());
+        }
+        let stream = self.inner.stream().context().new_stream().map_err(failed("cuStreamCreate"))?;
+        self.stream = Some(stream.clone());
+        Ok(stream)
     }
 
     /// The transport inside.
@@ -196,7 +212,7 @@ impl<D: DeviceTransport> Transport for Staged<D> {
         recv: Buffer,
     ) -> Result<Ticket, Error> {
         transport::check_ends(self.rank(), self.ranks(), to, from)?;
-        let stream = self.inner.stream().clone();
+        let stream = self.staging()?;
         let block = stream.clone_htod(send.message()).map_err(failed("cuMemcpyHtoDAsync"))?;
         let space = stream.alloc_zeros(recv.message().len()).map_err(failed("cuMemAllocAsync"))?;
         let (send_len, recv_len) = (send.message().len(), recv.message().len());
@@ -215,7 +231,7 @@ impl<D: DeviceTransport> Transport for Staged<D> {
             return Err(Error::argument("ticket", "one of this transport", format!("{ticket:?}")));
         };
         let block = self.inner.wait(ticket)?;
-        let stream = self.inner.stream().clone();
+        let stream = self.staging()?;
         // It waits for a copy of what is here already.
         stream.memcpy_dtoh(&block, recv.message_mut()).map_err(failed("cuMemcpyDtoHAsync"))?;
         if let Err(fault) = transport::open(&recv, tag, from) {

@@ -35,8 +35,8 @@ struct Communicator {
     int rank;
     int state;
     bool finalized;
-    // Pairs of ranks whose first message waits for the other rank.
-    std::set<std::pair<int, int>> connecting;
+    // Messages that wait for the other rank: of which pair, and the how manieth. Events cannot wait here, so the launch does.
+    std::set<std::pair<std::pair<int, int>, int>> connecting;
 };
 struct Half {
     char* memory;
@@ -47,8 +47,8 @@ struct World {
     int present;
     // Of each pair of ranks, in order.
     std::map<std::pair<int, int>, std::deque<Half>> sends, receives;
-    // Pairs of which the sender, and the receiver, has ever posted.
-    std::set<std::pair<int, int>> sent, received;
+    // How many messages of a pair the sender, and the receiver, has posted.
+    std::map<std::pair<int, int>, int> sent, received;
 };
 
 static std::mutex mutex;
@@ -77,10 +77,12 @@ static int outcome(const char* call) {
     return found == failures.end() ? SUCCESS : found->second;
 }
 
-// Whether every pair that a communicator has posted for is connected.
+// Whether the other rank of every message that a communicator has posted has posted it too.
 static bool connected(Communicator* comm) {
-    for (auto pair = comm->connecting.begin(); pair != comm->connecting.end();)
-        pair = comm->world->sent.count(*pair) && comm->world->received.count(*pair) ? comm->connecting.erase(pair) : std::next(pair);
+    for (auto message = comm->connecting.begin(); message != comm->connecting.end();) {
+        bool both = comm->world->sent[message->first] >= message->second && comm->world->received[message->first] >= message->second;
+        message = both ? comm->connecting.erase(message) : std::next(message);
+    }
     return comm->connecting.empty();
 }
 
@@ -211,8 +213,7 @@ int ncclGroupEnd() {
         World* world = c.comm->world;
         std::pair<int, int> pair = c.is_send ? std::make_pair(c.comm->rank, c.peer) : std::make_pair(c.peer, c.comm->rank);
         (c.is_send ? world->sends : world->receives)[pair].push_back({c.memory, c.bytes});
-        (c.is_send ? world->sent : world->received).insert(pair);
-        c.comm->connecting.insert(pair);
+        c.comm->connecting.insert({pair, ++(c.is_send ? world->sent : world->received)[pair]});
         meet(world, pair);
         line += " " + number(pair.first) + (c.is_send ? ">" : "<") + number(pair.second) + ":" + number(static_cast<long>(c.bytes));
     }
