@@ -1,4 +1,4 @@
-//! The MPI calls that the transport is made of, with their errors. All the `unsafe` of this package is here.
+//! The MPI calls that the transport is made of, with their errors; its other `unsafe` is in `transport.rs`, where blocks are posted and freed.
 //!
 //! rsmpi's own requests borrow their buffers, so they cannot be kept in a map beside them; these are its raw bindings.
 
