@@ -2,6 +2,7 @@
 //!
 //! - [`GpuBench`]: the first GPU, a cold L2 before every launch, device time by events.
 //! - [`ceilings`]: what the machine can do at most; the program `ceilings` measures all of it.
+//! - [`modules`]: which modules of the executable run.
 //! - [`figure`]: medians, and the JSON lines that `cargo xtask gpu-record` reads.
 //!
 //! Groups are `crate/kernel/backend/dtype`, parameters are shapes, throughput is bytes moved and floating-point operations.
@@ -11,6 +12,7 @@
 pub mod ceilings;
 pub mod figure;
 mod gpu;
+pub mod modules;
 
 use criterion::Throughput;
 

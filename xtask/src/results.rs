@@ -244,10 +244,10 @@ pub fn write<T: Serialize>(path: &Path, value: &T) -> Result<(), String> {
         .map_err(|error| format!("{}: {error}", path.display()))
 }
 
-/// Names of the GPU tests in the output of `--list --format terse`: those that end in `gpu`, and where there are several GPUs those that
+/// Names of the GPU tests in the lines of `--list --format terse`: those that end in `gpu`, and where there are several GPUs those that
 /// end in `gpus`.
-pub fn gpu_tests(list: &str, several: bool) -> Vec<String> {
-    let names = list.lines().filter_map(|line| line.strip_suffix(": test"));
+pub fn gpu_tests(list: &[impl AsRef<str>], several: bool) -> Vec<String> {
+    let names = list.iter().filter_map(|line| line.as_ref().strip_suffix(": test"));
     let wanted = |name: &&str| {
         name.ends_with("::gpu") || name.ends_with("_gpu") || several && name.ends_with("::gpus")
     };
@@ -313,10 +313,17 @@ mod tests {
 
     #[test]
     fn gpu_tests_are_told_by_their_names() {
-        let list = "a::gpu: test\na::emulator: test\ngraph_on_a_gpu: test\nb::gpu: benchmark\nagpu: test\n";
-        assert_eq!(gpu_tests(list, false), ["a::gpu", "graph_on_a_gpu"]);
-        let several = format!("{list}\nnccl::gpus: test");
-        assert_eq!(gpu_tests(&several, false), gpu_tests(list, true));
+        let mut several = vec![
+            "a::gpu: test",
+            "a::emulator: test",
+            "graph_on_a_gpu: test",
+            "b::gpu: benchmark",
+            "agpu: test",
+        ];
+        let list = several.clone();
+        assert_eq!(gpu_tests(&list, false), ["a::gpu", "graph_on_a_gpu"]);
+        several.push("nccl::gpus: test");
+        assert_eq!(gpu_tests(&several, false), gpu_tests(&list, true));
         assert_eq!(gpu_tests(&several, true).last().map(String::as_str), Some("nccl::gpus"));
     }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! gpu-bundle/
-//!   run.sh         runs it all: `run.sh [--only PART] [--out DIR]`
+//!   run.sh         runs it all: `run.sh [--only PART] [--out DIR] [--within SECONDS] [--rest FILE]`
 //!   bundle.json    what is in it, and the digests of every row
 //!   bin/           the runner, test executables without the emulator, benches
 //!   cubins/        sm_90a cubins, the ones that the ledger hashes
@@ -28,7 +28,7 @@ const TOTAL_LIMIT: u64 = 60 << 20;
 
 const RUN_SH: &str = r#"#!/usr/bin/env bash
 # Runs the GPU tests, sanitizers, ceilings, benches and peers of this bundle on a Linux x86-64 machine with CUDA 13.
-#   run.sh [--only PART[,PART…]] [--out DIR] [--filter TEXT] [--jobs N]
+#   run.sh [--only PART[,PART…]] [--out DIR] [--within SECONDS] [--rest FILE] [--filter TEXT] [--jobs N]
 # Leaves results.json and log.txt in DIR, else in $OUT, else in ./gpu-results. `run.sh --help` names the parts.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -261,7 +261,8 @@ fn gpu_tests(executable: &Path) -> Result<Vec<String>> {
         .args(["--list", "--format", "terse"])
         .output()
         .map_err(|error| format!("{}: {error}", executable.display()))?;
-    Ok(results::gpu_tests(&String::from_utf8_lossy(&output.stdout), false))
+    let list = String::from_utf8_lossy(&output.stdout).into_owned();
+    Ok(results::gpu_tests(&list.lines().collect::<Vec<_>>(), false))
 }
 
 /// Copies `benches/peers`; its programs are the files without a leading underscore.

@@ -12,6 +12,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use parts::{Kind, PARTS, Run};
 use xtask::results::{self, Item, MANIFEST, Machine, Manifest, Outcome, Part, RESULTS, Results};
@@ -21,6 +22,8 @@ struct Arguments {
     bundle: Option<PathBuf>,
     out: Option<PathBuf>,
     only: Vec<String>,
+    within: Option<Duration>,
+    rest: Option<PathBuf>,
     filter: String,
     jobs: Option<usize>,
     help: bool,
@@ -35,11 +38,10 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
             "--bundle" => parsed.bundle = Some(value()?.into()),
             "--out" => parsed.out = Some(value()?.into()),
             "--only" => parsed.only.extend(value()?.split(',').map(str::to_string)),
+            "--within" => parsed.within = Some(Duration::from_secs(number(&argument, &value()?)?)),
+            "--rest" => parsed.rest = Some(value()?.into()),
             "--filter" => parsed.filter = value()?,
-            "--jobs" => {
-                let text = value()?;
-                parsed.jobs = Some(text.parse().map_err(|_| format!("--jobs {text} is no number"))?);
-            }
+            "--jobs" => parsed.jobs = Some(number(&argument, &value()?)?),
             "--help" | "-h" => parsed.help = true,
             other => return Err(format!("there is no option {other}")),
         }
@@ -49,6 +51,10 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
         return Err(format!("there is no part {name}; the parts are {}", known.join(", ")));
     }
     Ok(parsed)
+}
+
+fn number<T: std::str::FromStr>(option: &str, text: &str) -> Result<T, String> {
+    text.parse().map_err(|_| format!("{option} {text} is no number"))
 }
 
 fn main() -> ExitCode {
@@ -62,11 +68,24 @@ fn main() -> ExitCode {
     }
 }
 
+const HELP: &str = "\
+run.sh [--only PART[,PART…]] [--out DIR] [--within SECONDS] [--rest FILE] [--filter TEXT] [--jobs N]
+
+  --only PART     only these parts
+  --out DIR       where results.json and log.txt go; else $OUT, else ./gpu-results
+  --within N      all parts together end within N seconds and share them; else each has its own limit
+  --rest FILE     results.json of an earlier run of this bundle: what passed there is kept and not run again
+  --filter TEXT   only tests and programs whose names contain it
+  --jobs N        tests at a time
+
+Parts, in order, with their limits:";
+
 /// Whether everything that ran passed.
 fn command() -> Result<bool, String> {
+    let started = Instant::now();
     let arguments = parse(std::env::args().skip(1))?;
     if arguments.help {
-        println!("run.sh [--only PART[,PART…]] [--out DIR] [--filter TEXT] [--jobs N]\n\nParts, in order:");
+        println!("{HELP}");
         for kind in PARTS {
             println!("  {:20} {:3} s  {}", kind.name, kind.limit_s, kind.what);
         }
@@ -83,7 +102,11 @@ fn command() -> Result<bool, String> {
 
     let log = Log::open(&out.join("log.txt"))?;
     let machine = machine::describe();
-    let mut results = earlier(&out.join(RESULTS), &manifest, &machine).unwrap_or(Results {
+    let earlier = match &arguments.rest {
+        Some(file) => Some(rest(results::read(file)?, &manifest, &machine)?),
+        None => earlier(&out.join(RESULTS), &manifest, &machine),
+    };
+    let mut results = earlier.unwrap_or(Results {
         schema: results::SCHEMA,
         bundle: manifest.clone(),
         machine: machine.clone(),
@@ -108,8 +131,8 @@ fn command() -> Result<bool, String> {
         [] => kind.unasked,
         names => names.iter().any(|name| name == kind.name),
     };
-    let mut ran = Vec::new();
-    for kind in PARTS.iter().filter(wanted) {
+    let kinds: Vec<_> = PARTS.iter().filter(wanted).collect();
+    for (index, kind) in kinds.iter().enumerate() {
         if let Some(tests) = results.parts.get("tests") {
             run.durations = tests.items.iter().map(|item| (item.name.clone(), item.seconds)).collect();
         }
@@ -118,32 +141,45 @@ fn command() -> Result<bool, String> {
             .machine
             .clocks
             .extend(machine::clocks().map(|clocks| format!("before {}: {clocks}", kind.name)));
-        let part = run.part(kind, &|item, output| log.item(item, output));
+        let left = arguments.within.map(|within| within.saturating_sub(started.elapsed()));
+        let limit = parts::limit(&kinds[index..], left);
+        let before = arguments.rest.as_ref().and_then(|_| results.parts.remove(kind.name));
+        let part = run.part(kind, limit, before, &|item, output| log.item(item, output));
         results
             .machine
             .clocks
             .extend(machine::clocks().map(|clocks| format!("after {}: {clocks}", kind.name)));
         results.parts.insert(kind.name.to_string(), part);
         results::write(&out.join(RESULTS), &results)?;
-        ran.push(kind.name);
     }
     let _ = std::fs::remove_dir_all(&scratch);
 
     log.line("== summary");
     let mut good = true;
-    for name in ran {
-        let part = &results.parts[name];
+    for kind in kinds {
+        let part = &results.parts[kind.name];
         good &= part.skipped.is_none() && part.items.iter().all(|item| item.outcome == Outcome::Passed);
-        log.line(&summary(name, part));
+        log.line(&summary(kind.name, part));
     }
     Ok(good)
 }
 
-/// Results that an earlier call left for the same bundle on the same kind of machine.
+/// Results that an earlier call left in its folder for the same bundle on the same kind of machine.
 fn earlier(path: &Path, manifest: &Manifest, machine: &Machine) -> Option<Results> {
-    let results: Results = results::read(path).ok()?;
-    let same = results.machine.device == machine.device && results.machine.driver == machine.driver;
-    (results.bundle == *manifest && same).then_some(results)
+    rest(results::read(path).ok()?, manifest, machine).ok()
+}
+
+/// Results that can be gone on with: of the same bundle on the same kind of machine.
+fn rest(results: Results, manifest: &Manifest, machine: &Machine) -> Result<Results, String> {
+    let of = |machine: &Machine| format!("{:?} with driver {:?}", machine.device, machine.driver);
+    let built = |bundle: &Manifest| format!("a bundle of {}, built {}", bundle.commit, bundle.built);
+    if results.bundle != *manifest {
+        return Err(format!("--rest: expected {}, found {}", built(manifest), built(&results.bundle)));
+    }
+    if of(&results.machine) != of(machine) {
+        return Err(format!("--rest: expected {}, found {}", of(machine), of(&results.machine)));
+    }
+    Ok(results)
 }
 
 fn summary(name: &str, part: &Part) -> String {
@@ -215,19 +251,54 @@ mod tests {
     #[test]
     fn arguments_are_read() {
         let words = |text: &str| parse(text.split_whitespace().map(str::to_string));
-        let parsed =
-            words("--bundle b --only tests,peers --only jit --out o --filter decode --jobs 3").unwrap();
+        let parsed = words(
+            "--bundle b --only tests,peers --only jit --out o --filter decode --jobs 3 --within 90 --rest r",
+        )
+        .unwrap();
         assert_eq!(parsed.only, ["tests", "peers", "jit"]);
+        assert_eq!((parsed.within, parsed.rest), (Some(Duration::from_secs(90)), Some("r".into())));
         assert_eq!((parsed.filter.as_str(), parsed.jobs), ("decode", Some(3)));
         for (text, expected) in [
             ("--only nothing", "there is no part nothing"),
-            ("--jobs many", "is no number"),
+            ("--jobs many", "--jobs many is no number"),
+            ("--within -1", "--within -1 is no number"),
             ("--fast", "there is no option --fast"),
             ("--out", "--out needs a value"),
         ] {
             let error = words(text).err().expect(text);
             assert!(error.contains(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn only_the_same_bundle_on_the_same_machine_is_gone_on_with() {
+        let manifest = Manifest {
+            schema: results::SCHEMA,
+            commit: "c".to_string(),
+            built: "today".to_string(),
+            glibc: String::new(),
+            nvrtc: String::new(),
+            rows: Vec::new(),
+            tests: Vec::new(),
+            benches: Vec::new(),
+            ceilings: None,
+            peers: Vec::new(),
+            trainer: None,
+        };
+        let machine = Machine { device: Some("A".to_string()), ..Machine::default() };
+        let results = Results {
+            schema: results::SCHEMA,
+            bundle: manifest.clone(),
+            machine: machine.clone(),
+            parts: BTreeMap::new(),
+        };
+        assert!(rest(results.clone(), &manifest, &machine).is_ok());
+        let other = Manifest { built: "later".to_string(), ..manifest.clone() };
+        let error = rest(results.clone(), &other, &machine).expect_err("another bundle");
+        assert!(error.contains("built later, found a bundle of c, built today"), "{error}");
+        let other = Machine { device: Some("B".to_string()), ..Machine::default() };
+        let error = rest(results, &manifest, &other).expect_err("another machine");
+        assert!(error.contains("found Some(\"A\")"), "{error}");
     }
 
     #[test]

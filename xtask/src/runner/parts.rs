@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
-use xtask::results::{self, Executable, Item, Launch, Manifest, Outcome, Part};
+use xtask::results::{self, Executable, Figure, Item, Launch, Manifest, Outcome, Part};
 
 use crate::machine;
 use crate::process::{self, End, Ended};
@@ -19,28 +19,38 @@ pub(crate) struct Kind {
     pub(crate) name: &'static str,
     pub(crate) limit_s: u64,
     pub(crate) what: &'static str,
+    /// Its weight where the parts share a time.
+    pub(crate) share: u32,
     /// Whether it runs without being named.
     pub(crate) unasked: bool,
 }
 
 /// All parts in the order in which they run: first whether kernels are right, then how fast.
 pub(crate) const PARTS: &[Kind] = &[
-    kind("tests", 480, "every GPU test but those of `stress`, with the bundle's cubins"),
-    kind("jit", 240, "the quickest GPU tests, with kernels compiled by this machine's NVRTC"),
-    kind("stress", 500, "merge stress and graph replays"),
-    kind("ceilings", 240, "bandwidths, matrix rates, host link, launch overhead"),
-    kind("benches", 500, "criterion benches"),
-    kind("peers", 500, "other people's kernels on the same problems, from Python"),
-    kind("sanitizer-memcheck", 400, "compute-sanitizer on the quickest GPU tests"),
-    kind("sanitizer-racecheck", 400, "the same for races in shared memory"),
+    kind("tests", 480, 10, "every GPU test but those of `stress`, with the bundle's cubins"),
+    kind("sanitizer-memcheck", 400, 4, "compute-sanitizer on the quickest GPU tests"),
+    kind("ceilings", 240, 5, "bandwidths, matrix rates, host link, launch overhead"),
+    kind("benches", 500, 10, "criterion benches"),
+    kind("peers", 500, 6, "other people's kernels on the same problems, from Python"),
+    kind("stress", 500, 4, "merge stress and graph replays"),
+    kind("jit", 240, 1, "the quickest GPU tests, with kernels compiled by this machine's NVRTC"),
+    kind("sanitizer-racecheck", 400, 2, "compute-sanitizer again, for races in shared memory"),
     Kind {
         unasked: false,
-        ..kind("model", 530, "trains a larger model for the engine; only where it is named")
+        ..kind("model", 530, 10, "trains a larger model for the engine; only where it is named")
     },
 ];
 
-const fn kind(name: &'static str, limit_s: u64, what: &'static str) -> Kind {
-    Kind { name, limit_s, what, unasked: true }
+const fn kind(name: &'static str, limit_s: u64, share: u32, what: &'static str) -> Kind {
+    Kind { name, limit_s, what, share, unasked: true }
+}
+
+/// The limit of the first of `kinds` where all of them have `left` together: what a part leaves over goes to those behind it.
+pub(crate) fn limit(kinds: &[&Kind], left: Option<Duration>) -> Duration {
+    let own = Duration::from_secs(kinds[0].limit_s);
+    let Some(left) = left else { return own };
+    let shares: u32 = kinds.iter().map(|kind| kind.share).sum();
+    own.min(left * kinds[0].share / shares)
 }
 
 /// Tests with one of these words in their names are many launches: they run in `stress`, and never under a sanitizer.
@@ -70,23 +80,37 @@ struct Task {
     limit: Duration,
     /// Whether it is a test of libtest's, which must say that one test passed.
     test: bool,
+    /// Variables that it has beside those of all.
+    variables: Vec<(&'static str, String)>,
 }
 
 impl Run {
-    /// Runs a part and hands each item to `log` with what it printed.
-    pub(crate) fn part(&self, kind: &Kind, log: &(dyn Fn(&Item, &str) + Sync)) -> Part {
+    /// Runs a part for at most `limit` and hands each item to `log` with what it printed. What passed in `earlier` is kept and not run
+    /// again; so is what was measured there, unless it is measured anew.
+    pub(crate) fn part(
+        &self,
+        kind: &Kind,
+        limit: Duration,
+        earlier: Option<Part>,
+        log: &(dyn Fn(&Item, &str) + Sync),
+    ) -> Part {
         let started = Instant::now();
-        let mut part = Part { started: results::now(), limit_s: kind.limit_s, ..Part::default() };
+        let mut part = Part { started: results::now(), limit_s: limit.as_secs(), ..Part::default() };
+        let before = earlier.map(|earlier| {
+            part.items = earlier.items.into_iter().filter(|item| item.outcome == Outcome::Passed).collect();
+            (part.figures, part.ceilings) = (earlier.figures, earlier.ceilings);
+            earlier.seconds
+        });
         match self.tasks(kind.name) {
             Err(reason) => part.skipped = Some(reason),
-            Ok(tasks) => {
+            Ok(mut tasks) => {
+                tasks.retain(|task| part.items.iter().all(|item| item.name != task.name));
                 let serial = matches!(kind.name, "ceilings" | "benches" | "peers");
                 let jobs = if serial { 1 } else { self.jobs };
-                let deadline = started + Duration::from_secs(kind.limit_s);
-                self.run_all(kind.name, &tasks, jobs, deadline, &mut part, log);
+                self.run_all(kind.name, &tasks, jobs, started + limit, &mut part, log);
             }
         }
-        part.seconds = started.elapsed().as_secs_f64();
+        part.seconds = started.elapsed().as_secs_f64() + before.unwrap_or_default();
         part
     }
 
@@ -104,11 +128,17 @@ impl Run {
                 // Short, because cold medians settle fast; the filter leaves the CPU references out.
                 let options =
                     ["--bench", "--noplot", "--warm-up-time", "0.3", "--measurement-time", "1", "/sm_"];
-                self.manifest
-                    .benches
-                    .iter()
-                    .map(|bench| self.program(bench, &options, seconds(490)))
-                    .collect()
+                let mut tasks = Vec::new();
+                for bench in &self.manifest.benches {
+                    // A process for each module: what a module measured is kept when a later one fails or time is up.
+                    for module in self.lines(bench, &["--modules"])? {
+                        let mut task = self.program(bench, &options, seconds(490));
+                        task.name = format!("{} {module}", bench.name);
+                        task.variables.push(("LONGKV_BENCH", module));
+                        tasks.push(task);
+                    }
+                }
+                tasks
             }
             "peers" => {
                 let python = machine::find("python3").ok_or("there is no python3")?;
@@ -128,6 +158,7 @@ impl Run {
                             .collect(),
                         limit: seconds(120),
                         test: false,
+                        variables: Vec::new(),
                     }
                 });
                 let peers = peers.map(|peer| Task {
@@ -136,6 +167,7 @@ impl Run {
                     arguments: vec![self.bundle.join(&peer.file).into()],
                     limit: seconds(300),
                     test: false,
+                    variables: Vec::new(),
                 });
                 install.chain(peers).collect()
             }
@@ -150,6 +182,7 @@ impl Run {
                     arguments: options.into_iter().chain([self.out.join("model").into()]).collect(),
                     limit: seconds(525),
                     test: false,
+                    variables: Vec::new(),
                 }]
             }
             _ => {
@@ -191,7 +224,20 @@ impl Run {
             arguments: options.iter().map(OsString::from).collect(),
             limit,
             test: false,
+            variables: Vec::new(),
         }
+    }
+
+    /// What a program of the bundle prints when it is asked for a list.
+    fn lines(&self, program: &Executable, options: &[&str]) -> Result<Vec<String>, String> {
+        let path = self.bundle.join(&program.file);
+        let list = Command::new(&path).args(options).output();
+        let list = list.map_err(|error| format!("{}: {error}", path.display()))?;
+        if !list.status.success() {
+            let words = String::from_utf8_lossy(&list.stderr).into_owned();
+            return Err(format!("{} does not list what it has: {}", program.name, words.trim()));
+        }
+        Ok(String::from_utf8_lossy(&list.stdout).lines().map(str::to_string).collect())
     }
 
     /// GPU tests that `wanted` picks by whether they stress and by name.
@@ -200,13 +246,8 @@ impl Run {
         let several = machine::gpus() > 1;
         for executable in &self.manifest.tests {
             let program = self.bundle.join(&executable.file);
-            let list = Command::new(&program).args(["--list", "--format", "terse"]).output();
-            let list = list.map_err(|error| format!("{}: {error}", program.display()))?;
-            if !list.status.success() {
-                let words = String::from_utf8_lossy(&list.stderr).into_owned();
-                return Err(format!("{} does not list its tests: {}", executable.name, words.trim()));
-            }
-            for test in results::gpu_tests(&String::from_utf8_lossy(&list.stdout), several) {
+            let list = self.lines(executable, &["--list", "--format", "terse"])?;
+            for test in results::gpu_tests(&list, several) {
                 let stress = STRESS.iter().any(|word| test.contains(word));
                 let name = format!("{} {test}", executable.name);
                 if wanted(stress, &name) {
@@ -217,6 +258,7 @@ impl Run {
                         arguments: arguments.into(),
                         limit,
                         test: true,
+                        variables: Vec::new(),
                     });
                 }
             }
@@ -258,8 +300,18 @@ impl Run {
         });
         for finished in done.into_inner().expect("no thread panicked").into_values() {
             part.items.push(finished.item);
-            part.figures.extend(finished.figures);
-            part.ceilings.extend(finished.ceilings);
+            for figure in finished.figures {
+                let same = |old: &Figure| {
+                    (&old.bench, &old.implementation) == (&figure.bench, &figure.implementation)
+                };
+                part.figures.retain(|old| !same(old));
+                part.figures.push(figure);
+            }
+            for ceiling in finished.ceilings {
+                part.ceilings
+                    .retain(|old| (&old.name, &old.parameters) != (&ceiling.name, &ceiling.parameters));
+                part.ceilings.push(ceiling);
+            }
         }
     }
 
@@ -280,7 +332,8 @@ impl Run {
             .env("LONGKV_FIGURES", &figures)
             .env("LONGKV_CEILINGS", &ceilings)
             .env("CRITERION_HOME", self.scratch.join("criterion"))
-            .env("PYTHONUNBUFFERED", "1");
+            .env("PYTHONUNBUFFERED", "1")
+            .envs(task.variables.iter().map(|(name, value)| (name, value)));
         if part == "peers" {
             command.env("PYTHONPATH", self.site());
         }
@@ -410,11 +463,12 @@ mod tests {
 
     fn part(run: &Run, name: &str) -> Part {
         let kind = PARTS.iter().find(|kind| kind.name == name).expect("a part");
-        run.part(kind, &|_, _| {})
+        run.part(kind, Duration::from_secs(kind.limit_s), None, &|_, _| {})
     }
 
     const LIST: &str = "if [ \"$1\" = --list ]; then echo 'a::gpu: test'; echo 'a::emulator: test';\
-        echo 'many_launches::gpu: test'; exit; fi\n";
+        echo 'many_launches::gpu: test'; exit; fi\n\
+        if [ \"$1\" = --modules ]; then echo 'one'; echo 'two'; exit; fi\n";
 
     #[test]
     fn outcomes_are_told_apart() {
@@ -455,13 +509,15 @@ mod tests {
 
     #[test]
     fn figures_and_ceilings_are_collected() {
-        let (_folder, run) = run_script(
-            "echo '{\"bench\":\"b\",\"median_us\":2.5}' >> \"$LONGKV_FIGURES\"\n\
-             echo '{\"bench\":\"cut' >> \"$LONGKV_FIGURES\"\n\
-             echo '{\"name\":\"read\",\"median\":4000}' >> \"$LONGKV_CEILINGS\"\n",
-        );
+        let (_folder, run) = run_script(&format!(
+            "{LIST}echo \"{{\\\"bench\\\":\\\"$LONGKV_BENCH\\\",\\\"median_us\\\":2.5}}\" >> \"$LONGKV_FIGURES\"\n\
+             echo '{{\"bench\":\"cut' >> \"$LONGKV_FIGURES\"\n\
+             echo '{{\"name\":\"read\",\"median\":4000}}' >> \"$LONGKV_CEILINGS\"\n",
+        ));
         let benches = part(&run, "benches");
-        assert_eq!(benches.figures.iter().map(|f| f.median_us).collect::<Vec<_>>(), [2.5]);
+        assert_eq!(benches.items.iter().map(|i| i.name.as_str()).collect::<Vec<_>>(), ["p/t one", "p/t two"]);
+        let figures: Vec<_> = benches.figures.iter().map(|f| (f.bench.as_str(), f.median_us)).collect();
+        assert_eq!(figures, [("one", 2.5), ("two", 2.5)]);
         let ceilings = part(&run, "ceilings");
         assert_eq!(ceilings.ceilings.iter().map(|c| c.median).collect::<Vec<_>>(), [4000.0]);
     }
@@ -469,17 +525,58 @@ mod tests {
     #[test]
     fn what_is_not_started_is_not_run() {
         let (_folder, run) = run_script(LIST);
-        let kind = kind("tests", 0, "");
-        let part = run.part(&kind, &|_, _| {});
+        let part = run.part(&PARTS[0], Duration::ZERO, None, &|_, _| {});
         assert_eq!(part.items.iter().map(|item| item.outcome).collect::<Vec<_>>(), [Outcome::NotRun]);
     }
 
     #[test]
     fn a_test_that_the_end_of_its_part_cuts_off_is_not_run() {
         let (_folder, run) = run_script(&format!("{LIST}sleep 30"));
-        let kind = kind("tests", 3, "");
-        let part = run.part(&kind, &|_, _| {});
+        let part = run.part(&PARTS[0], Duration::from_secs(3), None, &|_, _| {});
         assert_eq!(part.items.iter().map(|item| item.outcome).collect::<Vec<_>>(), [Outcome::NotRun]);
+    }
+
+    /// The rest of a run: one bench passed before and one had a figure when time was up.
+    #[test]
+    fn what_passed_earlier_is_kept_and_not_run() {
+        let (_folder, run) = run_script(&format!(
+            "{LIST}echo \"{{\\\"bench\\\":\\\"$LONGKV_BENCH\\\",\\\"median_us\\\":2.5}}\" >> \"$LONGKV_FIGURES\"\n"
+        ));
+        let item = |name: &str, outcome| Item {
+            name: name.to_string(),
+            outcome,
+            seconds: 1.0,
+            reason: None,
+            launched: Vec::new(),
+        };
+        let figure = |bench: &str| Figure { bench: bench.to_string(), median_us: 7.0, ..Figure::default() };
+        let earlier = Part {
+            items: vec![item("p/t one", Outcome::Passed), item("p/t two", Outcome::NotRun)],
+            figures: ["one", "two", "more"].map(figure).to_vec(),
+            seconds: 100.0,
+            ..Part::default()
+        };
+        let kind = PARTS.iter().find(|kind| kind.name == "benches").expect("a part");
+        let part = run.part(kind, Duration::from_secs(60), Some(earlier), &|_, _| {});
+        let items: Vec<_> = part.items.iter().map(|item| (item.name.as_str(), item.outcome)).collect();
+        assert_eq!(items, [("p/t one", Outcome::Passed), ("p/t two", Outcome::Passed)]);
+        let figures: Vec<_> = part.figures.iter().map(|f| (f.bench.as_str(), f.median_us)).collect();
+        assert_eq!(figures, [("one", 7.0), ("more", 7.0), ("two", 2.5)]);
+        assert!(part.seconds > 100.0 && part.seconds < 160.0);
+    }
+
+    #[test]
+    fn parts_share_a_time_by_weight() {
+        let kinds: Vec<_> = PARTS.iter().filter(|kind| kind.unasked).collect();
+        let seconds = |value| Some(Duration::from_secs(value));
+        assert_eq!(limit(&kinds, None).as_secs(), kinds[0].limit_s);
+        assert_eq!(limit(&kinds, seconds(100_000)).as_secs(), kinds[0].limit_s);
+        let shares: u32 = kinds.iter().map(|kind| kind.share).sum();
+        let of_shares = limit(&kinds, seconds(420)).as_secs();
+        assert_eq!(of_shares, 420 * u64::from(kinds[0].share) / u64::from(shares));
+        // The last one has all that is left.
+        assert_eq!(limit(&kinds[kinds.len() - 1..], seconds(33)).as_secs(), 33);
+        assert_eq!(limit(&kinds, seconds(0)), Duration::ZERO);
     }
 
     #[test]
