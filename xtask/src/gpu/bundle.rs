@@ -4,7 +4,7 @@
 //! gpu-bundle/
 //!   run.sh         runs it all: `run.sh [--only PART] [--out DIR] [--within SECONDS] [--rest FILE]`
 //!   bundle.json    what is in it, and the digests of every row
-//!   bin/           the runner, test executables without the emulator, benches
+//!   bin/           the runner, test executables without the emulator, benches; compressed until run.sh first runs
 //!   cubins/        sm_90a cubins, the ones that the ledger hashes
 //!   peers/         Python programs that time other people's kernels
 //!   model/         the Python program that trains a larger model for the engine, and the text that it must not see
@@ -32,6 +32,8 @@ const RUN_SH: &str = r#"#!/usr/bin/env bash
 # Leaves results.json and log.txt in DIR, else in $OUT, else in ./gpu-results. `run.sh --help` names the parts.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# Executables travel compressed.
+find "$here/bin" -name '*.gz' -exec gunzip --force {} +
 chmod +x "$here"/bin/* 2>/dev/null || true
 exec "$here/bin/gpu-runner" --bundle "$here" "$@"
 "#;
@@ -62,9 +64,11 @@ pub(crate) fn command(arguments: &[String]) -> Result {
         let file = format!("bin/{}", artifact.name.replace('/', "."));
         let to = folder.join(&file);
         std::fs::copy(&artifact.path, &to).map_err(|error| format!("{}: {error}", to.display()))?;
-        strip(&to)?;
+        // Symbols are most of an executable.
+        tool("strip", &[], &to)?;
         let bytes = std::fs::read(&to).map_err(|error| format!("{}: {error}", to.display()))?;
         glibc = glibc.max(glibc_needed(&bytes).unwrap_or_default());
+        tool("gzip", &["--best", "--no-name", "--force"], &to)?;
         Ok(Executable { name: artifact.name.clone(), file })
     };
     let mut manifest = Manifest {
@@ -321,12 +325,12 @@ fn glibc_needed(bytes: &[u8]) -> Option<(u32, u32)> {
         .max()
 }
 
-/// Removes symbols, which are most of an executable.
-fn strip(executable: &Path) -> Result {
-    let status = Command::new("strip").arg(executable).status();
-    match status.map_err(|error| format!("strip does not start ({error}); it is part of binutils"))? {
+/// Runs a tool on a file.
+fn tool(program: &str, options: &[&str], file: &Path) -> Result {
+    let status = Command::new(program).args(options).arg(file).status();
+    match status.map_err(|error| format!("{program} does not start: {error}"))? {
         status if status.success() => Ok(()),
-        status => Err(format!("strip {}: {status}", executable.display())),
+        status => Err(format!("{program} {}: {status}", file.display())),
     }
 }
 
