@@ -6,49 +6,16 @@
 mod support;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use cuda::cudarc::driver::CudaContext;
+use seq_parallel::Error;
 use seq_parallel::gpu::transport::{
     DeviceTransport, Incoming, Nccl, NcclLibrary, OneGpu, Outgoing, Shared, Staged,
 };
-use seq_parallel::ring::Direction;
 use seq_parallel::testing::conform;
-use seq_parallel::testing::faults::Scenario;
 use seq_parallel::transport::local::{self, Local, World};
-use seq_parallel::transport::{Failure, Operation, Tag, Transport};
-use seq_parallel::{Error, PeerFault};
-use support::with_fakes;
-
-const DEADLINE: Duration = Duration::from_millis(300);
-
-/// Ranks on one GPU, each with a stream of the caller.
-fn one_gpu(context: &Arc<CudaContext>, ends: Vec<Local>) -> Vec<OneGpu<Local>> {
-    let shared = Shared::default();
-    let end = |end| OneGpu::new(end, shared.clone(), context.new_stream().unwrap());
-    ends.into_iter().map(end).collect()
-}
-
-/// Ranks of an NCCL communicator: connecting is collective, so each connects on its thread.
-fn on_nccl<R: Send>(
-    context: &Arc<CudaContext>,
-    ends: Vec<Local>,
-    body: impl Fn(usize, Nccl<Local>) -> R + Sync,
-) -> Vec<R> {
-    let library = NcclLibrary::open().unwrap();
-    // A rank that is connected first must not fail before the others are: they would hear of it while they connect.
-    let connected = std::sync::Barrier::new(ends.len());
-    local::run_on(ends, |end| {
-        let rank = end.rank();
-        let nccl = Nccl::connect(library.clone(), end, context.new_stream().unwrap());
-        connected.wait();
-        body(rank, nccl.unwrap())
-    })
-}
-
-fn ends(ranks: usize) -> Vec<Local> {
-    World::new(ranks).unwrap().1
-}
+use seq_parallel::transport::{Operation, Tag, Transport};
+use support::{ends, on_nccl, one_gpu, post, with_fakes, with_ordered_fakes};
 
 /// The suite that every transport passes, with every message copied to the device and back.
 #[test]
@@ -57,8 +24,15 @@ fn ranks_on_one_gpu_conform() {
         let context = fakes.context();
         for ranks in [1, 2, 3, 4] {
             local::run_on(one_gpu(&context, ends(ranks)), |end| conform(&mut Staged::new(end)));
-            let copies = fakes.cuda_log().iter().filter(|line| line.starts_with("cuMemcpyDtoDAsync")).count();
+            let log = fakes.cuda_log();
+            let starting = |with: &str| log.iter().filter(|line| line.starts_with(with)).count();
+            let copies = starting("cuMemcpyDtoDAsync");
             assert_eq!(copies == 0, ranks == 1, "{ranks} ranks: {copies} copies");
+            // Pinned buffers are used again, and nobody waits in the driver.
+            let pinned = starting("cuMemHostAlloc");
+            assert_eq!(pinned == 0, ranks == 1, "{ranks} ranks: {pinned} pinned buffers");
+            assert!(pinned <= 32 * ranks, "{ranks} ranks: {pinned} pinned buffers for {copies} copies");
+            assert_eq!(starting("cuStreamSynchronize"), 0);
         }
     });
 }
@@ -86,6 +60,50 @@ fn ranks_over_nccl_conform() {
             assert_eq!(groups.is_empty(), ranks == 1);
         }
         assert_eq!(fakes.nccl_alive(), 0);
+    });
+}
+
+/// A copy is enqueued as soon as both of its ends have posted, before anybody waits, on the receiver's stream, after the work of both
+/// ends; and a wait asks of the others no more than to have posted: here one thread is both ranks.
+#[test]
+fn copies_overlap_and_come_after_the_work_of_both_ends() {
+    with_ordered_fakes("copies_overlap_and_come_after_the_work_of_both_ends", |fakes| {
+        let context = fakes.context();
+        // What the driver calls a stream, and the events that were recorded on it since the last time.
+        let name = |stream: &Arc<cuda::cudarc::driver::CudaStream>| {
+            fakes.cuda_log();
+            stream.record_event(None).unwrap();
+            fakes.cuda_log().last().unwrap().split_once("stream=").unwrap().1.to_string()
+        };
+        let mut ranks = one_gpu(&context, ends(2));
+        let compute = [(); 2].map(|()| context.new_stream().unwrap());
+        let compute_names = [0, 1].map(|rank| name(&compute[rank]));
+        let names = [0, 1].map(|rank| name(ranks[rank].stream()));
+        fakes.cuda_log();
+        let first = post(&mut ranks[0], 0, 10, &compute[0]).unwrap();
+        let mut log = fakes.cuda_log();
+        let copies = |log: &[String]| log.iter().filter(|line| line.starts_with("cuMemcpyDtoDAsync")).count();
+        assert_eq!(copies(&log), 0, "nobody to copy with: {log:#?}");
+        let second = post(&mut ranks[1], 0, 20, &compute[1]).unwrap();
+        log.extend(fakes.cuda_log());
+        assert_eq!(copies(&log), 2, "before anybody waits: {log:#?}");
+        for receiver in [0, 1] {
+            let stream = format!("stream={}", names[receiver]);
+            let copy = format!("cuMemcpyDtoDAsync 64 {stream}");
+            let at = log.iter().position(|line| *line == copy).unwrap_or_else(|| panic!("{copy}: {log:#?}"));
+            for (rank, compute) in compute_names.iter().enumerate() {
+                let after = log[..at].iter().any(|line| {
+                    let waits =
+                        line.strip_prefix("cuStreamWaitEvent ").and_then(|rest| rest.strip_suffix(&stream));
+                    waits.is_some_and(|event| log.contains(&format!("cuEventRecord {event}stream={compute}")))
+                });
+                assert!(after, "the copy to rank {receiver} comes after the work of rank {rank}: {log:#?}");
+            }
+        }
+        for (rank, ticket) in [first, second].into_iter().enumerate() {
+            let block = ranks[rank].wait(ticket).unwrap();
+            assert_eq!(compute[rank].clone_dtoh(&block).unwrap(), [[20, 10][rank]; 64], "rank {rank}");
+        }
     });
 }
 
@@ -134,173 +152,6 @@ fn blocks_go_round_on_the_device() {
             round(rank, &mut nccl);
             nccl.close().unwrap();
         });
-    });
-}
-
-/// Every failure at every place, as on threads; every survivor aborts its communicator.
-#[test]
-fn every_rank_names_the_culprit() {
-    with_fakes("every_rank_names_the_culprit", |fakes| {
-        let context = fakes.context();
-        let (world, _) = World::new(4).unwrap();
-        for (i, scenario) in Scenario::all(4, DEADLINE).into_iter().enumerate() {
-            let mut ends = world.rebuild(4);
-            ends.iter_mut().for_each(|end| end.set_deadline(DEADLINE));
-            fakes.nccl_log();
-            let begin = Instant::now();
-            let over_nccl = i % 2 == 0;
-            let results = if over_nccl {
-                on_nccl(&context, ends, |_, nccl| scenario.run(Staged::new(nccl)))
-            } else {
-                local::run_on(one_gpu(&context, ends), |end| scenario.run(Staged::new(end)))
-            };
-            let survivors = results.iter().enumerate().filter(|(rank, _)| *rank != scenario.culprit);
-            for (rank, result) in survivors {
-                scenario.check_survivor(rank, result);
-            }
-            assert!(begin.elapsed() < 8 * DEADLINE, "{scenario:?}: {:?}", begin.elapsed());
-            if over_nccl {
-                let aborts = fakes.nccl_log().iter().filter(|line| line.starts_with("ncclCommAbort")).count();
-                assert_eq!(
-                    aborts, 4,
-                    "{scenario:?}: one by each survivor, and the culprit's when it is dropped"
-                );
-            }
-        }
-    });
-}
-
-fn ring(direction: Direction) -> Scenario {
-    Scenario { culprit: usize::MAX, failure: Failure::Dies, exchange: 0, direction }
-}
-
-/// A communicator that breaks under way is noticed by polling, and the peer that it cannot reach is named.
-#[test]
-fn asynchronous_errors_are_polled() {
-    with_fakes("asynchronous_errors_are_polled", |fakes| {
-        let context = fakes.context();
-        let results = on_nccl(&context, ends(3), |rank, mut nccl| {
-            nccl.control().barrier().unwrap();
-            if rank == 0 {
-                // What was enqueued does not end any more, and rank 1 hears of the network.
-                fakes.stuck(true);
-                fakes.nccl_break(1, 6);
-            }
-            nccl.control().barrier().unwrap();
-            let mut end = Staged::new(nccl);
-            end.set_deadline(DEADLINE);
-            let result = ring(Direction::PassKv).ring(&mut end);
-            drop(end);
-            result.unwrap_err()
-        });
-        fakes.stuck(false);
-        for (rank, error) in results.into_iter().enumerate() {
-            let words = error.to_string();
-            let known = matches!(error, Error::Library { code: 6, .. })
-                || matches!(
-                    &error,
-                    Error::Peer { fault: PeerFault::Unreachable(_) | PeerFault::Aborted(_), .. }
-                );
-            assert!(known && words.contains("network error"), "rank {rank}: {words}");
-        }
-        assert_eq!(fakes.nccl_alive(), 0, "every rank has aborted");
-    });
-}
-
-/// A stream that is stuck, whoever's fault, is given up at the deadline, without a wait that has none.
-#[test]
-fn stuck_streams_are_given_up() {
-    with_fakes("stuck_streams_are_given_up", |fakes| {
-        let context = fakes.context();
-        let check = |results: Vec<Error>, begin: Instant| {
-            for (rank, error) in results.into_iter().enumerate() {
-                let stalled = matches!(&error, Error::Peer { fault: PeerFault::Stalled { waited_ms }, .. } if *waited_ms >= 300);
-                assert!(stalled, "rank {rank}: {error}");
-            }
-            assert!(begin.elapsed() < 5 * DEADLINE, "{:?}", begin.elapsed());
-        };
-        let run = |mut end: Box<dyn Transport>| {
-            end.set_deadline(DEADLINE);
-            ring(Direction::PassQ).ring(&mut *end).unwrap_err()
-        };
-        fakes.stuck(true);
-        let begin = Instant::now();
-        check(local::run_on(one_gpu(&context, ends(3)), |end| run(Box::new(Staged::new(end)))), begin);
-        let begin = Instant::now();
-        check(on_nccl(&context, ends(3), |_, nccl| run(Box::new(Staged::new(nccl)))), begin);
-        fakes.cuda_log();
-        fakes.stuck(false);
-        assert_eq!(fakes.nccl_alive(), 0);
-        // A driver that has lost its context says so.
-        fakes.cuda_fail("cuEventQuery", 700);
-        let results = local::run_on(one_gpu(&context, ends(2)), |end| {
-            let mut end = Staged::new(end);
-            ring(Direction::PassKv).ring(&mut end).unwrap_err().to_string()
-        });
-        fakes.cuda_fail("cuEventQuery", 0);
-        assert!(results.iter().all(|error| error.contains("cuEventQuery failed with 700")), "{results:?}");
-    });
-}
-
-#[test]
-fn set_up_that_fails_or_hangs_ends() {
-    with_fakes("set_up_that_fails_or_hangs_ends", |fakes| {
-        let context = fakes.context();
-        let library = NcclLibrary::open().unwrap();
-        assert_eq!(library.version(), Ok(22809));
-        fakes.nccl_version(21706);
-        let old = NcclLibrary::open().unwrap_err();
-        assert!(matches!(old, Error::Library { call: "ncclGetVersion", code: 21706, .. }), "{old}");
-        fakes.nccl_version(22809);
-        let connect = |ends| {
-            local::run_on(ends, |mut end: Local| {
-                end.set_deadline(DEADLINE);
-                let stream = context.new_stream().unwrap();
-                Nccl::connect(library.clone(), end, stream).map(drop).unwrap_err().to_string()
-            })
-        };
-        fakes.nccl_fail("ncclCommInitRankConfig", 1);
-        let errors = connect(ends(2));
-        assert!(
-            errors
-                .iter()
-                .any(|error| error.contains("ncclCommInitRankConfig failed with 1: unhandled cuda error")),
-            "{errors:?}"
-        );
-        fakes.nccl_fail("ncclCommInitRankConfig", 0);
-        fakes.nccl_hang("ncclCommInitRankConfig");
-        let begin = Instant::now();
-        let errors = connect(ends(3));
-        assert!(errors.iter().all(|error| error.contains("not done after 3")), "{errors:?}");
-        assert!(begin.elapsed() < 4 * DEADLINE, "{:?}", begin.elapsed());
-        assert_eq!(fakes.nccl_alive(), 0);
-    });
-}
-
-#[test]
-fn groups_that_fail_abort_and_aborts_that_hang_are_left() {
-    with_fakes("groups_that_fail_abort_and_aborts_that_hang_are_left", |fakes| {
-        let context = fakes.context();
-        let run = || {
-            on_nccl(&context, ends(2), |_, nccl| {
-                let mut end = Staged::new(nccl);
-                end.set_deadline(DEADLINE);
-                ring(Direction::PassKv).ring(&mut end).unwrap_err().to_string()
-            })
-        };
-        for call in ["ncclSend", "ncclRecv", "ncclGroupEnd"] {
-            fakes.nccl_fail(call, 1);
-            let errors = run();
-            fakes.nccl_fail(call, 0);
-            let expected = format!("{call} failed with 1: unhandled cuda error");
-            assert!(errors.iter().all(|error| error.contains(&expected)), "{call}: {errors:?}");
-            assert_eq!(fakes.nccl_alive(), 0, "{call}");
-        }
-        fakes.nccl_fail("ncclGroupEnd", 1);
-        fakes.nccl_hang("ncclCommAbort");
-        let begin = Instant::now();
-        assert_eq!(run().len(), 2);
-        assert!(begin.elapsed() < 5 * DEADLINE, "{:?}", begin.elapsed());
     });
 }
 

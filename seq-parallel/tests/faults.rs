@@ -1,5 +1,6 @@
 //! Faults: a rank that dies, stalls or sends garbage makes every other rank fail in time, with an error that names it and the step.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use attention::Mask;
@@ -10,7 +11,7 @@ use seq_parallel::testing::faults::Scenario;
 use seq_parallel::testing::{Contents, sequences, spec};
 use seq_parallel::transport::local::{Local, World, run_on};
 use seq_parallel::transport::sim::{Link, Sim};
-use seq_parallel::transport::{Failure, Faulty, Operation, Transport};
+use seq_parallel::transport::{Buffer, Failure, Faulty, Operation, Tag, Transport};
 use seq_parallel::ulysses::UlyssesPlan;
 use seq_parallel::{Error, Output, PeerFault};
 
@@ -93,6 +94,34 @@ fn every_scenario<X: Transport>(wrap: impl Fn(Local) -> X) {
     }
 }
 
+/// However many things a wait waits for: here for a message that is late, then for one that nobody takes.
+#[test]
+fn a_wait_has_one_deadline() {
+    let (_, ends) = World::new(3).unwrap();
+    let took = run_on(ends, |mut end| {
+        end.set_deadline(DEADLINE);
+        let (rank, tag) = (end.rank(), Tag::new(Operation::PassKv, 0));
+        let mut message = Buffer::of(&[1u8]);
+        end.seal(&mut message, tag);
+        match rank {
+            1 => std::thread::sleep(2 * DEADLINE),
+            2 => std::thread::sleep(DEADLINE / 4 * 3),
+            _ => {}
+        }
+        if rank == 1 {
+            return None;
+        }
+        let (to, from) = if rank == 0 { (1, 2) } else { (0, 1) };
+        let ticket = end.exchange(tag, to, Arc::new(message), from, Buffer::new(1)).unwrap();
+        let begin = Instant::now();
+        let error = end.wait(ticket).unwrap_err();
+        assert!(matches!(error, Error::Peer { peer: 1, fault: PeerFault::Stalled { .. }, .. }), "{error}");
+        Some(begin.elapsed())
+    });
+    let took = took[0].unwrap();
+    assert!(took >= DEADLINE && took < DEADLINE + DEADLINE / 3, "{took:?}");
+}
+
 #[test]
 fn collectives_name_the_culprit_too() {
     let (contents, shards) = contents();
@@ -165,7 +194,7 @@ fn who_gives_up_says_why() {
         let mut ring = Ring::new(&plan, rank, rows.inputs())?;
         ring.step(transport, |_| {})?;
         if rank == 0 {
-            transport.abort(seq_parallel::transport::Tag::new(Operation::PassKv, 1), "out of memory");
+            transport.abort(Tag::new(Operation::PassKv, 1), "out of memory");
         }
         while !ring.is_done() {
             ring.step(transport, |_| {})?;

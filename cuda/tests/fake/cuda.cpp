@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <set>
@@ -57,6 +58,7 @@ struct Stream {
     Graph* capturing;
     unsigned id;
     std::set<size_t> last;  // nodes that the next one comes after
+    bool stuck;             // what is enqueued from now on never becomes complete
 };
 struct Event {
     Context* context;
@@ -65,6 +67,7 @@ struct Event {
     unsigned id;
     Graph* graph;  // that it was recorded in
     std::set<size_t> last;
+    bool stuck;
 };
 
 static std::mutex mutex;
@@ -115,6 +118,9 @@ static std::string number(uint64_t value) { return std::to_string(value); }
 
 static std::string name_of(const Stream* stream) { return number(stream ? stream->id : 0); }
 
+// Which stream a copy goes on, where the order between streams is written down.
+static std::string on(const Stream* stream) { return keeps_order() ? " stream=" + name_of(stream) : ""; }
+
 static std::string hex(const void* bytes, size_t count) {
     std::string text;
     char pair[3];
@@ -159,6 +165,8 @@ void fake_fail(const char* call, Result code) {
         failures.erase(call);
 }
 void fake_stuck(unsigned value) { stuck = value != 0; }
+// The same of one stream, and of what waits for it.
+void fake_stick(Stream* stream) { stream->stuck = true; }
 void fake_parameters(const size_t* sizes, size_t count) {
     std::lock_guard<std::mutex> lock(mutex);
     parameter_sizes.assign(sizes, sizes + count);
@@ -344,7 +352,11 @@ Result cuMemsetD8Async(Address address, unsigned char value, size_t bytes, Strea
     memset(reinterpret_cast<void*>(address), value, bytes);
     return enqueue(stream, "cuMemsetD8Async " + number(bytes));
 }
-Result cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, Stream*) {
+// A copy of memory that is not pinned waits in the driver for what is queued before it: where that is stuck, it would not come back.
+static bool hangs(const void* host, const Stream* stream);
+
+Result cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, Stream* stream) {
+    if (hangs(from, stream)) return NOT_READY;
     memcpy(reinterpret_cast<void*>(to), from, bytes);
     return OK;
 }
@@ -355,30 +367,48 @@ Result cuMemcpyAsync(Address to, Address from, size_t bytes, Stream* stream) {
                                + " stream=" + name_of(stream));
 }
 Result cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, Stream* stream) {
+    if (hangs(to, stream)) return NOT_READY;
     memcpy(to, reinterpret_cast<const void*>(from), bytes);
-    return enqueue(stream, "cuMemcpyDtoHAsync " + number(bytes));
+    return enqueue(stream, "cuMemcpyDtoHAsync " + number(bytes) + on(stream));
 }
 
 Result cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, Stream* stream) {
     TRY("cuMemcpyDtoDAsync");
     if (bytes == 0) return INVALID_VALUE;
     memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
-    return enqueue(stream, "cuMemcpyDtoDAsync " + number(bytes));
+    return enqueue(stream, "cuMemcpyDtoDAsync " + number(bytes) + on(stream));
 }
 
 // ---- pinned memory: the device sees it 2^40 further up ----
 
 static const Address SHIFT = Address(1) << 40;
+static std::map<const char*, size_t> pinned;  // where it begins, and its bytes
+
+static bool hangs(const void* host, const Stream* stream) {
+    if (!stuck && !(stream && stream->stuck)) return false;
+    std::lock_guard<std::mutex> lock(mutex);
+    const char* place = static_cast<const char*>(host);
+    auto after = pinned.upper_bound(place);
+    return after == pinned.begin() || place >= std::prev(after)->first + std::prev(after)->second;
+}
 
 Result cuMemHostAlloc(void** memory, size_t bytes, unsigned flags) {
     TRY("cuMemHostAlloc");
     if (!current || bytes == 0) return INVALID_VALUE;
     *memory = malloc(bytes);
     memset(*memory, 0xff, bytes);
+    {
+        std::lock_guard<std::mutex> lock(mutex);
+        pinned[static_cast<const char*>(*memory)] = bytes;
+    }
     note("cuMemHostAlloc " + number(bytes) + " flags=" + number(flags));
     return OK;
 }
 Result cuMemFreeHost(void* memory) {
+    {
+        std::lock_guard<std::mutex> lock(mutex);
+        pinned.erase(static_cast<const char*>(memory));
+    }
     free(memory);
     note("cuMemFreeHost");
     return OK;
@@ -403,20 +433,21 @@ Result cuMemHostUnregister(void*) {
 
 Result cuStreamCreate(Stream** stream, unsigned) {
     if (!current) return INVALID_CONTEXT;
-    *stream = new Stream{current, nullptr, next_id(), {}};
+    *stream = new Stream{current, nullptr, next_id(), {}, false};
     return OK;
 }
 Result cuStreamDestroy_v2(Stream* stream) {
     delete stream;
     return OK;
 }
-Result cuStreamSynchronize(Stream*) {
+Result cuStreamSynchronize(Stream* stream) {
     TRY("cuStreamSynchronize");
     note("cuStreamSynchronize");
-    return OK;
+    return stuck || (stream && stream->stuck) ? NOT_READY : OK;
 }
 Result cuStreamWaitEvent(Stream* stream, Event* event, unsigned) {
     TRY("cuStreamWaitEvent");
+    if (stream && event->stuck) stream->stuck = true;
     if (!keeps_order()) return OK;
     note("cuStreamWaitEvent event=" + number(event->id) + " stream=" + name_of(stream));
     Graph* graph = event->graph;
@@ -433,7 +464,7 @@ Result cuStreamWaitEvent(Stream* stream, Event* event, unsigned) {
 }
 Result cuEventCreate(Event** event, unsigned flags) {
     TRY("cuEventCreate");
-    *event = new Event{current, flags, false, next_id(), nullptr, {}};
+    *event = new Event{current, flags, false, next_id(), nullptr, {}, false};
     note("cuEventCreate flags=" + number(flags));
     return OK;
 }
@@ -445,6 +476,7 @@ Result cuEventRecord(Event* event, Stream* stream) {
     TRY("cuEventRecord");
     IN_CONTEXT(event->context);
     event->recorded = true;
+    event->stuck = stream && stream->stuck;
     if (keeps_order()) {
         note("cuEventRecord event=" + number(event->id) + " stream=" + name_of(stream));
         event->graph = stream ? stream->capturing : nullptr;
@@ -452,13 +484,14 @@ Result cuEventRecord(Event* event, Stream* stream) {
     }
     return OK;
 }
-Result cuEventQuery(Event*) {
+Result cuEventQuery(Event* event) {
     TRY("cuEventQuery");
-    return stuck ? NOT_READY : OK;
+    return event->recorded && (stuck || event->stuck) ? NOT_READY : OK;
 }
-Result cuEventSynchronize(Event*) {
+// A wait that would not come back.
+Result cuEventSynchronize(Event* event) {
     TRY("cuEventSynchronize");
-    return OK;
+    return event->recorded && (stuck || event->stuck) ? NOT_READY : OK;
 }
 // The name that every driver exports; `_v2` is left out, as drivers of the 12 series leave it out.
 Result cuEventElapsedTime(float* milliseconds, Event* start, Event* stop) {

@@ -340,6 +340,13 @@ impl Transport for Mpi {
         self.hear()
     }
 
+    fn is_gone(&mut self, peer: usize) -> bool {
+        // What cannot be heard is found out by whoever waits.
+        let _ = self.listen();
+        self.left.get(peer).is_some_and(|left| *left)
+            || self.identities.get(peer).is_some_and(|peer| peer.is_gone(self.identities[self.rank]))
+    }
+
     fn accuse(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error {
         match self.hear() {
             Ok(()) => self.fail(peer, at, fault),

@@ -76,6 +76,9 @@ impl Transport for Signalled {
     fn check(&mut self) -> Result<(), Error> {
         self.inner.check()
     }
+    fn is_gone(&mut self, peer: usize) -> bool {
+        self.inner.is_gone(peer)
+    }
     fn accuse(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error {
         self.inner.accuse(peer, at, fault)
     }

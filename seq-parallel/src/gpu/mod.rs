@@ -13,6 +13,7 @@ mod transport_local;
 mod transport_nccl;
 #[cfg(feature = "nccl")]
 mod transport_nccl_library;
+mod transport_staged;
 
 pub use pack::{Pack, PackArgs, PackPlan, Rows};
 pub use ring_step::{RingStep, RingStepArgs, RingStepPlan};

@@ -10,7 +10,6 @@
 //! | `Nccl` (feature `nccl`) | threads or processes with a GPU each; blocks go through NCCL |
 //! | [`Staged`] | any of these as a [`Transport`] of host buffers |
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,7 +20,8 @@ pub use super::transport_local::{OneGpu, Shared};
 pub use super::transport_nccl::Nccl;
 #[cfg(feature = "nccl")]
 pub use super::transport_nccl_library::{Library as NcclLibrary, VARIABLE as NCCL_VARIABLE};
-use crate::transport::{self, Buffer, Tag, Ticket, Traffic, Transport};
+pub use super::transport_staged::Staged;
+use crate::transport::{self, Tag, Ticket, Traffic, Transport};
 use crate::{Error, PeerFault};
 
 /// A block on its way to another rank: the first `len` bytes of `block`.
@@ -77,7 +77,8 @@ pub trait DeviceTransport: Send {
         after: &CudaStream,
     ) -> Result<Ticket, Error>;
 
-    /// Waits until the block is here and nothing reads what was sent any more.
+    /// Waits until the block is here and nothing reads what was sent any more. Asks of the other ranks that they have posted their
+    /// halves, not that they wait too.
     ///
     /// # Errors
     /// [`Error::Peer`] when a rank has failed, which is at the deadline at the latest; [`Error::Library`] when CUDA or NCCL fails.
@@ -114,34 +115,23 @@ pub(super) fn check_exchange<X: Transport>(
     Ok(())
 }
 
-/// Polls until an event is complete. `watch` looks after what may have gone wrong meanwhile and says why it cannot become complete.
-pub(super) fn until_complete<X: Transport>(
+/// Asks until there is an answer, within the deadline since `start`; the rank that `late` names is accused then. A rank that has
+/// failed meanwhile ends it.
+pub(super) fn poll<X: Transport, T>(
     control: &mut X,
-    event: &CudaEvent,
-    peer: usize,
+    start: Instant,
     tag: Tag,
-    mut watch: impl FnMut() -> Result<(), PeerFault>,
-) -> Result<(), Error> {
-    let start = Instant::now();
+    late: impl Fn() -> usize,
+    mut ask: impl FnMut(&mut X) -> Result<Option<T>, Error>,
+) -> Result<T, Error> {
     loop {
         control.check()?;
-        match event.try_is_complete() {
-            Ok(true) => return Ok(()),
-            Ok(false) => {}
-            Err(error) => {
-                // The context is lost, and with it this rank.
-                let error = failed("cuEventQuery")(error);
-                control.abort(tag, &error.to_string());
-                return Err(error);
-            }
-        }
-        if let Err(fault) = watch() {
-            return Err(control.accuse(peer, tag, fault));
+        if let Some(answer) = ask(control)? {
+            return Ok(answer);
         }
         let waited = start.elapsed();
         if waited >= control.deadline() {
-            let fault = PeerFault::Stalled { waited_ms: waited.as_millis() as u64 };
-            return Err(control.accuse(peer, tag, fault));
+            return Err(control.accuse(late(), tag, stalled(waited)));
         }
         match waited.as_micros() {
             0..50 => std::thread::yield_now(),
@@ -150,118 +140,63 @@ pub(super) fn until_complete<X: Transport>(
     }
 }
 
-/// A device transport as one of host buffers: each message is copied to the device, sent, and copied back.
-///
-/// The copies have a stream of their own: those of pageable memory wait in the driver, with no deadline, for what is queued before them,
-/// which must not be a message whose peer has died.
-#[derive(Debug)]
-pub struct Staged<D> {
-    inner: D,
-    /// For the copies, from the first on.
-    stream: Option<Arc<CudaStream>>,
-    next: u64,
-    pending: HashMap<u64, Message>,
-    traffic: Traffic,
+pub(super) fn stalled(waited: Duration) -> PeerFault {
+    PeerFault::Stalled { waited_ms: waited.as_millis() as u64 }
 }
 
-#[derive(Debug)]
-struct Message {
-    ticket: Ticket,
-    tag: Tag,
-    from: usize,
-    recv: Buffer,
+/// Whether an event is complete. A driver that does not say so has lost its context, and with it this rank, which all others hear.
+pub(super) fn is_complete<X: Transport>(control: &mut X, tag: Tag, event: &CudaEvent) -> Result<bool, Error> {
+    event.try_is_complete().map_err(failed("cuEventQuery")).inspect_err(|error| {
+        control.abort(tag, &error.to_string());
+    })
 }
 
-impl<D: DeviceTransport> Staged<D> {
-    /// Stages messages of this transport.
-    pub fn new(inner: D) -> Self {
-        Staged { inner, stream: None, next: 0, pending: HashMap::new(), traffic: Traffic::default() }
-    }
+/// Memory that enqueued work reads or writes until an event: it is given back when the event is complete, and leaked, not freed, if
+/// nobody waits for that.
+#[derive(Debug)]
+pub(super) struct UnderWay<B> {
+    memory: Option<B>,
+    done: Arc<CudaEvent>,
+}
 
-    /// The stream for copies.
-    fn staging(&mut self) -> Result<Arc<CudaStream>, Error> {
-        if let Some(stream) = &self.stream {
-            return Ok(stream.clone());
+impl<B> UnderWay<B> {
+    /// Memory that is used by what is on `stream` now.
+    pub(super) fn on(stream: &CudaStream, memory: B) -> Result<Self, Error> {
+        match stream.record_event(None) {
+            Ok(done) => Ok(Self::until(Arc::new(done), memory)),
+            Err(error) => {
+                std::mem::forget(memory);
+                Err(failed("cuEventRecord")(error))
+            }
         }
-        let stream = self.inner.stream().context().new_stream().map_err(failed("cuStreamCreate"))?;
-        self.stream = Some(stream.clone());
-        Ok(stream)
     }
 
-    /// The transport inside.
-    pub fn into_inner(self) -> D {
-        self.inner
-    }
-}
-
-impl<D: DeviceTransport> Transport for Staged<D> {
-    fn rank(&self) -> usize {
-        self.inner.control_ref().rank()
+    /// Memory that is used until `done`.
+    pub(super) fn until(done: Arc<CudaEvent>, memory: B) -> Self {
+        UnderWay { memory: Some(memory), done }
     }
 
-    fn ranks(&self) -> usize {
-        self.inner.control_ref().ranks()
-    }
-
-    fn exchange(
-        &mut self,
+    /// Waits for the event, as in [`poll`], and gives the memory back.
+    pub(super) fn complete<X: Transport>(
+        mut self,
+        control: &mut X,
+        start: Instant,
         tag: Tag,
-        to: usize,
-        send: Arc<Buffer>,
-        from: usize,
-        recv: Buffer,
-    ) -> Result<Ticket, Error> {
-        transport::check_ends(self.rank(), self.ranks(), to, from)?;
-        let stream = self.staging()?;
-        let block = stream.clone_htod(send.message()).map_err(failed("cuMemcpyHtoDAsync"))?;
-        let space = stream.alloc_zeros(recv.message().len()).map_err(failed("cuMemAllocAsync"))?;
-        let (send_len, recv_len) = (send.message().len(), recv.message().len());
-        let outgoing = Outgoing { to, block: Arc::new(block), len: send_len };
-        let incoming = Incoming { from, space, len: recv_len };
-        let ticket = self.inner.exchange(tag, outgoing, incoming, &stream)?;
-        self.traffic.sent += send.len() as u64;
-        self.traffic.messages += 1;
-        self.next += 1;
-        self.pending.insert(self.next, Message { ticket, tag, from, recv });
-        Ok(Ticket(self.next))
+        late: impl Fn() -> usize,
+    ) -> Result<B, Error> {
+        poll(control, start, tag, late, |control| {
+            let done = is_complete(control, tag, &self.done)?;
+            Ok(self.memory.take_if(|_| done))
+        })
     }
+}
 
-    fn wait(&mut self, ticket: Ticket) -> Result<Buffer, Error> {
-        let Some(Message { ticket, tag, from, mut recv }) = self.pending.remove(&ticket.0) else {
-            return Err(Error::argument("ticket", "one of this transport", format!("{ticket:?}")));
-        };
-        let block = self.inner.wait(ticket)?;
-        let stream = self.staging()?;
-        // It waits for a copy of what is here already.
-        stream.memcpy_dtoh(&block, recv.message_mut()).map_err(failed("cuMemcpyDtoHAsync"))?;
-        if let Err(fault) = transport::open(&recv, tag, from) {
-            return Err(self.inner.control().accuse(from, tag, fault));
+impl<B> Drop for UnderWay<B> {
+    fn drop(&mut self) {
+        if let Some(memory) = self.memory.take()
+            && !(self.done.context().bind_to_thread().is_ok() && self.done.try_is_complete() == Ok(true))
+        {
+            std::mem::forget(memory);
         }
-        self.traffic.received += recv.len() as u64;
-        Ok(recv)
-    }
-
-    fn abort(&mut self, at: Tag, reason: &str) {
-        self.inner.control().abort(at, reason);
-    }
-
-    fn check(&mut self) -> Result<(), Error> {
-        self.inner.control().check()
-    }
-
-    fn accuse(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error {
-        self.inner.control().accuse(peer, at, fault)
-    }
-
-    fn traffic(&self) -> Traffic {
-        self.traffic
-    }
-
-    fn deadline(&self) -> Duration {
-        self.inner.control_ref().deadline()
-    }
-
-    fn set_deadline(&mut self, deadline: Duration) {
-        self.inner.control().set_deadline(deadline);
     }
 }

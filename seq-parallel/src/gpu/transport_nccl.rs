@@ -16,7 +16,9 @@ use std::time::{Duration, Instant};
 
 use cuda::cudarc::driver::{CudaEvent, CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 
-use super::transport::{DeviceTransport, Incoming, Outgoing, check_exchange, failed, until_complete};
+use super::transport::{
+    DeviceTransport, Incoming, Outgoing, check_exchange, failed, is_complete, poll, stalled,
+};
 use super::transport_nccl_library::{Communicator, IN_PROGRESS, Library, SUCCESS, UniqueId};
 use crate::transport::{Buffer, Operation, Tag, Ticket, Traffic, Transport};
 use crate::{Error, PeerFault};
@@ -43,6 +45,8 @@ struct Pending {
     send: Arc<CudaSlice<u8>>,
     recv: CudaSlice<u8>,
     recv_len: usize,
+    /// After it this rank's work on both blocks is done.
+    ready: CudaEvent,
     /// After it both halves are done. None until the group is on the stream.
     done: Option<CudaEvent>,
     /// The announcement, until it was waited for.
@@ -77,6 +81,10 @@ impl<X: Transport> Nccl<X> {
         };
         let (pending, traffic) = (HashMap::new(), Traffic::default());
         let mut nccl = Nccl { control, library, comm, stream, next: 0, pending, launching: None, traffic };
+        // A rank that never asked for its communicator is found here, by name; what is late after this is NCCL.
+        if let Err(error) = nccl.control.barrier() {
+            return Err(nccl.spent(error));
+        }
         nccl.settle("ncclCommInitRankConfig")?;
         Ok(nccl)
     }
@@ -92,6 +100,9 @@ impl<X: Transport> Nccl<X> {
             let finalized = self.library.finalize(comm);
             finalized.inspect_err(|_| self.abort_communicator())?;
             self.settle("ncclCommFinalize")?;
+            // Nobody leaves while others need it.
+            let met = self.control.barrier();
+            met.inspect_err(|_| self.abort_communicator())?;
         }
         self.comm.take().map_or(Ok(()), |comm| self.library.destroy(comm))
     }
@@ -101,29 +112,33 @@ impl<X: Transport> Nccl<X> {
         self.stream.context().bind_to_thread().map_err(failed("cuCtxSetCurrent"))
     }
 
-    /// Waits until the communicator has done what it was asked for.
+    /// Waits until the communicator has done what it was asked for, which takes every rank.
     fn settle(&mut self, call: &'static str) -> Result<(), Error> {
         let start = Instant::now();
+        let (rank, ranks) = (self.control.rank(), self.control.ranks());
         loop {
             if let Err(error) = self.control.check() {
                 return Err(self.spent(error));
             }
-            let state = self.comm.as_ref().map_or(SUCCESS, |comm| self.library.state(comm));
-            match state {
-                SUCCESS => return Ok(()),
-                IN_PROGRESS if start.elapsed() < self.control.deadline() => {
-                    std::thread::sleep(Duration::from_micros(20));
-                }
-                _ => {
-                    let message = match state {
-                        IN_PROGRESS => format!("not done after {} ms", start.elapsed().as_millis()),
-                        _ => self.library.message(state),
-                    };
-                    let error = Error::Library { library: "NCCL", call, code: state.into(), message };
-                    self.control.abort(SET_UP, &error.to_string());
-                    return Err(self.spent(error));
-                }
+            let state = self.state();
+            if state == SUCCESS {
+                return Ok(());
             }
+            if let Some(gone) = (0..ranks).find(|&peer| peer != rank && self.control.is_gone(peer)) {
+                let error = self.control.accuse(gone, SET_UP, PeerFault::Gone);
+                return Err(self.spent(error));
+            }
+            if state == IN_PROGRESS && start.elapsed() < self.control.deadline() {
+                std::thread::sleep(Duration::from_micros(20));
+                continue;
+            }
+            let message = match state {
+                IN_PROGRESS => format!("not done after {} ms", start.elapsed().as_millis()),
+                _ => self.library.message(state),
+            };
+            let error = Error::Library { library: "NCCL", call, code: state.into(), message };
+            self.control.abort(SET_UP, &error.to_string());
+            return Err(self.spent(error));
         }
     }
 
@@ -166,9 +181,8 @@ impl<X: Transport> Nccl<X> {
         }
     }
 
-    /// How the communicator fares, as a code.
     fn state(&self) -> i32 {
-        self.comm.as_ref().map_or(SUCCESS, |comm| self.library.state(comm))
+        state(&self.library, &self.comm)
     }
 
     /// Waits until both peers of an exchange have announced theirs. Who does not is found by the control transport.
@@ -184,33 +198,29 @@ impl<X: Transport> Nccl<X> {
         Ok(())
     }
 
-    /// Waits until the last group is on the stream.
-    fn launched(&mut self) -> Result<(), Error> {
+    /// Waits until the last group is on the stream, within the deadline since `start`.
+    fn launched(&mut self, start: Instant) -> Result<(), Error> {
         let Some(id) = self.launching else { return Ok(()) };
         if self.state() == IN_PROGRESS {
             self.announced(id)?;
         }
-        let start = Instant::now();
-        loop {
-            let Some(Pending { tag, from, .. }) = self.pending.get(&id) else { return Ok(()) };
-            let (tag, from) = (*tag, *from);
-            match self.state() {
-                SUCCESS => return self.on_stream(id),
-                IN_PROGRESS => {
-                    self.control.check()?;
-                    let waited = start.elapsed();
-                    if waited >= self.control.deadline() {
-                        let fault = PeerFault::Stalled { waited_ms: waited.as_millis() as u64 };
-                        return Err(self.control.accuse(from, tag, fault));
-                    }
-                    std::thread::sleep(Duration::from_micros(20));
-                }
+        let Some(&Pending { tag, from, .. }) = self.pending.get(&id) else { return Ok(()) };
+        let (library, comm) = (&self.library, &self.comm);
+        poll(
+            &mut self.control,
+            start,
+            tag,
+            || from,
+            |control| match state(library, comm) {
+                SUCCESS => Ok(Some(())),
+                IN_PROGRESS => Ok(None),
                 code => {
-                    let failed = self.library.check("ncclGroupEnd", code);
-                    return failed.inspect_err(|error| self.control.abort(tag, &error.to_string()));
+                    let failed = library.check("ncclGroupEnd", code);
+                    failed.map(Some).inspect_err(|error| control.abort(tag, &error.to_string()))
                 }
-            }
-        }
+            },
+        )?;
+        self.on_stream(id)
     }
 
     /// Records that an exchange is done after what is on the stream now.
@@ -225,20 +235,46 @@ impl<X: Transport> Nccl<X> {
     }
 
     /// Waits for both halves of an exchange.
+    ///
+    /// NCCL does not say which half is late. A rank whose own work is late says so shortly before the deadline, before others accuse it
+    /// or somebody else.
     fn complete(&mut self, id: u64) -> Result<(), Error> {
+        let (start, rank) = (Instant::now(), self.control.rank());
         self.announced(id)?;
         if self.launching == Some(id) {
-            self.launched()?;
+            self.launched(start)?;
         }
-        let Some(Pending { tag, from, done: Some(done), .. }) = self.pending.get(&id) else { return Ok(()) };
-        let (library, comm) = (&self.library, &self.comm);
-        until_complete(&mut self.control, done, *from, *tag, || {
-            match comm.as_ref().map_or(SUCCESS, |comm| library.state(comm)) {
-                SUCCESS | IN_PROGRESS => Ok(()),
-                code => Err(PeerFault::Unreachable(format!("NCCL: {} ({code})", library.message(code)))),
-            }
-        })
+        let Some(Pending { tag, from, ready, done: Some(done), .. }) = self.pending.get(&id) else {
+            return Ok(());
+        };
+        let (library, comm, tag, from) = (&self.library, &self.comm, *tag, *from);
+        poll(
+            &mut self.control,
+            start,
+            tag,
+            || from,
+            |control| {
+                if is_complete(control, tag, done)? {
+                    return Ok(Some(()));
+                }
+                let waited = start.elapsed();
+                match state(library, comm) {
+                    SUCCESS | IN_PROGRESS if waited < control.deadline() / 8 * 7 => Ok(None),
+                    SUCCESS | IN_PROGRESS if is_complete(control, tag, ready)? => Ok(None),
+                    SUCCESS | IN_PROGRESS => Err(control.accuse(rank, tag, stalled(waited))),
+                    code => {
+                        let words = format!("NCCL: {} ({code})", library.message(code));
+                        Err(control.accuse(from, tag, PeerFault::Unreachable(words)))
+                    }
+                }
+            },
+        )
     }
+}
+
+/// How a communicator fares, as a code; one that was aborted has nothing more to do.
+fn state(library: &Library, comm: &Option<Communicator>) -> i32 {
+    comm.as_ref().map_or(SUCCESS, |comm| library.state(comm))
 }
 
 impl<X: Transport> DeviceTransport for Nccl<X> {
@@ -267,7 +303,7 @@ impl<X: Transport> DeviceTransport for Nccl<X> {
         if let Err(error) = self.control.check() {
             return Err(self.spent(error));
         }
-        if let Err(error) = self.launched() {
+        if let Err(error) = self.launched(Instant::now()) {
             return Err(self.spent(error));
         }
         if self.comm.is_none() {
@@ -286,7 +322,7 @@ impl<X: Transport> DeviceTransport for Nccl<X> {
         };
         self.next += 1;
         let id = self.next;
-        let mut pending = Pending { tag, from, send, recv, recv_len, done: None, announced };
+        let mut pending = Pending { tag, from, send, recv, recv_len, ready, done: None, announced };
         let enqueued = self.enqueue(to, send_len, &mut pending);
         // Without its event it is leaked when the communicator is aborted: half a group may be under way.
         self.pending.insert(id, pending);

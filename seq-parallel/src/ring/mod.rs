@@ -293,9 +293,7 @@ impl<'a, Q: Element, T: Element> Ring<'a, Q, T> {
         }
     }
 
-    /// Pauses at a step that all ranks agree on: the last that any of them has begun. Every rank calls it, whatever its step
-    /// where exchanges match by tag: over `gpu::transport`, whose waits need both peers or whose messages have no tags, all ranks have
-    /// to be at the same step.
+    /// Pauses at a step that all ranks agree on: the last that any of them has begun. Every rank calls it, whatever its step.
     ///
     /// # Errors
     /// As [`step`](Self::step).
@@ -304,10 +302,8 @@ impl<'a, Q: Element, T: Element> Ring<'a, Q, T> {
         transport: &mut X,
         mut on_chunk: impl FnMut(Chunk<'_, T>),
     ) -> Result<(), Error> {
-        let own = (self.steps_done() as u64).to_le_bytes();
-        let steps = transport.all_gather_v(&own, &vec![own.len(); self.plan.ranks()])?;
-        let steps = steps.chunks_exact(8).map(|step| u64::from_le_bytes(step.try_into().expect("8 bytes")));
-        let last = steps.max().unwrap_or(0) as usize;
+        let steps = transport.gather_words(&[self.steps_done() as u64])?;
+        let last = steps.into_iter().max().unwrap_or(0) as usize;
         while self.steps_done() < last {
             self.step(transport, &mut on_chunk)?;
         }

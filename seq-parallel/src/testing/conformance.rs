@@ -39,6 +39,7 @@ pub const CASES: &[Case] = &[
     Case { name: "hybrids equal attention and send what they say", run: hybrids },
     Case { name: "Megatron stages equal the whole", run: megatron_stages },
     Case { name: "a paused ring goes on bit for bit", run: pauses },
+    Case { name: "ranks at unequal steps pause together", run: pauses_apart },
     Case { name: "a ring that is given up leaves the transport usable", run: gives_up },
 ];
 
@@ -330,6 +331,47 @@ fn pauses(transport: &mut dyn Transport) {
             assert_eq!(ring.steps_done(), boundary, "{case}");
             let between = short_plan.run(short_rows.inputs(), transport).unwrap();
             short.check_rank(&case, &queries, &between);
+            while !ring.is_done() {
+                ring.step(transport, |_| {}).unwrap();
+            }
+            assert_eq!(ring.finish(transport).unwrap(), whole, "{case}");
+        }
+    }
+}
+
+/// On the transport, and in a group of all its ranks, whose words go by the transport's own route.
+fn pauses_apart(transport: &mut dyn Transport) {
+    pause_apart("all ranks", transport);
+    let members = (0..transport.ranks()).rev().collect();
+    pause_apart("a group of all ranks", &mut Subgroup::new(transport, members).unwrap());
+}
+
+fn pause_apart(group: &str, transport: &mut dyn Transport) {
+    let (rank, ranks) = place(transport);
+    let contents = batch(ranks, 7);
+    let shards = Shards::new(contents.sequences.clone(), Placement::Zigzag, ranks).unwrap();
+    let queries = shards.queries(rank);
+    let rows = contents.rows(&queries, &shards.keys(rank));
+    // Neighbours differ by one step at most: a rank that goes on has had its neighbours' messages of the step before.
+    type Begun = fn(usize, usize) -> usize;
+    let cases: [(&str, Begun); 3] = [
+        ("rank 1 has begun", |rank, _| usize::from(rank == 1)),
+        ("rank 1 is a step ahead", |rank, _| 1 + usize::from(rank == 1)),
+        ("a step more with every rank", |rank, ranks| rank.min(ranks - rank)),
+    ];
+    for direction in [Direction::PassKv, Direction::PassQ] {
+        let plan = RingPlan::new(contents.spec, shards.clone()).unwrap().passing(direction);
+        let whole = plan.run(rows.inputs(), transport).unwrap();
+        for (name, begun) in cases {
+            let case = format!("{group}, {direction:?}, {name}, rank {rank} of {ranks}");
+            let mut ring = Ring::new(&plan, rank, rows.inputs()).unwrap();
+            for _ in 0..begun(rank, ranks) {
+                ring.step(transport, |_| {}).unwrap();
+            }
+            ring.pause_together(transport, |_| {}).unwrap();
+            assert_eq!(Some(ring.steps_done()), (0..ranks).map(|rank| begun(rank, ranks)).max(), "{case}");
+            let between = plan.run(rows.inputs(), transport).unwrap();
+            assert_eq!(between, whole, "{case}: a ring in between");
             while !ring.is_done() {
                 ring.step(transport, |_| {}).unwrap();
             }

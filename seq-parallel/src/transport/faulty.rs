@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Buffer, Tag, Ticket, Traffic, Transport};
+use super::{Buffer, Tag, Ticket, Transport};
 use crate::{Error, PeerFault};
 
 /// How a rank fails.
@@ -41,14 +41,6 @@ impl<X: Transport> Faulty<X> {
 }
 
 impl<X: Transport> Transport for Faulty<X> {
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-
-    fn ranks(&self) -> usize {
-        self.inner.ranks()
-    }
-
     fn exchange(
         &mut self,
         tag: Tag,
@@ -82,39 +74,8 @@ impl<X: Transport> Transport for Faulty<X> {
         self.inner.exchange(tag, to, send, from, recv)
     }
 
-    fn wait(&mut self, ticket: Ticket) -> Result<Buffer, Error> {
-        self.inner.wait(ticket)
-    }
-
-    fn seal(&mut self, buffer: &mut Buffer, tag: Tag) {
-        self.inner.seal(buffer, tag);
-    }
-
-    fn abort(&mut self, at: Tag, reason: &str) {
-        self.inner.abort(at, reason);
-    }
-
-    fn check(&mut self) -> Result<(), Error> {
-        self.inner.check()
-    }
-
-    fn accuse(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error {
-        self.inner.accuse(peer, at, fault)
-    }
-
-    fn traffic(&self) -> Traffic {
-        self.inner.traffic()
-    }
-
-    fn deadline(&self) -> Duration {
-        self.inner.deadline()
-    }
-
-    fn set_deadline(&mut self, deadline: Duration) {
-        self.inner.set_deadline(deadline);
-    }
-
-    fn computed(&mut self, pairs: u64) {
-        self.inner.computed(pairs);
-    }
+    super::forward!(
+        (inner) (inner): rank, ranks, wait, seal, abort, check, is_gone, accuse, gather_words_among, traffic, deadline,
+        set_deadline, computed,
+    );
 }

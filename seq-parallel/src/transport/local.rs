@@ -193,14 +193,14 @@ impl Local {
         }
     }
 
-    /// Waits until `take` finds what `peer` has to bring about.
+    /// Waits until `take` finds what `peer` has to bring about, for as long as is left of the deadline since `start`.
     fn until<T>(
         &self,
+        start: Instant,
         peer: usize,
         tag: Tag,
         mut take: impl FnMut(&mut State) -> Option<T>,
     ) -> Result<T, Error> {
-        let start = Instant::now();
         let mut state = self.shared.lock();
         loop {
             if let Some(error) = self.fault(&state, tag) {
@@ -291,10 +291,10 @@ impl Transport for Local {
         let Some(Pending { tag, to, from }) = self.pending.remove(&ticket.0) else {
             return Err(Error::argument("ticket", "one of this transport", format!("{ticket:?}")));
         };
-        let own = (self.rank, ticket.0);
-        let received = self.until(from, tag, |state| state.arrived.remove(&own))?;
+        let (own, start) = ((self.rank, ticket.0), Instant::now());
+        let received = self.until(start, from, tag, |state| state.arrived.remove(&own))?;
         self.traffic.received += received.len() as u64;
-        self.until(to, tag, |state| state.taken.remove(&own).then_some(()))?;
+        self.until(start, to, tag, |state| state.taken.remove(&own).then_some(()))?;
         Ok(received)
     }
 
@@ -307,6 +307,11 @@ impl Transport for Local {
         let state = self.shared.lock();
         // Where a rank is, between operations, is the barrier that it has not come to.
         self.fault(&state, Tag::new(super::Operation::Barrier, 0)).map_or(Ok(()), Err)
+    }
+
+    fn is_gone(&mut self, peer: usize) -> bool {
+        let state = self.shared.lock();
+        state.generation != self.generation || state.gone.get(peer).is_some_and(|gone| *gone)
     }
 
     fn accuse(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error {

@@ -33,6 +33,77 @@ pub use subgroup::Subgroup;
 
 use crate::{Error, PeerFault};
 
+/// Writes those methods of [`Transport`] that a wrapper hands on unchanged: where they are read, where they are changed, and their names.
+macro_rules! forward {
+    ($read:tt $write:tt: $($method:ident),+ $(,)?) => { $($crate::transport::forward!(@$method $read $write);)+ };
+    (@rank ($($read:tt)+) $write:tt) => {
+        fn rank(&self) -> usize {
+            self.$($read)+.rank()
+        }
+    };
+    (@ranks ($($read:tt)+) $write:tt) => {
+        fn ranks(&self) -> usize {
+            self.$($read)+.ranks()
+        }
+    };
+    (@wait $read:tt ($($write:tt)+)) => {
+        fn wait(&mut self, ticket: $crate::transport::Ticket) -> Result<$crate::transport::Buffer, $crate::Error> {
+            self.$($write)+.wait(ticket)
+        }
+    };
+    (@seal $read:tt ($($write:tt)+)) => {
+        fn seal(&mut self, buffer: &mut $crate::transport::Buffer, tag: $crate::transport::Tag) {
+            self.$($write)+.seal(buffer, tag);
+        }
+    };
+    (@abort $read:tt ($($write:tt)+)) => {
+        fn abort(&mut self, at: $crate::transport::Tag, reason: &str) {
+            self.$($write)+.abort(at, reason);
+        }
+    };
+    (@check $read:tt ($($write:tt)+)) => {
+        fn check(&mut self) -> Result<(), $crate::Error> {
+            self.$($write)+.check()
+        }
+    };
+    (@is_gone $read:tt ($($write:tt)+)) => {
+        fn is_gone(&mut self, peer: usize) -> bool {
+            self.$($write)+.is_gone(peer)
+        }
+    };
+    (@accuse $read:tt ($($write:tt)+)) => {
+        fn accuse(&mut self, peer: usize, at: $crate::transport::Tag, fault: $crate::PeerFault) -> $crate::Error {
+            self.$($write)+.accuse(peer, at, fault)
+        }
+    };
+    (@gather_words_among $read:tt ($($write:tt)+)) => {
+        fn gather_words_among(&mut self, members: &[usize], own: &[u64]) -> Result<Vec<u64>, $crate::Error> {
+            self.$($write)+.gather_words_among(members, own)
+        }
+    };
+    (@traffic ($($read:tt)+) $write:tt) => {
+        fn traffic(&self) -> $crate::transport::Traffic {
+            self.$($read)+.traffic()
+        }
+    };
+    (@deadline ($($read:tt)+) $write:tt) => {
+        fn deadline(&self) -> std::time::Duration {
+            self.$($read)+.deadline()
+        }
+    };
+    (@set_deadline $read:tt ($($write:tt)+)) => {
+        fn set_deadline(&mut self, deadline: std::time::Duration) {
+            self.$($write)+.set_deadline(deadline);
+        }
+    };
+    (@computed $read:tt ($($write:tt)+)) => {
+        fn computed(&mut self, pairs: u64) {
+            self.$($write)+.computed(pairs);
+        }
+    };
+}
+pub(crate) use forward;
+
 /// What a message is part of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -148,7 +219,8 @@ pub trait Transport: Send {
         recv: Buffer,
     ) -> Result<Ticket, Error>;
 
-    /// Waits until both halves of an exchange are done: the message is here, and nothing reads what was sent any more.
+    /// Waits until both halves of an exchange are done: the message is here, and nothing reads what was sent any more. Asks of the
+    /// other ranks that they have posted their halves, not that they wait too.
     ///
     /// # Errors
     /// [`Error::Peer`] when a rank has failed, which is at the deadline at the latest.
@@ -168,6 +240,10 @@ pub trait Transport: Send {
     /// [`Error::Peer`] when one has.
     fn check(&mut self) -> Result<(), Error>;
 
+    /// Whether a rank is known to have left, in order or not; what it sent before may still be on its way. For whoever needs every rank
+    /// and waits for something else.
+    fn is_gone(&mut self, peer: usize) -> bool;
+
     /// Makes it known to all that rank `peer` has failed, unless a failure is known already, and gives the known one.
     fn accuse(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error;
 
@@ -183,6 +259,28 @@ pub trait Transport: Send {
     /// Hears that this rank has computed so many (query, key) pairs of all heads: transports with a clock of their own advance it.
     fn computed(&mut self, pairs: u64) {
         let _ = pairs;
+    }
+
+    /// Gives what every rank has, equally many words of each, one rank after the other. For a few words that must not queue behind
+    /// messages: ranks may have started different numbers of exchanges with each other, which only those have to match that move blocks
+    /// without tags. Wherever those move, these words go through the host, and no clock is modelled for them.
+    ///
+    /// # Errors
+    /// As [`exchange`](Self::exchange) and [`wait`](Self::wait).
+    fn gather_words(&mut self, own: &[u64]) -> Result<Vec<u64>, Error> {
+        let all: Vec<usize> = (0..self.ranks()).collect();
+        self.gather_words_among(&all, own)
+    }
+
+    /// As [`gather_words`](Self::gather_words), of some ranks only, in this order. Each of them calls it, and this rank is one of them.
+    ///
+    /// # Errors
+    /// As [`gather_words`](Self::gather_words); [`Error::Argument`] for members that are no group of this rank's.
+    fn gather_words_among(&mut self, members: &[usize], own: &[u64]) -> Result<Vec<u64>, Error> {
+        let mut group = Subgroup::new(self, members.to_vec())?;
+        let bytes: &[u8] = bytemuck::cast_slice(own);
+        let all = group.all_gather_v(bytes, &vec![bytes.len(); members.len()])?;
+        Ok(bytemuck::pod_collect_to_vec(&all))
     }
 
     /// Sends `send[r]` to every rank r and gives what every rank sent here, `recv_lens[r]` bytes of rank r. A rank's message to itself

@@ -7,10 +7,9 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
 
-use super::{Buffer, Tag, Ticket, Traffic, Transport};
-use crate::{Error, PeerFault};
+use super::{Buffer, Tag, Ticket, Transport};
+use crate::Error;
 
 /// A link in one direction.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -96,14 +95,6 @@ impl<X: Transport> Sim<X> {
 }
 
 impl<X: Transport> Transport for Sim<X> {
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-
-    fn ranks(&self) -> usize {
-        self.inner.ranks()
-    }
-
     fn seal(&mut self, buffer: &mut Buffer, tag: Tag) {
         let start = self.clock_s.max(self.link_free_s);
         self.link_free_s = start + buffer.len() as f64 / self.link.bytes_per_s;
@@ -133,34 +124,14 @@ impl<X: Transport> Transport for Sim<X> {
         Ok(buffer)
     }
 
-    fn abort(&mut self, at: Tag, reason: &str) {
-        self.inner.abort(at, reason);
-    }
-
-    fn check(&mut self) -> Result<(), Error> {
-        self.inner.check()
-    }
-
-    fn accuse(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error {
-        self.inner.accuse(peer, at, fault)
-    }
-
-    fn traffic(&self) -> Traffic {
-        self.inner.traffic()
-    }
-
-    fn deadline(&self) -> Duration {
-        self.inner.deadline()
-    }
-
-    fn set_deadline(&mut self, deadline: Duration) {
-        self.inner.set_deadline(deadline);
-    }
-
     fn computed(&mut self, pairs: u64) {
         let seconds = pairs as f64 / self.pairs_per_s;
         self.clock_s += seconds;
         self.times.compute_s += seconds;
         self.inner.computed(pairs);
     }
+
+    super::forward!(
+        (inner) (inner): rank, ranks, abort, check, is_gone, accuse, gather_words_among, traffic, deadline, set_deadline,
+    );
 }

@@ -1,9 +1,8 @@
 //! Some of the ranks as a group of their own: the members of a node, or one member of every node.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use super::{Buffer, Tag, Ticket, Traffic, Transport};
+use super::{Buffer, Tag, Ticket, Transport};
 use crate::{Error, PeerFault};
 
 /// A group of some of a transport's ranks, numbered in the order given. Errors name ranks of the transport, not of the group.
@@ -62,39 +61,26 @@ impl<X: Transport + ?Sized> Transport for Subgroup<'_, X> {
         self.inner.exchange(tag, self.members[to], send, self.members[from], recv)
     }
 
-    fn wait(&mut self, ticket: Ticket) -> Result<Buffer, Error> {
-        self.inner.wait(ticket)
-    }
-
-    fn seal(&mut self, buffer: &mut Buffer, tag: Tag) {
-        self.inner.seal(buffer, tag);
-    }
-
-    fn abort(&mut self, at: Tag, reason: &str) {
-        self.inner.abort(at, reason);
-    }
-
-    fn check(&mut self) -> Result<(), Error> {
-        self.inner.check()
-    }
-
     fn accuse(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error {
         self.inner.accuse(self.members[peer], at, fault)
     }
 
-    fn traffic(&self) -> Traffic {
-        self.inner.traffic()
+    fn is_gone(&mut self, peer: usize) -> bool {
+        self.members.get(peer).is_some_and(|&member| self.inner.is_gone(member))
     }
 
-    fn deadline(&self) -> Duration {
-        self.inner.deadline()
+    /// By the route of the transport inside, which may be another than its messages take.
+    fn gather_words_among(&mut self, members: &[usize], own: &[u64]) -> Result<Vec<u64>, Error> {
+        let rank = |&member: &usize| {
+            let ranks = self.members.len();
+            self.members
+                .get(member)
+                .copied()
+                .ok_or_else(|| Error::argument("members", format!("ranks below {ranks}, each once"), member))
+        };
+        let members = members.iter().map(rank).collect::<Result<Vec<_>, _>>()?;
+        self.inner.gather_words_among(&members, own)
     }
 
-    fn set_deadline(&mut self, deadline: Duration) {
-        self.inner.set_deadline(deadline);
-    }
-
-    fn computed(&mut self, pairs: u64) {
-        self.inner.computed(pairs);
-    }
+    super::forward!((inner) (inner): wait, seal, abort, check, traffic, deadline, set_deadline, computed);
 }

@@ -44,7 +44,7 @@ struct Half {
 };
 struct World {
     int ranks;
-    int present;
+    int present, finalized;
     // Of each pair of ranks, in order.
     std::map<std::pair<int, int>, std::deque<Half>> sends, receives;
     // How many messages of a pair the sender, and the receiver, has posted.
@@ -86,6 +86,11 @@ static bool connected(Communicator* comm) {
     return comm->connecting.empty();
 }
 
+// Ending takes every rank, and says so afterwards only.
+static bool ended(Communicator* comm) {
+    return comm->finalized && comm->world->finalized == comm->world->ranks && !hung.count("ncclCommFinalize");
+}
+
 static void meet(World* world, std::pair<int, int> pair) {
     auto &sends = world->sends[pair], &receives = world->receives[pair];
     while (!sends.empty() && !receives.empty()) {
@@ -113,9 +118,12 @@ void fake_nccl_fail(const char* call, int code) {
     else
         failures.erase(call);
 }
-void fake_nccl_hang(const char* call) {
+void fake_nccl_hang(const char* call, int value) {
     std::lock_guard<std::mutex> lock(mutex);
-    hung.insert(call);
+    if (value)
+        hung.insert(call);
+    else
+        hung.erase(call);
 }
 // Breaks the communicators of a rank as the network would: they say so when they are asked.
 void fake_nccl_break(int rank, int code) {
@@ -164,7 +172,7 @@ int ncclCommInitRankConfig(Communicator** comm, int ranks, UniqueId id, int rank
     // What nobody has set is not to be read as a class.
     if (config->split_share != INT_MIN || config->traffic_class != INT_MIN) return INVALID_ARGUMENT;
     World*& world = worlds[id.bytes];
-    if (!world) world = new World{ranks, 0, {}, {}, {}, {}};
+    if (!world) world = new World{ranks, 0, 0, {}, {}, {}, {}};
     if (rank < 0 || rank >= ranks || world->ranks != ranks) return INVALID_ARGUMENT;
     ++world->present;
     // Done when all are here, as the nonblocking call says.
@@ -177,7 +185,8 @@ int ncclCommGetAsyncError(Communicator* comm, int* state) {
     std::lock_guard<std::mutex> lock(mutex);
     if (comm->state == IN_PROGRESS && comm->world->present == comm->world->ranks && !hung.count("ncclCommInitRankConfig"))
         comm->state = SUCCESS;
-    *state = comm->state == SUCCESS && !connected(comm) ? IN_PROGRESS : comm->state;
+    bool busy = !connected(comm) || (comm->finalized && !ended(comm));
+    *state = comm->state == SUCCESS && busy ? IN_PROGRESS : comm->state;
     return SUCCESS;
 }
 int ncclGroupStart() {
@@ -238,11 +247,13 @@ int ncclCommFinalize(Communicator* comm) {
     std::lock_guard<std::mutex> lock(mutex);
     if (int code = outcome("ncclCommFinalize")) return code;
     comm->finalized = true;
-    return SUCCESS;
+    ++comm->world->finalized;
+    return IN_PROGRESS;
 }
 int ncclCommDestroy(Communicator* comm) {
     std::lock_guard<std::mutex> lock(mutex);
-    if (!comm->finalized) return INVALID_USAGE;
+    // Before that it would free what is in use.
+    if (!ended(comm)) return INVALID_USAGE;
     return end("ncclCommDestroy", comm);
 }
 int ncclCommAbort(Communicator* comm) {

@@ -1,13 +1,19 @@
 //! Runs a test in a process of its own whose CUDA driver and NCCL are stand-ins: both libraries are opened once in a process, by name.
+#![allow(dead_code, reason = "each test binary uses a part")]
 
-use std::ffi::{CStr, CString, c_char};
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 
-use cuda::cudarc::driver::CudaContext;
+use cuda::cudarc::driver::{CudaContext, CudaStream};
 use libloading::Library;
-use seq_parallel::gpu::transport::NCCL_VARIABLE;
+use seq_parallel::Error;
+use seq_parallel::gpu::transport::{
+    DeviceTransport, Incoming, NCCL_VARIABLE, Nccl, NcclLibrary, OneGpu, Outgoing, Shared,
+};
+use seq_parallel::transport::local::{self, Local, World};
+use seq_parallel::transport::{Operation, Tag, Ticket, Transport};
 
 /// Set in the child: path of the stand-in driver.
 const VARIABLE: &str = "SEQ_PARALLEL_TEST_FAKE_DRIVER";
@@ -54,6 +60,15 @@ fn build(source: &Path, folder: &Path, name: &str) -> Option<PathBuf> {
 
 /// Runs `body` in a child process with the stand-ins. `test` is the name of the calling test.
 pub(crate) fn with_fakes(test: &str, body: impl FnOnce(&Fakes)) {
+    start(test, false, body);
+}
+
+/// As [`with_fakes`], with a driver that writes down the order between streams too.
+pub(crate) fn with_ordered_fakes(test: &str, body: impl FnOnce(&Fakes)) {
+    start(test, true, body);
+}
+
+fn start(test: &str, ordered: bool, body: impl FnOnce(&Fakes)) {
     if let Some(cuda) = std::env::var_os(VARIABLE) {
         let nccl = std::env::var_os(NCCL_VARIABLE).expect("the parent names it");
         // SAFETY: both libraries were built from sources whose initialisers have no preconditions.
@@ -77,6 +92,7 @@ pub(crate) fn with_fakes(test: &str, body: impl FnOnce(&Fakes)) {
         .args(["--exact", test, "--nocapture", "--test-threads=1"])
         .env("LD_LIBRARY_PATH", std::env::join_paths(paths).unwrap())
         .env(VARIABLE, &cuda)
+        .env("FAKE_CUDA_ORDER", if ordered { "1" } else { "0" })
         .env(NCCL_VARIABLE, &nccl)
         .output()
         .unwrap();
@@ -116,6 +132,13 @@ impl Fakes {
         set(u32::from(value));
     }
 
+    /// The same of one stream, and of what waits for it, from now on.
+    pub(crate) fn stick(&self, stream: &CudaStream) {
+        // SAFETY: the source declares `void fake_stick(Stream*)`; the stream is one of the stand-in's.
+        let stick = unsafe { self.cuda.get::<extern "C" fn(*mut c_void)>(b"fake_stick") }.unwrap();
+        stick(stream.cu_stream().cast());
+    }
+
     /// Lets a call of the driver fail from now on; 0 lets it succeed again.
     pub(crate) fn cuda_fail(&self, call: &str, code: u32) {
         let call = CString::new(call).unwrap();
@@ -132,12 +155,12 @@ impl Fakes {
         fail(call.as_ptr(), code);
     }
 
-    /// Lets a call of NCCL hang for ever.
-    pub(crate) fn nccl_hang(&self, call: &str) {
+    /// Lets what a call of NCCL starts hang, or go on.
+    pub(crate) fn nccl_hang(&self, call: &str, value: bool) {
         let call = CString::new(call).unwrap();
-        // SAFETY: the source declares `void fake_nccl_hang(const char*)`.
-        let hang = unsafe { self.nccl.get::<extern "C" fn(*const c_char)>(b"fake_nccl_hang") }.unwrap();
-        hang(call.as_ptr());
+        // SAFETY: the source declares `void fake_nccl_hang(const char*, int)`.
+        let hang = unsafe { self.nccl.get::<extern "C" fn(*const c_char, i32)>(b"fake_nccl_hang") }.unwrap();
+        hang(call.as_ptr(), i32::from(value));
     }
 
     /// Gives NCCL another version.
@@ -160,4 +183,54 @@ impl Fakes {
         let count = unsafe { self.nccl.get::<extern "C" fn() -> i32>(b"fake_nccl_alive") }.unwrap();
         count()
     }
+}
+
+/// The ends of a group of threads.
+pub(crate) fn ends(ranks: usize) -> Vec<Local> {
+    World::new(ranks).unwrap().1
+}
+
+/// Ranks on one GPU, each with a stream of the caller.
+pub(crate) fn one_gpu(context: &Arc<CudaContext>, ends: Vec<Local>) -> Vec<OneGpu<Local>> {
+    let shared = Shared::default();
+    let end = |end| OneGpu::new(end, shared.clone(), context.new_stream().unwrap());
+    ends.into_iter().map(end).collect()
+}
+
+/// Ranks of an NCCL communicator: connecting is collective, so each connects on its thread.
+pub(crate) fn on_nccl<R: Send>(
+    context: &Arc<CudaContext>,
+    ends: Vec<Local>,
+    body: impl Fn(usize, Nccl<Local>) -> R + Sync,
+) -> Vec<R> {
+    let library = NcclLibrary::open().unwrap();
+    // A rank that is connected first must not fail before the others are: they would hear of it while they connect.
+    let connected = Barrier::new(ends.len());
+    local::run_on(ends, |end| {
+        let rank = end.rank();
+        let nccl = Nccl::connect(library.clone(), end, context.new_stream().unwrap());
+        connected.wait();
+        body(rank, nccl.unwrap())
+    })
+}
+
+/// The tag of a step round a ring.
+pub(crate) fn ring_tag(step: usize) -> Tag {
+    Tag::new(Operation::PassKv, step)
+}
+
+/// Starts sending 64 bytes, all `value`, to the right, and receiving as many from the left, after what is on `compute`.
+pub(crate) fn post<D: DeviceTransport>(
+    end: &mut D,
+    step: usize,
+    value: u8,
+    compute: &Arc<CudaStream>,
+) -> Result<Ticket, Error> {
+    let (rank, ranks) = (end.control().rank(), end.control().ranks());
+    let stream = compute.context().new_stream().unwrap();
+    let block = Arc::new(stream.clone_htod(&[value; 64]).unwrap());
+    let space = stream.alloc_zeros(64).unwrap();
+    let send = Outgoing { to: (rank + 1) % ranks, block, len: 64 };
+    let recv = Incoming { from: (rank + ranks - 1) % ranks, space, len: 64 };
+    end.exchange(ring_tag(step), send, recv, compute)
 }

@@ -1,0 +1,411 @@
+//! Faults of device transports, against the stand-ins: whoever is dead, late or stuck is named within the deadline, and nothing hangs.
+
+mod support;
+
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use cuda::cudarc::driver::{CudaSlice, CudaStream};
+use seq_parallel::gpu::transport::{DeviceTransport, Incoming, Nccl, NcclLibrary, OneGpu, Outgoing, Staged};
+use seq_parallel::ring::Direction;
+use seq_parallel::testing::faults::Scenario;
+use seq_parallel::transport::local::{self, Local, World};
+use seq_parallel::transport::{Buffer, Failure, Tag, Ticket, Traffic, Transport};
+use seq_parallel::{Error, PeerFault};
+use support::{Fakes, ends, on_nccl, one_gpu, post, ring_tag, with_fakes};
+
+const DEADLINE: Duration = Duration::from_millis(300);
+
+/// Every failure at every place, as on threads, on each transport; every survivor aborts its communicator.
+#[test]
+fn every_rank_names_the_culprit() {
+    with_fakes("every_rank_names_the_culprit", |fakes| {
+        let context = fakes.context();
+        let (world, _) = World::new(4).unwrap();
+        for (scenario, over_nccl) in
+            Scenario::all(4, DEADLINE).into_iter().flat_map(|scenario| [(scenario, false), (scenario, true)])
+        {
+            let case = format!("{scenario:?}, {}", if over_nccl { "NCCL" } else { "one GPU" });
+            let mut ends = world.rebuild(4);
+            ends.iter_mut().for_each(|end| end.set_deadline(DEADLINE));
+            fakes.nccl_log();
+            let begin = Instant::now();
+            let results = if over_nccl {
+                on_nccl(&context, ends, |_, nccl| scenario.run(Staged::new(nccl)))
+            } else {
+                local::run_on(one_gpu(&context, ends), |end| scenario.run(Staged::new(end)))
+            };
+            let survivors = results.iter().enumerate().filter(|(rank, _)| *rank != scenario.culprit);
+            let steps: Vec<_> =
+                survivors.map(|(rank, result)| scenario.check_survivor(rank, result)).collect();
+            assert!(steps.iter().all(|step| *step == steps[0]), "{case}: ranks name steps {steps:?}");
+            assert!(begin.elapsed() < 8 * DEADLINE, "{case}: {:?}", begin.elapsed());
+            if over_nccl {
+                let aborts = fakes.nccl_log().iter().filter(|line| line.starts_with("ncclCommAbort")).count();
+                assert_eq!(aborts, 4, "{case}: one by each survivor, and the culprit's when it is dropped");
+            }
+        }
+    });
+}
+
+fn ring(direction: Direction) -> Scenario {
+    Scenario { culprit: usize::MAX, failure: Failure::Dies, exchange: 0, direction }
+}
+
+/// A communicator that breaks while its kernels run is noticed by polling, and the peer that it cannot reach is named by all.
+#[test]
+fn asynchronous_errors_are_polled() {
+    with_fakes("asynchronous_errors_are_polled", |fakes| {
+        let context = fakes.context();
+        let (polling, all) = mpsc::channel();
+        let (results, took) = std::thread::scope(|scope| {
+            let results = scope.spawn(|| {
+                on_nccl(&context, ends(3), |rank, mut nccl| {
+                    nccl.control().set_deadline(8 * DEADLINE);
+                    let compute = context.new_stream().unwrap();
+                    fakes.stick(&compute);
+                    let ticket = post(&mut nccl, 0, rank as u8, &compute).unwrap();
+                    nccl.control().barrier().unwrap();
+                    polling.send(()).unwrap();
+                    let result = nccl.wait(ticket);
+                    drop(nccl);
+                    result.map(drop).unwrap_err()
+                })
+            });
+            all.iter().take(3).for_each(drop);
+            // Long enough for every rank to find that its group was launched and is not done.
+            std::thread::sleep(DEADLINE / 2);
+            let broken = Instant::now();
+            fakes.nccl_break(1, 6);
+            (results.join().unwrap(), broken.elapsed())
+        });
+        assert!(took < 4 * DEADLINE, "polled, not waited for: {took:?}");
+        let words = "NCCL: remote process exited or there was a network error (6)";
+        for (rank, error) in results.into_iter().enumerate() {
+            let fault = PeerFault::Unreachable(words.into());
+            assert_eq!(error, Error::Peer { rank, peer: 0, at: ring_tag(0), fault });
+        }
+        assert_eq!(fakes.nccl_alive(), 0, "every rank has aborted");
+    });
+}
+
+/// One that breaks before a group of it is launched is noticed when the next is posted.
+#[test]
+fn groups_that_are_never_launched_are_noticed() {
+    with_fakes("groups_that_are_never_launched_are_noticed", |fakes| {
+        let context = fakes.context();
+        let words = "ncclGroupEnd failed with 6: remote process exited or there was a network error";
+        on_nccl(&context, ends(2), |rank, mut nccl| {
+            if rank == 0 {
+                let compute = context.new_stream().unwrap();
+                // Rank 1 posts nothing, so this group stays in progress.
+                let _ticket = post(&mut nccl, 0, 1, &compute).unwrap();
+                fakes.nccl_break(0, 6);
+                let error = post(&mut nccl, 1, 1, &compute).map(drop).unwrap_err();
+                assert!(error.to_string().contains(words), "{error}");
+            } else {
+                let error = nccl.control().barrier().unwrap_err();
+                assert!(
+                    matches!(&error, Error::Peer { peer: 0, fault: PeerFault::Aborted(_), .. }),
+                    "{error}"
+                );
+                assert!(error.to_string().contains(words), "{error}");
+            }
+        });
+        assert_eq!(fakes.nccl_alive(), 0, "every rank has aborted");
+    });
+}
+
+/// A stream that is stuck, whoever's fault, is given up at the deadline (by its own rank shortly before), without a wait that has none.
+#[test]
+fn stuck_streams_are_given_up() {
+    with_fakes("stuck_streams_are_given_up", |fakes| {
+        let context = fakes.context();
+        let check = |results: Vec<Error>, begin: Instant| {
+            for (rank, error) in results.into_iter().enumerate() {
+                let stalled = matches!(&error, Error::Peer { fault: PeerFault::Stalled { waited_ms }, .. } if *waited_ms >= 262);
+                assert!(stalled, "rank {rank}: {error}");
+            }
+            assert!(begin.elapsed() < 5 * DEADLINE, "{:?}", begin.elapsed());
+        };
+        let run = |mut end: Box<dyn Transport>| {
+            end.set_deadline(DEADLINE);
+            ring(Direction::PassQ).ring(&mut *end).unwrap_err()
+        };
+        fakes.stuck(true);
+        let begin = Instant::now();
+        check(local::run_on(one_gpu(&context, ends(3)), |end| run(Box::new(Staged::new(end)))), begin);
+        let begin = Instant::now();
+        check(on_nccl(&context, ends(3), |_, nccl| run(Box::new(Staged::new(nccl)))), begin);
+        fakes.cuda_log();
+        fakes.stuck(false);
+        assert_eq!(fakes.nccl_alive(), 0);
+        // A driver that has lost its context says so.
+        fakes.cuda_fail("cuEventQuery", 700);
+        let results = local::run_on(one_gpu(&context, ends(2)), |end| {
+            let mut end = Staged::new(end);
+            ring(Direction::PassKv).ring(&mut end).unwrap_err().to_string()
+        });
+        fakes.cuda_fail("cuEventQuery", 0);
+        assert!(results.iter().all(|error| error.contains("cuEventQuery failed with 700")), "{results:?}");
+    });
+}
+
+#[test]
+fn set_up_that_fails_or_hangs_ends() {
+    with_fakes("set_up_that_fails_or_hangs_ends", |fakes| {
+        let context = fakes.context();
+        let library = NcclLibrary::open().unwrap();
+        assert_eq!(library.version(), Ok(22809));
+        fakes.nccl_version(21706);
+        let old = NcclLibrary::open().unwrap_err();
+        assert!(matches!(old, Error::Library { call: "ncclGetVersion", code: 21706, .. }), "{old}");
+        fakes.nccl_version(22809);
+        let connect = |ends| {
+            local::run_on(ends, |mut end: Local| {
+                end.set_deadline(DEADLINE);
+                let stream = context.new_stream().unwrap();
+                Nccl::connect(library.clone(), end, stream).map(drop).unwrap_err().to_string()
+            })
+        };
+        fakes.nccl_fail("ncclCommInitRankConfig", 1);
+        let errors = connect(ends(2));
+        assert!(
+            errors
+                .iter()
+                .any(|error| error.contains("ncclCommInitRankConfig failed with 1: unhandled cuda error")),
+            "{errors:?}"
+        );
+        fakes.nccl_fail("ncclCommInitRankConfig", 0);
+        fakes.nccl_hang("ncclCommInitRankConfig", true);
+        let begin = Instant::now();
+        let errors = connect(ends(3));
+        assert!(errors.iter().all(|error| error.contains("not done after 3")), "{errors:?}");
+        assert!(begin.elapsed() < 4 * DEADLINE, "{:?}", begin.elapsed());
+        fakes.nccl_hang("ncclCommInitRankConfig", false);
+        assert_eq!(fakes.nccl_alive(), 0);
+    });
+}
+
+/// A rank that dies or is silent while the others set the communicator up is named, not NCCL.
+#[test]
+fn who_is_missing_at_set_up_is_named() {
+    with_fakes("who_is_missing_at_set_up_is_named", |fakes| {
+        let (context, library) = (fakes.context(), NcclLibrary::open().unwrap());
+        for dies in [true, false] {
+            let begin = Instant::now();
+            let results = local::run_on(ends(3), |mut end| {
+                end.set_deadline(DEADLINE);
+                let rank = end.rank();
+                if rank < 2 {
+                    let stream = context.new_stream().unwrap();
+                    let error = Nccl::connect(library.clone(), end, stream).map(drop).unwrap_err();
+                    return Some((error, begin.elapsed()));
+                }
+                // It has the communicator's name, and does not come, or is gone when the others have all begun.
+                end.all_gather_v(&[], &[128, 0, 0]).unwrap();
+                if dies {
+                    end.barrier().unwrap();
+                } else {
+                    std::thread::sleep(3 * DEADLINE);
+                }
+                None
+            });
+            for (error, took) in results.into_iter().flatten() {
+                let fits = |fault: &PeerFault| match fault {
+                    PeerFault::Gone => dies && took < DEADLINE,
+                    PeerFault::Stalled { .. } => !dies && took < 2 * DEADLINE,
+                    _ => false,
+                };
+                assert!(
+                    matches!(&error, Error::Peer { peer: 2, fault, .. } if fits(fault)),
+                    "dies: {dies}, {took:?}: {error}"
+                );
+            }
+            assert_eq!(fakes.nccl_alive(), 0);
+        }
+    });
+}
+
+/// Ending takes time and every rank: what is destroyed before is in use, and what does not end is given up.
+#[test]
+fn closing_that_hangs_ends() {
+    with_fakes("closing_that_hangs_ends", |fakes| {
+        let context = fakes.context();
+        let close = || {
+            on_nccl(&context, ends(3), |_, mut nccl| {
+                nccl.control().set_deadline(DEADLINE);
+                nccl.close()
+            })
+        };
+        assert!(close().iter().all(Result::is_ok));
+        fakes.nccl_hang("ncclCommFinalize", true);
+        let begin = Instant::now();
+        for closed in close() {
+            let words = closed.unwrap_err().to_string();
+            assert!(words.contains("ncclCommFinalize failed with 7: not done after 3"), "{words}");
+        }
+        assert!(begin.elapsed() < 3 * DEADLINE, "{:?}", begin.elapsed());
+        assert_eq!(fakes.nccl_alive(), 0);
+    });
+}
+
+#[test]
+fn groups_that_fail_abort_and_aborts_that_hang_are_left() {
+    with_fakes("groups_that_fail_abort_and_aborts_that_hang_are_left", |fakes| {
+        let context = fakes.context();
+        let run = || {
+            on_nccl(&context, ends(2), |_, nccl| {
+                let mut end = Staged::new(nccl);
+                end.set_deadline(DEADLINE);
+                ring(Direction::PassKv).ring(&mut end).unwrap_err().to_string()
+            })
+        };
+        for call in ["ncclSend", "ncclRecv", "ncclGroupEnd"] {
+            fakes.nccl_fail(call, 1);
+            let errors = run();
+            fakes.nccl_fail(call, 0);
+            let expected = format!("{call} failed with 1: unhandled cuda error");
+            assert!(errors.iter().all(|error| error.contains(&expected)), "{call}: {errors:?}");
+            assert_eq!(fakes.nccl_alive(), 0, "{call}");
+        }
+        fakes.nccl_fail("ncclGroupEnd", 1);
+        fakes.nccl_hang("ncclCommAbort", true);
+        let begin = Instant::now();
+        assert_eq!(run().len(), 2);
+        assert!(begin.elapsed() < 5 * DEADLINE, "{:?}", begin.elapsed());
+    });
+}
+
+/// Whose work is late, in the order in which ranks find out, is named: not whoever one receives from.
+#[test]
+fn late_work_is_told_from_late_peers() {
+    with_fakes("late_work_is_told_from_late_peers", |fakes| {
+        let context = fakes.context();
+        // Of rank 1, what computes or what moves blocks is stuck. Rank 0 sends to it, rank 2 receives from it.
+        let check = |case: &str, peer: usize, at_least: u128, results: Vec<Error>| {
+            for (rank, error) in results.into_iter().enumerate() {
+                let fits = matches!(
+                    &error,
+                    Error::Peer { peer: found, at, fault: PeerFault::Stalled { waited_ms }, .. }
+                        if *found == peer && *at == ring_tag(0) && u128::from(*waited_ms) >= at_least
+                );
+                assert!(fits, "{case}, rank {rank}: {error}");
+            }
+        };
+        for (what, first) in [("computes", 0), ("computes", 1), ("computes", 2), ("copies", 0), ("copies", 1)]
+        {
+            let results = local::run_on(one_gpu(&context, ends(3)), |mut end| {
+                let rank = end.control().rank();
+                end.control().set_deadline(if rank == first { DEADLINE } else { 4 * DEADLINE });
+                let compute = context.new_stream().unwrap();
+                if rank == 1 {
+                    fakes.stick(if what == "computes" { &compute } else { end.stream() });
+                }
+                let ticket = post(&mut end, 0, 0, &compute).unwrap();
+                end.wait(ticket).map(drop).and_then(|()| end.control().barrier()).unwrap_err()
+            });
+            let case = format!("one GPU, what {what} is stuck, rank {first} finds out");
+            check(&case, 1, DEADLINE.as_millis(), results);
+        }
+        // NCCL does not say which half of a group does not end.
+        for (what, peer, at_least) in [("computes", 1, DEADLINE / 8 * 7), ("communicates", 0, DEADLINE)] {
+            let results = on_nccl(&context, ends(3), |rank, mut nccl| {
+                nccl.control().set_deadline(if rank == 1 { DEADLINE } else { 4 * DEADLINE });
+                let compute = context.new_stream().unwrap();
+                if rank == 1 {
+                    fakes.stick(if what == "computes" { &compute } else { nccl.stream() });
+                }
+                let ticket = post(&mut nccl, 0, 0, &compute).unwrap();
+                nccl.wait(ticket).map(drop).and_then(|()| nccl.control().barrier()).unwrap_err()
+            });
+            check(&format!("NCCL, what {what} is stuck"), peer, at_least.as_millis(), results);
+        }
+    });
+}
+
+/// However many things a wait waits for: here for a peer that posts late, then for a copy that never ends.
+#[test]
+fn a_wait_has_one_deadline() {
+    with_fakes("a_wait_has_one_deadline", |fakes| {
+        let context = fakes.context();
+        let late = DEADLINE / 4 * 3;
+        fn run<D: DeviceTransport>(mut end: D, late: Duration, compute: Arc<CudaStream>) -> Duration {
+            end.control().set_deadline(DEADLINE);
+            if end.control().rank() == 1 {
+                std::thread::sleep(late);
+            }
+            let ticket = post(&mut end, 0, 0, &compute).unwrap();
+            let begin = Instant::now();
+            end.wait(ticket).map(drop).unwrap_err();
+            begin.elapsed()
+        }
+        let stream = || {
+            let stream = context.new_stream().unwrap();
+            fakes.stick(&stream);
+            stream
+        };
+        for (case, took) in [
+            ("one GPU", local::run_on(one_gpu(&context, ends(2)), |end| run(end, late, stream()))),
+            ("NCCL", on_nccl(&context, ends(2), |_, nccl| run(nccl, late, stream()))),
+        ] {
+            assert!(took.iter().all(|took| *took < DEADLINE + DEADLINE / 3), "{case}: {took:?}");
+        }
+    });
+}
+
+/// What is copied from the device is polled, too: this rank's own work is late.
+#[test]
+fn staging_copies_have_the_deadline() {
+    with_fakes("staging_copies_have_the_deadline", |fakes| {
+        /// Whose streams are stuck once a block is here.
+        struct Sticks<'a>(OneGpu<Local>, &'a Fakes);
+        impl DeviceTransport for Sticks<'_> {
+            type Control = Local;
+            fn control(&mut self) -> &mut Local {
+                self.0.control()
+            }
+            fn control_ref(&self) -> &Local {
+                self.0.control_ref()
+            }
+            fn stream(&self) -> &Arc<CudaStream> {
+                self.0.stream()
+            }
+            fn exchange(
+                &mut self,
+                tag: Tag,
+                send: Outgoing,
+                recv: Incoming,
+                after: &CudaStream,
+            ) -> Result<Ticket, Error> {
+                self.0.exchange(tag, send, recv, after)
+            }
+            fn wait(&mut self, ticket: Ticket) -> Result<CudaSlice<u8>, Error> {
+                let block = self.0.wait(ticket)?;
+                self.1.stuck(true);
+                Ok(block)
+            }
+            fn traffic(&self) -> Traffic {
+                self.0.traffic()
+            }
+        }
+        let mut ranks =
+            one_gpu(&fakes.context(), ends(2)).into_iter().map(|end| Staged::new(Sticks(end, fakes)));
+        let (mut first, mut second) = (ranks.next().unwrap(), ranks.next().unwrap());
+        first.set_deadline(DEADLINE);
+        let post = |end: &mut Staged<Sticks<'_>>, peer: usize| {
+            let mut message = Buffer::of(&[7u64; 9]);
+            end.seal(&mut message, ring_tag(0));
+            end.exchange(ring_tag(0), peer, Arc::new(message), peer, Buffer::new(72)).unwrap()
+        };
+        let ticket = post(&mut first, 1);
+        let _other = post(&mut second, 0);
+        let error = first.wait(ticket).unwrap_err();
+        fakes.stuck(false);
+        let stalled = matches!(
+            &error,
+            Error::Peer { rank: 0, peer: 0, fault: PeerFault::Stalled { waited_ms }, .. } if *waited_ms >= 300
+        );
+        assert!(stalled, "{error}");
+    });
+}
