@@ -3,6 +3,7 @@
 
 mod append;
 mod cache;
+mod chunk_replay;
 mod decode;
 mod merge_states;
 mod prefill;
