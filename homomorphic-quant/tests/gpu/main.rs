@@ -6,4 +6,5 @@ mod close;
 mod decode;
 mod far;
 mod prefill;
+mod replay;
 mod sequences;
