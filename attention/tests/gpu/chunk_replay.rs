@@ -103,8 +103,8 @@ fn chunk(new: [usize; 2], sequences: &mut [Sequence; 2], seed: u64) -> Chunk {
     let turned = rotated(&k, KV_HEADS, &position);
     first = 0;
     for (number, (sequence, &count)) in sequences.iter_mut().zip(&new).enumerate() {
-        for token in first..first + count {
-            slot[token] = (page(number, sequence.len / PAGE) * PAGE + sequence.len % PAGE) as i64;
+        for slot in &mut slot[first..first + count] {
+            *slot = (page(number, sequence.len / PAGE) * PAGE + sequence.len % PAGE) as i64;
             sequence.len += 1;
         }
         let vectors = first * KV_HEADS * DIM..(first + count) * KV_HEADS * DIM;
