@@ -21,11 +21,13 @@
 //! As every transport, this one makes every surviving rank return an error that names the rank that failed, and the step, within the
 //! deadline. Plain `mpirun` kills all processes as soon as one dies, before they can say anything; `mpirun --enable-recovery` lets them.
 //! A process that is gone is noticed at once on its own host, by the process table, elsewhere at the deadline. After a fault the job is
-//! over: a process should exit, which it can do without `MPI_Finalize`, that would wait for the dead.
+//! over: a process should exit, which it can do without `MPI_Finalize`, that would wait for the dead. A call of MPI that hangs cannot be
+//! broken off: a thread watches over set-up, waits and end, and ends the process with a line on standard error.
 
 mod alive;
 mod calls;
 mod notice;
 mod transport;
+mod watchdog;
 
 pub use transport::Mpi;

@@ -1,6 +1,6 @@
 //! `mpirun -n P engine-mpi …`: the engine's command line, with every prompt shared by P processes. The first of them speaks.
 //!
-//! A rank that waits longer than 60 s for another gives up; `LONGKV_DEADLINE_MS` sets another deadline.
+//! A rank that waits longer than 60 s for another gives up, and one whose start takes longer; `LONGKV_DEADLINE_MS` sets another deadline.
 
 use std::process::ExitCode;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,7 +11,7 @@ use longkv_engine::kv::KvCache;
 use longkv_engine::mode::Mode;
 use longkv_engine::ranks::{self, Choice, Ranks, Sharing, Single, prefill_shared};
 use longkv_engine::{Error, Model};
-use seq_parallel::transport::Transport;
+use seq_parallel::transport::{DEADLINE, Transport};
 use seq_parallel_mpi::Mpi;
 
 /// This process's end: the ranks of every session use it in turn.
@@ -22,22 +22,23 @@ fn end() -> MutexGuard<'static, Option<Mpi>> {
 }
 
 fn main() -> ExitCode {
-    let mut mpi = match Mpi::start() {
-        Ok(mpi) => mpi,
-        Err(error) => {
-            eprintln!("error: {error}");
-            return ExitCode::FAILURE;
-        }
-    };
+    let mut deadline = DEADLINE;
     if let Some(text) = std::env::var_os("LONGKV_DEADLINE_MS") {
         match text.to_str().and_then(|text| text.parse().ok()).filter(|ms| *ms > 0) {
-            Some(ms) => mpi.set_deadline(Duration::from_millis(ms)),
+            Some(ms) => deadline = Duration::from_millis(ms),
             None => {
                 eprintln!("error: LONGKV_DEADLINE_MS: expected milliseconds, found {text:?}");
                 return ExitCode::from(2);
             }
         }
     }
+    let mpi = match Mpi::start_within(deadline) {
+        Ok(mpi) => mpi,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
     let host = Host { name: "engine-mpi", open, ranks: mpi.ranks(), speaks: mpi.rank() == 0 };
     *end() = Some(mpi);
     let code = cli::main(host);

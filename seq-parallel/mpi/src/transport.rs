@@ -3,22 +3,23 @@
 //! Collectives are those of the trait, made of exchanges: MPI's own do not say which rank keeps the others waiting. Long messages move
 //! while a rank is in a call of this transport, or by themselves where the network adapter moves them.
 //!
-//! A rank that waits for long tells all others for whom. At the deadline the one that is silent is at the end of the chain of those who
-//! wait; that, or a process that is gone, is a fault, which is told to all. Ranks that find faults at the same time agree on the one of
-//! the earliest step.
+//! A rank whose deadline is near tells all others for whom it waits, and hears the same of everybody who waits, however shortly. At the
+//! deadline the one that is silent is at the end of the chain of those who wait; that, or a process that is gone, is a fault, which is
+//! told to all. Ranks that find faults at the same time agree on the one of the earliest exchange.
 
 use std::collections::HashMap;
 use std::mem::ManuallyDrop;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mpi::environment::Universe;
-use seq_parallel::transport::{self, Buffer, FRAME_BYTES, Tag, Ticket, Traffic, Transport};
+use seq_parallel::transport::{self, Buffer, FRAME_BYTES, Operation, Tag, Ticket, Traffic, Transport};
 use seq_parallel::{Error, PeerFault};
 
 use crate::alive::Identity;
 use crate::calls::{self, Comm, Failed, Request};
 use crate::notice::{self, Notice};
+use crate::watchdog::{self, Call, Watchdog};
 
 /// Steps that have tags of their own; MPI promises tags up to 32767 only. The frame has the whole step.
 const STEPS: u32 = 4096;
@@ -26,6 +27,8 @@ const STEPS: u32 = 4096;
 const LAST_WORDS: Duration = Duration::from_millis(20);
 /// How long ranks listen for faults that others found at the same time.
 const SETTLING: Duration = Duration::from_millis(100);
+/// The step of a rank that is at none.
+const BETWEEN: Tag = Tag::new(Operation::Barrier, 0);
 /// Between looks at the process table.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -37,34 +40,57 @@ pub struct Mpi {
     notices: Comm,
     /// Who the processes are.
     identities: Vec<Identity>,
-    /// Of each rank that has said so: for whom it waits, and where.
-    waiting: Vec<Option<(usize, Tag)>>,
+    /// Of each rank that has said so: for whom it waits.
+    waiting: Vec<Option<Waiting>>,
     /// Ranks that have left in order.
     left: Vec<bool>,
     /// Faults that this rank or others have found: who, and what.
     found: Vec<(usize, Fault)>,
     /// The one that all agree on.
     fault: Option<Fault>,
+    /// Whether notices cannot be received any more.
+    deaf: bool,
     /// Notices under way.
     outbox: Vec<(Request, Arc<[u64; notice::WORDS]>)>,
     next: u64,
     pending: HashMap<u64, Pending>,
     traffic: Traffic,
     deadline: Duration,
+    watchdog: Watchdog,
     /// Dropped, which is MPI_Finalize, by `close` alone: it waits for everyone.
     universe: ManuallyDrop<Universe>,
+}
+
+/// Where an exchange is: its tag, and its number among all of a rank, which says what comes first across operations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Place {
+    at: Tag,
+    exchange: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Waiting {
+    for_rank: usize,
+    place: Place,
+    /// Whether others are to say so, too.
+    asks: bool,
 }
 
 #[derive(Debug, Clone)]
 struct Fault {
     peer: usize,
-    at: Tag,
+    place: Place,
     fault: PeerFault,
+}
+
+/// The fault that ranks agree on: of the earliest exchange, found by the first of the ranks.
+fn first(found: &[(usize, Fault)]) -> Option<&Fault> {
+    found.iter().min_by_key(|(from, fault)| (fault.place.exchange, *from)).map(|(_, fault)| fault)
 }
 
 /// An exchange under way, with its buffers: MPI has their addresses until both requests are done, so one that is given up is leaked.
 struct Pending {
-    tag: Tag,
+    place: Place,
     to: usize,
     from: usize,
     _send: Arc<Buffer>,
@@ -74,11 +100,22 @@ struct Pending {
 }
 
 impl Mpi {
-    /// Initialises MPI and meets the other processes, which takes as long as the last of them needs.
+    /// As [`start_within`](Self::start_within) [`DEADLINE`](transport::DEADLINE).
+    ///
+    /// # Errors
+    /// As [`start_within`](Self::start_within).
+    pub fn start() -> Result<Self, Error> {
+        Self::start_within(transport::DEADLINE)
+    }
+
+    /// Initialises MPI and meets the other processes, which takes as long as the last of them needs. `deadline` is that of waits, too.
+    /// Nobody can break MPI_Init off: past the deadline, this ends the process.
     ///
     /// # Errors
     /// [`Error::Library`] if MPI is initialised already, has no calls from several threads in turn, or fails.
-    pub fn start() -> Result<Self, Error> {
+    pub fn start_within(deadline: Duration) -> Result<Self, Error> {
+        let watchdog = Watchdog::new(watchdog::exit);
+        let _watch = watchdog.watch(Call::Start, deadline);
         let universe = ManuallyDrop::new(calls::initialise()?);
         let (data, notices) = (Comm::of_world()?, Comm::of_world()?);
         let (rank, ranks) = data.place()?;
@@ -94,48 +131,50 @@ impl Mpi {
             left: vec![false; ranks],
             found: Vec::new(),
             fault: None,
+            deaf: false,
             outbox: Vec::new(),
             next: 0,
             pending: HashMap::new(),
             traffic: Traffic::default(),
-            deadline: transport::DEADLINE,
+            deadline,
+            watchdog,
             universe,
         })
     }
 
-    /// Waits for every rank, then ends MPI. A process whose end is dropped without it leaves the job without `MPI_Finalize`: the way out
+    /// Waits for every rank, then ends MPI; a process whose MPI_Finalize does not come back within the deadline is ended. One whose end is dropped without it leaves the job without `MPI_Finalize`: the way out
     /// after a fault.
     ///
     /// # Errors
     /// [`Error::Peer`] when a rank has failed; MPI is not ended then.
     pub fn close(mut self) -> Result<(), Error> {
         self.barrier()?;
-        // Nobody can bound MPI_Finalize, which waits for a process that dies this late.
-        let (done, watch) = mpsc::channel::<()>();
-        let (rank, deadline) = (self.rank, self.deadline);
-        std::thread::spawn(move || {
-            if watch.recv_timeout(deadline) == Err(mpsc::RecvTimeoutError::Timeout) {
-                eprintln!("rank {rank}: MPI_Finalize did not return within {} ms", deadline.as_millis());
-                std::process::exit(1);
-            }
-        });
+        // It waits for a process that dies this late.
+        let watch = self.watchdog.watch(Call::Finalize { rank: self.rank }, self.deadline);
         // SAFETY: this is the one place that drops it, and the end is forgotten next.
         unsafe { ManuallyDrop::drop(&mut self.universe) };
         // Nothing is under way after a barrier in a program that waits for its tickets; what is, is leaked with the rest.
         std::mem::forget(self);
-        drop(done);
+        drop(watch);
         Ok(())
+    }
+
+    /// Where this rank is, between exchanges.
+    fn here(&self, at: Tag) -> Place {
+        Place { at, exchange: self.next }
     }
 
     /// Reads what the other ranks have to say.
     fn listen(&mut self) -> Result<(), Failed> {
         while let Some(words) = self.notices.take::<{ notice::WORDS }>(0)? {
             match Notice::of_words(&words, self.ranks) {
-                Some(Notice::Waits { from, for_rank, at }) => self.waiting[from] = Some((for_rank, at)),
+                Some(Notice::Waits { from, for_rank, at, exchange, asks }) => {
+                    self.waiting[from] = Some(Waiting { for_rank, place: Place { at, exchange }, asks });
+                }
                 Some(Notice::GoesOn { from }) => self.waiting[from] = None,
                 Some(Notice::Leaves { from }) => self.left[from] = true,
-                Some(Notice::Fault { from, peer, at, fault }) => {
-                    self.found.push((from, Fault { peer, at, fault }));
+                Some(Notice::Fault { from, peer, at, exchange, fault }) => {
+                    self.found.push((from, Fault { peer, place: Place { at, exchange }, fault }));
                 }
                 // Whoever sends such things is found out by what it sends elsewhere.
                 None => {}
@@ -161,55 +200,79 @@ impl Mpi {
         }
     }
 
-    /// The fault that the ranks agree on, if any has found one.
-    fn hear(&mut self) -> Result<(), Error> {
-        self.listen()?;
+    /// [`listen`](Self::listen), where this rank is at `place`: one that cannot hear the others any more has failed them.
+    fn listen_at(&mut self, place: Place) {
+        if self.deaf {
+            return;
+        }
+        if let Err(failed) = self.listen() {
+            self.deaf = true;
+            self.find(self.rank, place, PeerFault::Aborted(Error::from(failed).to_string()));
+        }
+    }
+
+    /// The fault that the ranks agree on, if any has found one; this one is at `place`.
+    fn hear(&mut self, place: Place) -> Result<(), Error> {
+        self.listen_at(place);
         if self.fault.is_none() && !self.found.is_empty() {
             let settled = Instant::now() + SETTLING.min(self.deadline / 8);
             while Instant::now() < settled {
-                self.listen()?;
+                self.listen_at(place);
                 std::thread::sleep(Duration::from_millis(1));
             }
-            let first = self.found.iter().min_by_key(|(from, fault)| (fault.at.step, *from));
-            self.fault = first.map(|(_, fault)| fault.clone());
+            self.fault = first(&self.found).cloned();
         }
         match self.fault.clone() {
             None => Ok(()),
-            Some(Fault { peer, at, fault }) => Err(Error::Peer { rank: self.rank, peer, at, fault }),
+            Some(Fault { peer, place, fault }) => {
+                Err(Error::Peer { rank: self.rank, peer, at: place.at, fault })
+            }
         }
     }
 
-    /// Tells all others of a fault, and gives the one that all agree on.
-    fn fail(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error {
-        self.tell(&Notice::Fault { from: self.rank, peer, at, fault: fault.clone() });
-        self.found.push((self.rank, Fault { peer, at, fault: fault.clone() }));
-        self.hear().err().unwrap_or(Error::Peer { rank: self.rank, peer, at, fault })
+    /// Tells all others of a fault.
+    fn find(&mut self, peer: usize, place: Place, fault: PeerFault) {
+        let Place { at, exchange } = place;
+        self.tell(&Notice::Fault { from: self.rank, peer, at, exchange, fault: fault.clone() });
+        self.found.push((self.rank, Fault { peer, place, fault }));
     }
 
-    /// Tests a request until it is done, which `peer` has to bring about. Gives the words that came.
-    fn until(&mut self, peer: usize, tag: Tag, request: &mut Request) -> Result<usize, Error> {
-        let start = Instant::now();
-        let (mut turns, mut told) = (0u32, false);
-        let (mut looked, mut missed) = (start, None);
+    /// Tells all others of a fault, and gives the one that all agree on.
+    fn fail(&mut self, peer: usize, place: Place, fault: PeerFault) -> Error {
+        self.find(peer, place, fault.clone());
+        let known = self.hear(place).err();
+        known.unwrap_or(Error::Peer { rank: self.rank, peer, at: place.at, fault })
+    }
+
+    /// Tests a request until it is done, which `peer` has to bring about, within the deadline since `start`. Gives the words that came.
+    fn until(
+        &mut self,
+        start: Instant,
+        peer: usize,
+        place: Place,
+        request: &mut Request,
+    ) -> Result<usize, Error> {
+        // A test that does not come back is not what the deadline is for: who waits is given time to say so.
+        let call = Call::Wait { rank: self.rank, peer, at: place.at };
+        let _watch = self.watchdog.watch(call, 2 * self.deadline);
+        let near = self.deadline - self.deadline / 8;
+        let mut turns = 0u32;
+        let (mut looked, mut missed) = (Instant::now(), None);
         loop {
-            self.hear()?;
+            self.hear(place)?;
             match request.test() {
                 Ok(None) => {}
                 Ok(Some(words)) => {
-                    if told {
-                        self.waiting[self.rank] = None;
+                    if self.waiting[self.rank].take().is_some() {
                         self.tell(&Notice::GoesOn { from: self.rank });
                     }
                     return Ok(words);
                 }
                 Err(failed) if failed.is_truncation() => {
-                    return Err(self.fail(
-                        peer,
-                        tag,
-                        PeerFault::Garbage("more bytes than there should be".into()),
-                    ));
+                    let fault = PeerFault::Garbage("more bytes than there should be".into());
+                    return Err(self.fail(peer, place, fault));
                 }
-                Err(failed) => return Err(self.fail(peer, tag, PeerFault::Unreachable(failed.message()))),
+                Err(failed) => return Err(self.fail(peer, place, PeerFault::Unreachable(failed.message()))),
             }
             let waited = start.elapsed();
             if looked.elapsed() >= LOOK {
@@ -221,17 +284,19 @@ impl Mpi {
                 }
             }
             if missed.is_some_and(|missed: Instant| missed.elapsed() >= LAST_WORDS) {
-                return Err(self.fail(peer, tag, PeerFault::Gone));
+                return Err(self.fail(peer, place, PeerFault::Gone));
             }
             if waited >= self.deadline {
-                let (culprit, at) = self.silent(peer, tag);
+                let (culprit, place) = self.silent(peer, place);
                 let fault = PeerFault::Stalled { waited_ms: waited.as_millis() as u64 };
-                return Err(self.fail(culprit, at, fault));
+                return Err(self.fail(culprit, place, fault));
             }
-            if !told && waited >= self.deadline / 8 {
-                told = true;
-                self.waiting[self.rank] = Some((peer, tag));
-                self.tell(&Notice::Waits { from: self.rank, for_rank: peer, at: tag });
+            let asks = waited >= near;
+            let says = self.waiting[self.rank].map(|waiting| waiting.asks);
+            if (asks && says != Some(true)) || (says.is_none() && self.is_asked()) {
+                self.waiting[self.rank] = Some(Waiting { for_rank: peer, place, asks });
+                let Place { at, exchange } = place;
+                self.tell(&Notice::Waits { from: self.rank, for_rank: peer, at, exchange, asks });
             }
             // Ranks may share a core.
             turns = turns.saturating_add(1);
@@ -242,35 +307,41 @@ impl Mpi {
         }
     }
 
+    /// Whether a rank wants to know who waits for whom.
+    fn is_asked(&self) -> bool {
+        self.waiting.iter().flatten().any(|waiting| waiting.asks)
+    }
+
     /// Who is silent: the end of the chain of ranks that wait for each other, and where it is waited for; `peer` itself when they
     /// wait in a circle.
-    fn silent(&self, peer: usize, tag: Tag) -> (usize, Tag) {
-        let (mut last, mut at) = (peer, tag);
+    fn silent(&self, peer: usize, place: Place) -> (usize, Place) {
+        let (mut last, mut at) = (peer, place);
         for _ in 0..self.ranks {
             match self.waiting[last] {
-                Some((next, _)) if next == self.rank => break,
-                Some((next, tag)) => (last, at) = (next, tag),
+                Some(Waiting { for_rank, .. }) if for_rank == self.rank => break,
+                Some(Waiting { for_rank, place, .. }) => (last, at) = (for_rank, place),
                 None => return (last, at),
             }
         }
-        (peer, tag)
+        (peer, place)
     }
 
     fn complete(&mut self, pending: &mut Pending) -> Result<(), Error> {
-        let Pending { tag, to, from, .. } = *pending;
-        let words = self.until(from, tag, &mut pending.receiving)?;
+        let Pending { place, to, from, .. } = *pending;
+        let start = Instant::now();
+        let words = self.until(start, from, place, &mut pending.receiving)?;
         let expected = pending.recv.words().len();
         let opened = if words == expected {
-            transport::open(&pending.recv, tag, from)
+            transport::open(&pending.recv, place.at, from)
         } else {
             let payload = (8 * words).saturating_sub(FRAME_BYTES);
             Err(PeerFault::Garbage(format!("{payload} bytes instead of {}", pending.recv.len())))
         };
         if let Err(fault) = opened {
-            return Err(self.fail(from, tag, fault));
+            return Err(self.fail(from, place, fault));
         }
         self.traffic.received += pending.recv.len() as u64;
-        self.until(to, tag, &mut pending.sending).map(drop)
+        self.until(start, to, place, &mut pending.sending).map(drop)
     }
 }
 
@@ -297,23 +368,27 @@ impl Transport for Mpi {
         mut recv: Buffer,
     ) -> Result<Ticket, Error> {
         transport::check_ends(self.rank, self.ranks, to, from)?;
-        self.hear()?;
+        let place = self.here(tag);
+        self.hear(place)?;
         // SAFETY: the words are on the heap, where they stay while `recv` moves into `pending`; nobody reaches them there, and they
         // leave it when the request is done or are leaked.
-        let receiving = unsafe { self.data.receive(recv.words_mut(), from, number(tag)) }?;
+        let receiving = match unsafe { self.data.receive(recv.words_mut(), from, number(tag)) } {
+            Ok(receiving) => receiving,
+            Err(failed) => return Err(self.fail(from, place, PeerFault::Unreachable(failed.message()))),
+        };
         // SAFETY: likewise; what is shared by an `Arc` that is kept cannot be written.
         let sending = match unsafe { self.data.send(send.words(), to, number(tag)) } {
             Ok(sending) => sending,
             Err(failed) => {
                 std::mem::forget(recv);
-                return Err(self.fail(to, tag, PeerFault::Unreachable(failed.message())));
+                return Err(self.fail(to, place, PeerFault::Unreachable(failed.message())));
             }
         };
         let ticket = self.next;
         self.next += 1;
         self.traffic.sent += send.len() as u64;
         self.traffic.messages += 1;
-        self.pending.insert(ticket, Pending { tag, to, from, _send: send, recv, sending, receiving });
+        self.pending.insert(ticket, Pending { place, to, from, _send: send, recv, sending, receiving });
         Ok(Ticket(ticket))
     }
 
@@ -332,24 +407,25 @@ impl Transport for Mpi {
 
     fn abort(&mut self, at: Tag, reason: &str) {
         if self.fault.is_none() {
-            self.fail(self.rank, at, PeerFault::Aborted(reason.into()));
+            self.fail(self.rank, self.here(at), PeerFault::Aborted(reason.into()));
         }
     }
 
     fn check(&mut self) -> Result<(), Error> {
-        self.hear()
+        // Where a rank is, between operations, is the barrier that it has not come to.
+        self.hear(self.here(BETWEEN))
     }
 
     fn is_gone(&mut self, peer: usize) -> bool {
-        // What cannot be heard is found out by whoever waits.
-        let _ = self.listen();
+        self.listen_at(self.here(BETWEEN));
         self.left.get(peer).is_some_and(|left| *left)
             || self.identities.get(peer).is_some_and(|peer| peer.is_gone(self.identities[self.rank]))
     }
 
     fn accuse(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error {
-        match self.hear() {
-            Ok(()) => self.fail(peer, at, fault),
+        let place = self.here(at);
+        match self.hear(place) {
+            Ok(()) => self.fail(peer, place, fault),
             Err(known) => known,
         }
     }
@@ -380,5 +456,28 @@ impl Drop for Mpi {
         // MPI may still write to what was not waited for.
         std::mem::forget(std::mem::take(&mut self.pending));
         std::mem::forget(std::mem::take(&mut self.outbox));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Steps of different operations say nothing of what came first; the number of the exchange does.
+    #[test]
+    fn ranks_agree_on_the_fault_of_the_earliest_exchange() {
+        let fault = |peer, operation, step, exchange| {
+            let place = Place { at: Tag::new(operation, step), exchange };
+            Fault { peer, place, fault: PeerFault::Gone }
+        };
+        let ring = fault(2, Operation::PassKv, 2, 9);
+        let barrier = fault(3, Operation::Barrier, 0, 10);
+        for found in [[(0, barrier.clone()), (3, ring.clone())], [(3, ring.clone()), (0, barrier.clone())]] {
+            assert_eq!(first(&found).map(|fault| fault.peer), Some(2));
+        }
+        // Of one exchange, what the first of the ranks has found.
+        let found = [(3, ring.clone()), (1, fault(0, Operation::PassKv, 2, 9))];
+        assert_eq!(first(&found).map(|fault| fault.peer), Some(0));
+        assert!(first(&[]).is_none());
     }
 }

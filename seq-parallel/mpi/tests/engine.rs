@@ -2,7 +2,9 @@
 
 mod support;
 
-use std::time::Duration;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 use longkv_engine::mode::Mode;
 use longkv_engine::ranks::{Sharing, Single, prefill_shared};
@@ -98,6 +100,69 @@ fn eval_and_demo_run_on_processes() {
     let (success, stdout, stderr) = engine(4, &[], &["demo", "--context", "64"], &[]).unwrap();
     assert!(success, "{stderr}");
     assert!(stdout.matches("Model: ").count() == 1 && stdout.contains("hack4"), "{stdout}");
+}
+
+/// Runs `engine-mpi demo` in three processes, whose waits have this deadline, and does something to rank 1 when they have the model.
+/// Gives standard error and the exit statuses.
+fn demo_of_three(
+    deadline_ms: &str,
+    to_rank_1: impl FnOnce(&Path, &str),
+) -> Option<(String, [Option<i32>; 3])> {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = support::mpirun(3)?;
+    support::record(&mut command, folder.path());
+    command.arg(env!("CARGO_BIN_EXE_engine-mpi")).args(["demo", "--context", "64"]);
+    command.env("LONGKV_DEADLINE_MS", deadline_ms);
+    let output = support::finish_while(command, Duration::from_secs(120), "Model: ", || {
+        to_rank_1(folder.path(), &support::pid(folder.path(), 1));
+    });
+    let statuses = [0, 1, 2].map(|rank| support::status(folder.path(), rank));
+    Some((String::from_utf8_lossy(&output.stderr).into_owned(), statuses))
+}
+
+fn kill(signal: &str, pid: &str) {
+    assert!(Command::new("kill").args([signal, pid]).status().unwrap().success(), "kill {signal} {pid}");
+}
+
+/// A process of the engine that is killed: the others say whom they have lost, and where, and end.
+#[test]
+fn processes_whose_peer_is_killed_say_so_and_end() {
+    let begin = Instant::now();
+    let Some((stderr, statuses)) = demo_of_three("60000", |_, pid| kill("-KILL", pid)) else { return };
+    assert_eq!(statuses, [Some(2), Some(137), Some(2)], "{stderr}");
+    for rank in [0, 2] {
+        assert!(stderr.contains(&format!("rank {rank}: rank 1 is gone at ")), "rank {rank}: {stderr}");
+    }
+    assert!(begin.elapsed() < Duration::from_secs(50), "long before the deadline");
+}
+
+/// One that is stopped is given up at the deadline that the environment gives, and hears of it when it goes on.
+#[test]
+fn processes_have_the_deadline_of_the_environment() {
+    let deadline_ms = 4000;
+    let result = demo_of_three(&deadline_ms.to_string(), |folder, pid| {
+        kill("-STOP", pid);
+        let begin = Instant::now();
+        while [0, 2].iter().any(|&rank| support::status(folder, rank).is_none()) {
+            assert!(begin.elapsed() < Duration::from_secs(40), "the default deadline is longer");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        kill("-CONT", pid);
+    });
+    let Some((stderr, statuses)) = result else { return };
+    assert_eq!(statuses, [Some(2); 3], "{stderr}");
+    for rank in 0..3 {
+        let start = format!("rank {rank}: rank 1 was silent for ");
+        let line = stderr.split(&start).nth(1).unwrap_or_else(|| panic!("rank {rank}: {stderr}"));
+        let waited: u64 = line.split(' ').next().unwrap().parse().unwrap();
+        assert!((deadline_ms..3 * deadline_ms).contains(&waited), "rank {rank}: {stderr}");
+    }
+    for wrong in ["0", "1.5", "soon"] {
+        let arguments = ["generate", "--prompt", "x"];
+        let (success, _, stderr) = engine(1, &[], &arguments, &[("LONGKV_DEADLINE_MS", wrong)]).unwrap();
+        let words = format!("LONGKV_DEADLINE_MS: expected milliseconds, found {wrong:?}");
+        assert!(!success && stderr.contains(&words), "{wrong}: {stderr}");
+    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Faults between processes: whoever dies, stops or sends garbage is named, with the step, by every survivor within the deadline.
 //!
-//! Processes really die (SIGKILL) and really stop (SIGSTOP); `mpirun --enable-recovery` lets the others go on.
+//! Processes really die (SIGKILL) and really stop (SIGSTOP); `mpirun --enable-recovery` lets the others go on. Calls of MPI that fail or
+//! hang are those of a library that is loaded before MPI's.
 
 mod support;
 
@@ -12,9 +13,10 @@ use std::time::{Duration, Instant};
 use seq_parallel::fingerprint::Fingerprint;
 use seq_parallel::ring::Direction;
 use seq_parallel::testing::faults::Scenario;
-use seq_parallel::transport::{Buffer, Failure, Operation, Tag, Ticket, Traffic, Transport};
+use seq_parallel::transport::{Buffer, Failure, Operation, Tag, Transport};
 use seq_parallel::{Error, PeerFault};
 use seq_parallel_mpi::Mpi;
+use support::Job;
 
 const RANKS: usize = 4;
 const DEADLINE: Duration = Duration::from_millis(1500);
@@ -39,58 +41,16 @@ fn signal(name: &str) {
     std::thread::sleep(Duration::from_secs(1));
 }
 
-/// An end whose process gets a signal at an exchange.
-struct Signalled {
-    inner: Mpi,
-    signal: &'static str,
-    left: usize,
+/// It ends this process.
+fn killed() {
+    signal("-KILL");
 }
 
-impl Transport for Signalled {
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-    fn ranks(&self) -> usize {
-        self.inner.ranks()
-    }
-    fn exchange(
-        &mut self,
-        tag: Tag,
-        to: usize,
-        send: Arc<Buffer>,
-        from: usize,
-        recv: Buffer,
-    ) -> Result<Ticket, Error> {
-        if self.left == 0 {
-            signal(self.signal);
-        }
-        self.left = self.left.wrapping_sub(1);
-        self.inner.exchange(tag, to, send, from, recv)
-    }
-    fn wait(&mut self, ticket: Ticket) -> Result<Buffer, Error> {
-        self.inner.wait(ticket)
-    }
-    fn abort(&mut self, at: Tag, reason: &str) {
-        self.inner.abort(at, reason);
-    }
-    fn check(&mut self) -> Result<(), Error> {
-        self.inner.check()
-    }
-    fn is_gone(&mut self, peer: usize) -> bool {
-        self.inner.is_gone(peer)
-    }
-    fn accuse(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error {
-        self.inner.accuse(peer, at, fault)
-    }
-    fn traffic(&self) -> Traffic {
-        self.inner.traffic()
-    }
-    fn deadline(&self) -> Duration {
-        self.inner.deadline()
-    }
-    fn set_deadline(&mut self, deadline: Duration) {
-        self.inner.set_deadline(deadline);
-    }
+/// It stops this process for four seconds.
+fn stopped() {
+    let wakes = format!("(sleep 4; kill -CONT {}) >/dev/null 2>&1 &", std::process::id());
+    Command::new("sh").args(["-c", &wakes]).status().unwrap();
+    signal("-STOP");
 }
 
 /// Leaves what a survivor has to say for the parent.
@@ -98,39 +58,36 @@ fn report(folder: &Path, rank: usize, text: impl std::fmt::Display) {
     std::fs::write(folder.join(rank.to_string()), text.to_string()).unwrap();
 }
 
-/// In the parent: every survivor has reported, and they all name the same.
-fn check_reports(test: &str, job: Option<(std::process::Output, tempfile::TempDir)>, culprit: usize) {
-    let Some((output, folder)) = job else { return };
-    let words = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
-    let reports: Vec<String> = (0..RANKS)
-        .filter(|rank| *rank != culprit)
-        .map(|rank| {
-            std::fs::read_to_string(folder.path().join(rank.to_string()))
-                .unwrap_or_else(|_| panic!("{test}: rank {rank} has no report:\n{}{}", words[0], words[1]))
-        })
-        .collect();
+/// Runs `body` in four processes whose ends are recorded. In the parent: every survivor has reported, they all say the same, which is
+/// returned with the job, and each has come to a good end; the culprit has ended with `ended`.
+fn recorded(test: &str, culprit: usize, ended: i32, body: impl FnOnce(&Path)) -> Option<(Job, String)> {
+    let job = support::with_ranks(test, RANKS, support::record, body)?;
+    let folder = job.folder.path();
+    let all = format!("{}{}", job.words[0], job.words[1]);
+    let mut reports = Vec::new();
+    for rank in (0..RANKS).filter(|rank| *rank != culprit) {
+        let report = std::fs::read_to_string(folder.join(rank.to_string()));
+        reports.push(report.unwrap_or_else(|_| panic!("{test}: rank {rank} has no report:\n{all}")));
+        assert_eq!(support::status(folder, rank), Some(0), "{test}: rank {rank} ends badly:\n{all}");
+    }
     assert!(reports.iter().all(|report| *report == reports[0]), "{test}: ranks differ: {reports:?}");
+    assert_eq!(support::status(folder, culprit), Some(ended), "{test}: the culprit, rank {culprit}:\n{all}");
+    let passed = RANKS - usize::from(ended != 0);
+    assert_eq!(job.words[0].matches("1 passed").count(), passed, "{test}:\n{all}");
+    Some((job, reports.swap_remove(0)))
 }
 
-/// One rank fails as the scenario says, by itself or by a signal.
-fn scenario(test: &str, scenario: Scenario, fails_by: Option<&'static str>) {
+/// One rank fails as the scenario says, by itself or by what is called in it.
+fn scenario(test: &str, scenario: Scenario, fails_by: Option<fn()>) {
     let culprit = scenario.culprit;
-    let job = support::with_ranks(test, RANKS, &["--enable-recovery"], |folder| {
+    // Of a process that is killed, a shell says 128 and the signal.
+    let ended = if matches!(scenario.failure, Failure::Dies) { 137 } else { 0 };
+    recorded(test, culprit, ended, |folder| {
         let end = start(Some(culprit));
         let rank = end.rank();
         let begin = Instant::now();
         let result = match fails_by {
-            Some(signal) if rank == culprit => {
-                let wakes = format!("(sleep 4; kill -CONT {}) >/dev/null 2>&1 &", std::process::id());
-                if signal == "-STOP" {
-                    Command::new("sh").args(["-c", &wakes]).status().unwrap();
-                }
-                scenario.ring(&mut Signalled { inner: end, signal, left: scenario.exchange })
-            }
-            Some(_) => {
-                let mut end = end;
-                scenario.ring(&mut end)
-            }
+            Some(function) => Scenario { failure: Failure::Calls(function), ..scenario }.run(end),
             None => scenario.run(end),
         };
         if rank == culprit {
@@ -147,11 +104,10 @@ fn scenario(test: &str, scenario: Scenario, fails_by: Option<&'static str>) {
         assert!(in_time, "rank {rank} took {took:?}");
         report(folder, rank, at);
     });
-    check_reports(test, job, culprit);
 }
 
 fn dies(test: &str, culprit: usize, exchange: usize, direction: Direction) {
-    scenario(test, Scenario { culprit, failure: Failure::Dies, exchange, direction }, Some("-KILL"));
+    scenario(test, Scenario { culprit, failure: Failure::Dies, exchange, direction }, Some(killed));
 }
 
 #[test]
@@ -174,7 +130,7 @@ fn a_rank_is_killed_at_the_last_step() {
 fn a_rank_is_stopped() {
     let failure = Failure::Stalls(Duration::from_secs(4));
     let stops = Scenario { culprit: 1, failure, exchange: 1, direction: Direction::PassKv };
-    scenario("a_rank_is_stopped", stops, Some("-STOP"));
+    scenario("a_rank_is_stopped", stops, Some(stopped));
 }
 
 #[test]
@@ -213,8 +169,7 @@ fn a_late_rank_is_only_late() {
 
 #[test]
 fn who_gives_up_says_why() {
-    let test = "who_gives_up_says_why";
-    let job = support::with_ranks(test, RANKS, &["--enable-recovery"], |folder| {
+    recorded("who_gives_up_says_why", 3, 0, |folder| {
         let mut end = start(Some(3));
         let (rank, at) = (end.rank(), Tag::new(Operation::PassKv, 1));
         if rank == 3 {
@@ -226,14 +181,12 @@ fn who_gives_up_says_why() {
         assert!(end.close().is_err(), "the end is spent");
         report(folder, rank, at);
     });
-    check_reports(test, job, 3);
 }
 
 /// A process that ends in order without having been asked to is missed by those who need it.
 #[test]
 fn who_leaves_is_gone() {
-    let test = "who_leaves_is_gone";
-    let job = support::with_ranks(test, RANKS, &["--enable-recovery"], |folder| {
+    recorded("who_leaves_is_gone", 1, 0, |folder| {
         let mut end = start(Some(1));
         let rank = end.rank();
         if rank == 1 {
@@ -246,7 +199,181 @@ fn who_leaves_is_gone() {
             other => panic!("rank {rank}: {other:?}"),
         }
     });
-    check_reports(test, job, 1);
+}
+
+/// Posts `bytes` bytes for one rank, and as many of another, and waits.
+fn exchange(end: &mut Mpi, bytes: usize, to: usize, from: usize) -> Result<Buffer, Error> {
+    let tag = Tag::new(Operation::PassKv, 0);
+    let mut message = Buffer::new(bytes);
+    end.seal(&mut message, tag);
+    let ticket = end.exchange(tag, to, Arc::new(message), from, Buffer::new(bytes))?;
+    end.wait(ticket)
+}
+
+/// A look makes MPI see what has come; the next one finds it.
+fn hears(end: &mut Mpi) {
+    let mut looks = (0..100).map(|_| {
+        std::thread::sleep(Duration::from_millis(10));
+        end.check()
+    });
+    assert!(looks.any(|look| look.is_err()), "the others have given it up");
+}
+
+/// Rank 1 begins to wait for rank 2 just before rank 0 gives up waiting for rank 1: it says so, and rank 2 is named.
+#[test]
+fn who_has_just_begun_to_wait_is_not_silent() {
+    recorded("who_has_just_begun_to_wait_is_not_silent", 2, 0, |folder| {
+        let mut end = start(None);
+        let rank = end.rank();
+        let result = match rank {
+            0 => exchange(&mut end, 8, 2, 1),
+            1 => {
+                std::thread::sleep(DEADLINE / 16 * 15);
+                exchange(&mut end, 8, 3, 2)
+            }
+            2 => {
+                std::thread::sleep(3 * DEADLINE);
+                return hears(&mut end);
+            }
+            _ => {
+                // The deadline of its barrier is later than that of rank 0.
+                let received = exchange(&mut end, 8, 2, 1);
+                received.and_then(|_| end.barrier().map(|()| Buffer::new(0)))
+            }
+        };
+        match result.unwrap_err() {
+            Error::Peer { peer: 2, at, fault: PeerFault::Stalled { .. }, .. } => report(folder, rank, at),
+            other => panic!("rank {rank}: {other}"),
+        }
+    });
+}
+
+/// However many things a wait waits for: here for a message that is late, then for a long one that nobody takes.
+#[test]
+fn a_wait_has_one_deadline() {
+    recorded("a_wait_has_one_deadline", 1, 0, |folder| {
+        let mut end = start(None);
+        let rank = end.rank();
+        let begin = Instant::now();
+        let result = match rank {
+            0 => exchange(&mut end, 1 << 20, 1, 2),
+            1 => {
+                std::thread::sleep(3 * DEADLINE);
+                return hears(&mut end);
+            }
+            2 => {
+                std::thread::sleep(DEADLINE / 4 * 3);
+                exchange(&mut end, 1 << 20, 0, 1)
+            }
+            _ => {
+                std::thread::sleep(DEADLINE / 2);
+                end.barrier().map(|()| Buffer::new(0))
+            }
+        };
+        let took = begin.elapsed();
+        assert!(rank != 0 || took < DEADLINE / 2 * 3, "{took:?}");
+        match result.unwrap_err() {
+            Error::Peer { peer: 1, fault: PeerFault::Stalled { .. }, .. } => report(folder, rank, "rank 1"),
+            other => panic!("rank {rank}: {other}"),
+        }
+    });
+}
+
+/// Prepares a job whose ranks call a stand-in before MPI, which lets a call fail or hang once a file of its name and the rank is there.
+fn interposed(command: &mut Command, folder: &Path) {
+    let library = folder.join("interposed.so");
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/interposed.c");
+    let built = Command::new("mpicc")
+        .args(["-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", source, "-o"])
+        .arg(&library)
+        .output();
+    let built = built.expect("whoever has MPI's headers has mpicc");
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    support::record(command, folder);
+    command.arg("env").arg(format!("LD_PRELOAD={}", library.display()));
+}
+
+/// Lets a call of MPI fail or hang from now on, in this rank.
+fn interpose(folder: &Path, call: &str, rank: usize) {
+    std::fs::write(folder.join(format!("{call}.{rank}")), "").unwrap();
+}
+
+/// A call of MPI that fails is somebody's fault, with a name and a step: whom it should have reached, or the rank itself.
+fn fails(test: &'static str, call: &'static str, peer: usize, fault: fn(&PeerFault) -> bool) {
+    let job = support::with_ranks(test, 3, interposed, |folder| {
+        let mut end = start(Some(2));
+        let rank = end.rank();
+        if rank == 2 {
+            interpose(folder, call, rank);
+        }
+        match exchange(&mut end, 8, (rank + 1) % 3, (rank + 2) % 3).and_then(|_| end.barrier()).unwrap_err() {
+            Error::Peer { rank: reporter, peer: found, at, fault: known } => {
+                assert_eq!((reporter, found), (rank, peer), "{known}");
+                assert!(fault(&known), "{known}");
+                report(folder, rank, at);
+            }
+            other => panic!("rank {rank}: {other}"),
+        }
+    });
+    let Some(job) = job else { return };
+    for rank in 0..3 {
+        let at = std::fs::read_to_string(job.folder.path().join(rank.to_string()));
+        assert_eq!(at.unwrap_or_default(), "ring (pass-KV) step 0", "{test}, rank {rank}: {:?}", job.words);
+        assert_eq!(support::status(job.folder.path(), rank), Some(0), "{test}, rank {rank}: {:?}", job.words);
+    }
+}
+
+#[test]
+fn a_receive_that_cannot_be_posted_names_its_rank() {
+    let unreachable = |fault: &PeerFault| matches!(fault, PeerFault::Unreachable(_));
+    fails("a_receive_that_cannot_be_posted_names_its_rank", "MPI_Irecv", 1, unreachable);
+}
+
+#[test]
+fn who_cannot_hear_gives_up() {
+    let deaf =
+        |fault: &PeerFault| matches!(fault, PeerFault::Aborted(why) if why.contains("MPI_Iprobe failed"));
+    fails("who_cannot_hear_gives_up", "MPI_Iprobe", 2, deaf);
+}
+
+/// A process whose MPI does not come back ends, and says where; the others name it, as any that is silent.
+#[test]
+fn mpi_that_hangs_ends_its_process() {
+    let test = "mpi_that_hangs_ends_its_process";
+    let job = support::with_ranks(test, 2, interposed, |folder| {
+        let mut end = start(None);
+        let rank = end.rank();
+        if rank == 1 {
+            interpose(folder, "MPI_Test", rank);
+        }
+        let error = exchange(&mut end, 8, 1 - rank, 1 - rank).and_then(|_| end.barrier()).unwrap_err();
+        assert!(matches!(error, Error::Peer { rank: 0, peer: 1, .. }), "{error}");
+    });
+    let Some(job) = job else { return };
+    let statuses = [0, 1].map(|rank| support::status(job.folder.path(), rank));
+    assert_eq!(statuses, [Some(0), Some(1)], "{:?}", job.words);
+    let words = "rank 1: MPI, waiting for rank 0 at ring (pass-KV) step 0, did not come back within 3000 ms";
+    assert!(job.words[1].contains(words), "{:?}", job.words);
+}
+
+/// A rank that never comes keeps the others in MPI_Init, which only ends with their processes.
+#[test]
+fn a_start_that_hangs_ends_its_process() {
+    let test = "a_start_that_hangs_ends_its_process";
+    let job = support::with_ranks(test, 2, support::record, |_| {
+        if std::env::var("OMPI_COMM_WORLD_RANK").as_deref() == Ok("1") {
+            return std::thread::sleep(3 * DEADLINE);
+        }
+        let begin = Instant::now();
+        // The other one has ended by the time that a start without a deadline would be over.
+        let end = Mpi::start_within(DEADLINE).map(|end| end.rank());
+        panic!("{end:?} after {:?}", begin.elapsed());
+    });
+    let Some(job) = job else { return };
+    let statuses = [0, 1].map(|rank| support::status(job.folder.path(), rank));
+    assert_eq!(statuses, [Some(1), Some(0)], "{:?}", job.words);
+    let words = "MPI_Init and the meeting of all processes did not come back within 1500 ms";
+    assert!(job.words[1].contains(words), "{:?}", job.words);
 }
 
 #[test]

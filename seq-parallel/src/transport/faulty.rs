@@ -7,7 +7,7 @@ use super::{Buffer, Tag, Ticket, Transport};
 use crate::{Error, PeerFault};
 
 /// How a rank fails.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub enum Failure {
     /// It stops: the exchange fails at once and nothing is sent. Its caller should drop it.
     Dies,
@@ -17,6 +17,8 @@ pub enum Failure {
     SendsGarbage,
     /// It sends too few bytes.
     SendsTooLittle,
+    /// It calls this, then goes on if it still can: what kills or stops its process.
+    Calls(fn()),
 }
 
 /// A transport that fails at one exchange.
@@ -59,6 +61,7 @@ impl<X: Transport> Transport for Faulty<X> {
                 return Err(Error::Peer { rank: self.rank(), peer: self.rank(), at: tag, fault });
             }
             Failure::Stalls(time) => std::thread::sleep(time),
+            Failure::Calls(function) => function(),
             Failure::SendsGarbage => {
                 let mut bad = Buffer::clone(&send);
                 bad.bytes_mut().iter_mut().for_each(|byte| *byte ^= 0x5a);

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 /// Set in the ranks: where they may leave files.
@@ -12,6 +13,38 @@ const FOLDER: &str = "SEQ_PARALLEL_MPI_TEST";
 fn skip(reason: &str) {
     assert!(std::env::var_os("REQUIRE_MPI").is_none_or(|value| value != "1"), "{reason}, and REQUIRE_MPI=1");
     eprintln!("skipped: {reason}");
+}
+
+/// Runs a program and leaves its process id and its exit status in a folder, by rank.
+const RECORDED: &str = r#"
+    "$@" & child=$!
+    echo $child > "$SEQ_PARALLEL_MPI_TEST/$OMPI_COMM_WORLD_RANK.pid"
+    wait $child; status=$?
+    echo $status > "$SEQ_PARALLEL_MPI_TEST/$OMPI_COMM_WORLD_RANK.status"
+    exit $status
+"#;
+
+/// Makes `mpirun` run a program in every rank, which is given next, and record its process and its exit status in `folder`. The others
+/// of a rank that dies go on, which plain mpirun does not let them.
+pub(crate) fn record(command: &mut Command, folder: &Path) {
+    command.env(FOLDER, folder).args(["--enable-recovery", "sh", "-c", RECORDED, "sh"]);
+}
+
+/// The process id of a rank, once it is there.
+pub(crate) fn pid(folder: &Path, rank: usize) -> String {
+    let start = Instant::now();
+    loop {
+        match std::fs::read_to_string(folder.join(format!("{rank}.pid"))) {
+            Ok(pid) if pid.ends_with('\n') => return pid.trim().to_string(),
+            _ => assert!(start.elapsed() < Duration::from_secs(30), "rank {rank} has not started"),
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The exit status of a rank that has ended, as a shell gives it: 128 and the signal for one that was killed.
+pub(crate) fn status(folder: &Path, rank: usize) -> Option<i32> {
+    std::fs::read_to_string(folder.join(format!("{rank}.status"))).ok()?.trim().parse().ok()
 }
 
 /// `mpirun` as any user, on any number of cores, on this host.
@@ -32,11 +65,34 @@ pub(crate) fn mpirun(ranks: usize) -> Option<Command> {
 }
 
 /// Waits for a command, and kills it when it takes longer than `limit`.
-pub(crate) fn finish(mut command: Command, limit: Duration) -> Output {
+pub(crate) fn finish(command: Command, limit: Duration) -> Output {
+    finish_while(command, limit, "", || {})
+}
+
+/// As [`finish`]; `when` is called when standard output says `words`, which it must.
+pub(crate) fn finish_while(
+    mut command: Command,
+    limit: Duration,
+    words: &'static str,
+    when: impl FnOnce(),
+) -> Output {
     let mut child =
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let start = Instant::now();
-    let readers = [read(child.stdout.take()), read(child.stderr.take())];
+    let (said, heard) = mpsc::channel();
+    let readers = [
+        read(child.stdout.take(), move |text| {
+            if text.contains(words) {
+                // Nobody listens after the first time.
+                let _ = said.send(());
+            }
+        }),
+        read(child.stderr.take(), |_| {}),
+    ];
+    let said = words.is_empty() || heard.recv_timeout(limit).is_ok();
+    if said {
+        when();
+    }
     while child.try_wait().unwrap().is_none() {
         if start.elapsed() > limit {
             stop(&mut child);
@@ -47,14 +103,28 @@ pub(crate) fn finish(mut command: Command, limit: Duration) -> Output {
         std::thread::sleep(Duration::from_millis(10));
     }
     let [stdout, stderr] = readers.map(|reader| reader.join().unwrap());
+    assert!(
+        said,
+        "nobody has said {words}: {}{}",
+        String::from_utf8_lossy(&stdout),
+        String::from_utf8_lossy(&stderr)
+    );
     Output { status: child.wait().unwrap(), stdout, stderr }
 }
 
-fn read(pipe: Option<impl std::io::Read + Send + 'static>) -> std::thread::JoinHandle<Vec<u8>> {
+/// Reads to the end; `hear` is given all that came so far whenever there is more.
+fn read(
+    pipe: Option<impl std::io::Read + Send + 'static>,
+    hear: impl Fn(&str) + Send + 'static,
+) -> std::thread::JoinHandle<Vec<u8>> {
     std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        if let Some(mut pipe) = pipe {
-            let _ = pipe.read_to_end(&mut bytes);
+        let (mut bytes, mut part) = (Vec::new(), [0; 4096]);
+        let Some(mut pipe) = pipe else { return bytes };
+        while let Ok(count) = pipe.read(&mut part)
+            && count > 0
+        {
+            bytes.extend_from_slice(&part[..count]);
+            hear(&String::from_utf8_lossy(&bytes));
         }
         bytes
     })
@@ -68,36 +138,45 @@ fn stop(child: &mut Child) {
     let _ = child.wait();
 }
 
-/// Runs `body` in each of `ranks` processes; `options` are mpirun's. In the parent, gives what the job wrote and the folder that the
-/// ranks were given; in the ranks, and where there is no MPI, nothing. `test` is the name of the calling test.
+/// What became of a job.
+pub(crate) struct Job {
+    /// Standard output, then standard error.
+    pub(crate) words: [String; 2],
+    /// Whether mpirun found all well.
+    pub(crate) success: bool,
+    /// What its ranks were given to leave files in.
+    pub(crate) folder: tempfile::TempDir,
+}
+
+/// Runs `body` in each of `ranks` processes, whose command `prepare` may change before the program is named. In the parent, gives what
+/// became of the job; in the ranks, and where there is no MPI, nothing. `test` is the name of the calling test.
 pub(crate) fn with_ranks(
     test: &str,
     ranks: usize,
-    options: &[&str],
+    prepare: impl FnOnce(&mut Command, &Path),
     body: impl FnOnce(&Path),
-) -> Option<(Output, tempfile::TempDir)> {
+) -> Option<Job> {
     if let Some(folder) = std::env::var_os(FOLDER) {
         body(Path::new(&folder));
         return None;
     }
     let folder = tempfile::tempdir().unwrap();
     let mut command = mpirun(ranks)?;
+    prepare(&mut command, folder.path());
     command
-        .args(options)
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", test, "--nocapture", "--test-threads=1"])
         .env(FOLDER, folder.path());
     let output = finish(command, Duration::from_secs(60));
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(text.contains("running 1 test"), "{test} is not the name of one test:\n{text}");
-    Some((output, folder))
+    let words = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    assert!(words[0].contains("running 1 test"), "{test} is not the name of one test:\n{}", words[0]);
+    Some(Job { words, success: output.status.success(), folder })
 }
 
 /// As [`with_ranks`]; every rank must come to a good end.
 pub(crate) fn on_ranks(test: &str, ranks: usize, body: impl FnOnce(&Path)) {
-    if let Some((output, _)) = with_ranks(test, ranks, &[], body) {
-        let words = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-        assert!(output.status.success(), "{test}, {ranks} ranks:\n{}{}", words[0], words[1]);
+    if let Some(Job { words, success, .. }) = with_ranks(test, ranks, |_, _| {}, body) {
+        assert!(success, "{test}, {ranks} ranks:\n{}{}", words[0], words[1]);
         assert_eq!(words[0].matches("1 passed").count(), ranks, "{test}, {ranks} ranks:\n{}", words[0]);
     }
 }

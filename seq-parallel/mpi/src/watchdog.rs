@@ -1,0 +1,123 @@
+//! Ends the process when MPI does not come back.
+//!
+//! Nobody can break off a call of MPI, least of all from another thread, and a process that hangs in one keeps its job from ending. So a
+//! thread watches over the calls that may hang, and ends the process when one does.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use seq_parallel::transport::Tag;
+
+/// Between looks. Time is counted in looks, so that a process that was stopped is not ended for it when it goes on.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// A call, or several, that may hang.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Call {
+    /// MPI_Init, and the first meeting of all processes.
+    Start,
+    /// Tests of a request that a rank has to bring about.
+    Wait { rank: usize, peer: usize, at: Tag },
+    /// MPI_Finalize.
+    Finalize { rank: usize },
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Call::Start => {
+                write!(f, "process {}: MPI_Init and the meeting of all processes", std::process::id())
+            }
+            Call::Wait { rank, peer, at } => write!(f, "rank {rank}: MPI, waiting for rank {peer} at {at},"),
+            Call::Finalize { rank } => write!(f, "rank {rank}: MPI_Finalize"),
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Watched {
+    call: Option<(Call, Duration)>,
+    for_looks: u32,
+}
+
+/// The thread that watches, which ends with this.
+#[derive(Debug)]
+pub(crate) struct Watchdog {
+    watched: Arc<Mutex<Watched>>,
+}
+
+/// While it lives, a call is watched.
+#[must_use = "the call is watched as long as this lives"]
+pub(crate) struct Watch {
+    watched: Arc<Mutex<Watched>>,
+}
+
+impl Watchdog {
+    /// Starts the thread, which ends the process by `give_up`.
+    pub(crate) fn new(give_up: impl Fn(Call, Duration) + Send + 'static) -> Self {
+        let watched = Arc::new(Mutex::new(Watched::default()));
+        let seen = Arc::downgrade(&watched);
+        std::thread::spawn(move || watch(&seen, give_up));
+        Watchdog { watched }
+    }
+
+    /// Watches a call until what is returned is dropped: it may take `limit`.
+    pub(crate) fn watch(&self, call: Call, limit: Duration) -> Watch {
+        set(&self.watched, Some((call, limit)));
+        Watch { watched: self.watched.clone() }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        set(&self.watched, None);
+    }
+}
+
+fn set(watched: &Mutex<Watched>, call: Option<(Call, Duration)>) {
+    *watched.lock().unwrap_or_else(PoisonError::into_inner) = Watched { call, for_looks: 0 };
+}
+
+fn watch(watched: &Weak<Mutex<Watched>>, give_up: impl Fn(Call, Duration)) {
+    while let Some(watched) = watched.upgrade() {
+        let mut state = watched.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((call, limit)) = state.call {
+            if LOOK * state.for_looks >= limit {
+                state.call = None;
+                give_up(call, limit);
+            }
+            state.for_looks += 1;
+        }
+        drop(state);
+        drop(watched);
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// Says what hangs, and ends the process.
+pub(crate) fn exit(call: Call, limit: Duration) {
+    eprintln!("{call} did not come back within {} ms", limit.as_millis());
+    std::process::exit(1);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    #[test]
+    fn what_hangs_is_given_up_and_what_ends_is_not() {
+        let (give_up, given_up) = mpsc::channel();
+        let watchdog = Watchdog::new(move |call, _| give_up.send(call).unwrap());
+        for rank in 0..3 {
+            drop(watchdog.watch(Call::Finalize { rank }, 2 * LOOK));
+        }
+        assert!(given_up.recv_timeout(10 * LOOK).is_err(), "all of them ended");
+        let hangs = watchdog.watch(Call::Start, 2 * LOOK);
+        assert_eq!(given_up.recv_timeout(100 * LOOK), Ok(Call::Start));
+        drop(hangs);
+        drop(watchdog);
+        assert_eq!(given_up.recv_timeout(100 * LOOK), Err(mpsc::RecvTimeoutError::Disconnected), "it ends");
+    }
+}
