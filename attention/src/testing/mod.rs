@@ -5,6 +5,7 @@
 
 mod compare;
 mod inputs;
+pub mod product;
 mod rng;
 
 pub use compare::{Comparison, Tolerance, Worst, calc_diff, flash_tolerance};

@@ -17,6 +17,7 @@ use crate::cache::{Cache, KeysValues};
 
 mod caches;
 mod numbers;
+mod product;
 mod refusals;
 mod replay;
 
