@@ -8,9 +8,14 @@ use longkv_benches::{GpuBench, throughput};
 use longkv_cuda::memory::{View, ViewMut};
 use longkv_cuda::status::StatusWord;
 use longkv_cuda::workspace::Workspace;
-use seq_parallel::gpu::{Pack, PackArgs, PackPlan, RingStep, RingStepArgs, RingStepPlan, Rows};
+use seq_parallel::gpu::transport::{OneGpu, Shared};
+use seq_parallel::gpu::{
+    DeviceCarrier, DeviceRing, DeviceRingArgs, Pack, PackArgs, PackPlan, RingStep, RingStepArgs,
+    RingStepPlan, Rows,
+};
 use seq_parallel::placement::{Placement, Sequence, Shards};
 use seq_parallel::ring::RingPlan;
+use seq_parallel::transport::local::World;
 
 const Q_HEADS: usize = 32;
 const KV_HEADS: usize = 8;
@@ -68,6 +73,7 @@ fn cpu(criterion: &mut Criterion) {
 fn gpu(criterion: &mut Criterion) {
     let Some(mut bench) = GpuBench::new() else { return };
     steps(criterion, &mut bench);
+    moving(criterion, &mut bench);
     messages(criterion, &mut bench);
 }
 
@@ -127,6 +133,87 @@ fn steps(criterion: &mut Criterion, bench: &mut GpuBench) {
         });
         assert_eq!(status.read(&stream).expect("read the status"), None, "{name}");
     }
+}
+
+/// 8 ranks with 8K tokens each on one GPU whose blocks really go round, each exchange beside the step before; against
+/// `65536-causal`, one launch over all tokens, and `8-ranks-of-8192-causal`, the steps alone.
+fn moving(criterion: &mut Criterion, bench: &mut GpuBench) {
+    let mut group = bench.group(criterion, "seq-parallel/ring", "bf16");
+    group.group.sample_size(10);
+    let (tokens, ranks) = (65_536, 8);
+    let ring = ring(tokens, ranks, Mask::Causal);
+    let stream = bench.stream.clone();
+    let own = tokens / ranks;
+    let q = stream.clone_htod(&Inputs::Normal.generate::<bf16>(own * Q_HEADS, DIM, 1)).expect("copy");
+    let block = Inputs::Normal.generate::<bf16>(own * KV_HEADS * 2, DIM, 2);
+    let shared = Shared::default();
+    let kernels: Vec<_> = (0..ranks)
+        .map(|rank| {
+            let plan = RingStepPlan::new(&ring, rank).expect("a valid plan");
+            RingStep::<_, bf16>::prepare(&bench.gpu, &plan).expect("prepare")
+        })
+        .collect();
+    let rows = own * Q_HEADS;
+    let mut of_ranks: Vec<_> = World::new(ranks)
+        .expect("ranks")
+        .1
+        .into_iter()
+        .zip(&kernels)
+        .map(|(end, kernel)| {
+            let plan = kernel.plan();
+            let end = OneGpu::new(end, shared.clone(), stream.context().new_stream().expect("a stream"));
+            let block = || stream.clone_htod(bytemuck::cast_slice::<_, u8>(&block)).expect("copy");
+            let blocks = (block(), Some(block()));
+            let tiles = stream.clone_htod(bytemuck::cast_slice::<_, u8>(plan.tiles())).expect("copy");
+            let counts = stream.clone_htod(plan.tile_counts()).expect("copy");
+            let state =
+                [rows * DIM, rows * 2, rows].map(|len| stream.alloc_zeros::<f32>(len).expect("allocate"));
+            let out = stream.alloc_zeros::<bf16>(rows * DIM).expect("allocate");
+            let workspace = Workspace::zeroed(&stream, plan.workspace().bytes()).expect("allocate");
+            (end, Some(blocks), tiles, counts, state, out, workspace)
+        })
+        .collect();
+    let mut status = StatusWord::new(&stream).expect("allocate");
+    let plans = || kernels.iter().map(RingStep::plan);
+    let all = |of: &dyn Fn(&RingStepPlan, usize) -> u64| -> u64 {
+        plans().map(|plan| (0..ranks).map(|step| of(plan, step)).sum::<u64>()).sum()
+    };
+    let bytes = all(&|plan, step| plan.bytes_moved(step, DType::BF16));
+    let flops = all(&|plan, step| plan.flops(step));
+    bench.case(&mut group, "8-ranks-of-8192-causal", (bytes, flops), |stream| {
+        let mut rings: Vec<_> = of_ranks
+            .iter_mut()
+            .zip(&kernels)
+            .enumerate()
+            .map(|(rank, ((_, blocks, ..), kernel))| {
+                // Whose block it is matters to no time.
+                let (own, spare) = blocks.take().expect("the ring before has ended");
+                DeviceRing::new(kernel, rank, own, spare).expect("a ring")
+            })
+            .collect();
+        for _ in 0..ranks {
+            for (ring, (end, _, tiles, counts, [o, ml, lse], out, workspace)) in
+                rings.iter_mut().zip(&mut of_ranks)
+            {
+                let args = DeviceRingArgs {
+                    tiles: &View::device(tiles, stream).cast(),
+                    tile_counts: &View::device(counts, stream),
+                    q: &View::device(&q, stream),
+                    o: ViewMut::device(o, stream),
+                    ml: ViewMut::device(ml, stream),
+                    out: ViewMut::device(out, stream),
+                    lse: ViewMut::device(lse, stream),
+                    status: status.view_mut(stream),
+                };
+                let mut carrier = DeviceCarrier { transport: end, after: stream };
+                ring.step(&mut carrier, stream, args, workspace.view_mut(stream)).expect("a step");
+            }
+        }
+        for (ring, (_, blocks, ..)) in rings.into_iter().zip(&mut of_ranks) {
+            *blocks = Some(ring.into_blocks().expect("nothing is under way"));
+        }
+    });
+    assert_eq!(status.read(&stream).expect("read the status"), None);
 }
 
 /// Messages of Ulysses' first all-to-all among 8 ranks with 8K tokens each.

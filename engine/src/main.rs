@@ -8,5 +8,6 @@ fn main() -> ExitCode {
         open: longkv_engine::ranks::open,
         ranks: 1,
         speaks: true,
+        refused: |message| Some(message.to_string()),
     })
 }

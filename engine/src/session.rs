@@ -2,9 +2,9 @@
 
 use ndarray::{Array1, Axis};
 
-use crate::kv::{self, KvCache, KvMemory, KvTraffic};
+use crate::kv::{KvCache, KvMemory, KvTraffic};
 use crate::mode::Mode;
-use crate::ranks::{Choice, Ranks};
+use crate::ranks::{Choice, Holdings, Ranks};
 use crate::{Error, Model};
 
 /// A sequence that grows: a prompt at once, then token by token.
@@ -20,7 +20,8 @@ impl<'m> Session<'m> {
     /// # Errors
     /// An unknown KV mode, one that its method refuses, or a capacity over the model's maximum.
     pub fn new(model: &'m Model, kv: &Mode, ranks: Box<dyn Ranks>, capacity: usize) -> Result<Self, Error> {
-        Ok(Session { model, ranks, kv: kv::open(kv, model, capacity)? })
+        let kv = ranks.cache(kv, model, capacity)?;
+        Ok(Session { model, ranks, kv })
     }
 
     /// The model.
@@ -42,8 +43,8 @@ impl<'m> Session<'m> {
     /// # Errors
     /// A token out of range, a sequence that grows too long, or logits that are not finite.
     pub fn decode(&mut self, token: u32) -> Result<Array1<f32>, Error> {
-        let hidden = self.model.forward(&[token], self.kv.len(), &mut *self.kv)?;
-        self.logits(hidden.index_axis_move(Axis(0), 0))
+        let hidden = self.ranks.decode(self.model, token, &mut *self.kv)?;
+        self.logits(hidden)
     }
 
     /// Tokens so far.
@@ -69,6 +70,11 @@ impl<'m> Session<'m> {
     /// How the longest prompt so far was shared, where the ranks had to choose.
     pub fn choice(&self) -> Option<&Choice> {
         self.ranks.choice()
+    }
+
+    /// What each of several ranks holds; `None` where there is one.
+    pub fn holdings(&self) -> Option<Holdings> {
+        self.ranks.holdings(&*self.kv)
     }
 
     /// The KV cache, for whoever wants to damage it.

@@ -2,8 +2,10 @@
 
 mod support;
 
+use attention::DType;
 use longkv_engine::{Error, Model, Session, ranks};
 use ndarray::Array1;
+use seq_parallel::cost_model::Scheme;
 use support::{bundled, golden, load, mode};
 
 fn session<'m>(model: &'m Model, kv: &str, sharing: &str, capacity: usize) -> Session<'m> {
@@ -33,7 +35,8 @@ fn check(model: &Model, kv: &str, sharings: &[&str], lens: &[usize], tolerance: 
         };
         let expected = run("single");
         for sharing in sharings {
-            let one_order = sharing.starts_with("ulysses") || sharing.contains("ranks=1");
+            let whole_heads = sharing.starts_with("ulysses") || sharing.starts_with("fast,ranks=4,region");
+            let one_order = whole_heads || sharing.contains("ranks=1");
             let tolerance = if one_order { 0.0 } else { tolerance };
             for (step, (found, expected)) in run(sharing).iter().zip(&expected).enumerate() {
                 close(&format!("{kv}, {sharing}, {len} tokens, step {step}"), found, expected, tolerance);
@@ -42,7 +45,7 @@ fn check(model: &Model, kv: &str, sharings: &[&str], lens: &[usize], tolerance: 
     }
 }
 
-const SHARINGS: [&str; 10] = [
+const SHARINGS: [&str; 18] = [
     "auto,ranks=1",
     "auto,ranks=4",
     "auto,ranks=6,profile=a100",
@@ -53,6 +56,16 @@ const SHARINGS: [&str; 10] = [
     "ulysses,ranks=2",
     "ulysses,ranks=4",
     "hybrid,ranks=4,ulysses=2",
+    "megatron,ranks=2",
+    // 2 KV heads: pairs of ranks have the same.
+    "megatron,ranks=4",
+    "megatron,ranks=4,region=2,placement=striped",
+    "auto,ranks=4,region=2",
+    "auto,ranks=8,region=4,profile=a100",
+    // Weights are gathered, which changes no product.
+    "fast,ranks=4,region=2",
+    "fast,ranks=4,node=2,region=2,attention=megatron,mlp=ulysses",
+    "fast,ranks=8,node=4,region=2,mlp=megatron,placement=contiguous",
 ];
 
 #[test]
@@ -72,7 +85,7 @@ fn every_architecture_can_be_shared() {
         check(
             &model,
             "dense,dtype=f32",
-            &["ring,ranks=4", "ring,ranks=3,placement=striped", "auto,ranks=2"],
+            &["ring,ranks=4", "ring,ranks=3,placement=striped", "auto,ranks=2", "megatron,ranks=2"],
             &[20],
             2e-5,
         );
@@ -127,6 +140,14 @@ fn sharings_that_make_no_sense() {
         ("hybrid,ranks=4,ulysses=3", "divisor of 4"),
         ("ring,ranks=4,placement=random", "zigzag"),
         ("ring,ranks=4,ulysses=2", "unknown option ulysses"),
+        ("hybrid,ranks=4,ulysses=0", "ulysses: expected a whole number of at least 1, found 0"),
+        ("megatron,ranks=4,region=3", "region: expected a divisor of 4 ranks, found 3"),
+        ("auto,ranks=6,region=0", "region: expected a whole number of at least 1, found 0"),
+        ("fast,ranks=6,node=4", "node: expected a divisor of 6 ranks, found 4"),
+        ("fast,ranks=8,node=2,region=4", "region: expected a divisor of 2 ranks of a node, found 4"),
+        ("fast,ranks=4,attention=ring", "attention: expected megatron or ulysses, found \"ring\""),
+        ("fast,ranks=4,mlp=none", "mlp: expected megatron or ulysses"),
+        ("megatron,ranks=4,kv=all", "kv: expected gathered or sharded"),
         ("ring,ranks=4,profile=h100", "unknown option profile"),
         ("auto,ranks=4,profile=fast", "one of host, h100, h100-100g, a100"),
     ] {
@@ -135,8 +156,21 @@ fn sharings_that_make_no_sense() {
     }
     // Heads that cannot be dealt are only known with a model: 4 query heads and 2 KV heads.
     let model = load(&bundled()).unwrap();
-    let error = session(&model, "dense", "ulysses,ranks=3", 8).prefill(&[1, 2, 3]).unwrap_err().to_string();
-    assert!(error.contains("q_heads = 4 cannot be dealt to 3 ranks"), "{error}");
+    for (sharing, named) in [
+        ("ulysses,ranks=3", "Ulysses: q_heads = 4 cannot be dealt to 3 ranks"),
+        ("megatron,ranks=3", "Megatron: q_heads = 4 cannot be dealt to 3 ranks"),
+        ("fast,ranks=6,node=3", "Ulysses: q_heads = 4 cannot be dealt to 3 ranks"),
+        ("fast,ranks=5,region=5,attention=megatron", "Megatron: q_heads = 4 cannot be dealt to 5 ranks"),
+        ("auto,ranks=7,region=7", "q_heads = 4 cannot be dealt to 7 ranks"),
+    ] {
+        let refused = Session::new(&model, &mode("dense"), ranks::open(&mode(sharing)).unwrap(), 8);
+        let error = refused.map(drop).expect_err(sharing).to_string();
+        assert!(error.contains(named), "{sharing}: {error}");
+    }
+    assert!(ranks::check_weights(&mode("megatron,ranks=2"), &mode("dense")).is_ok());
+    assert!(ranks::check_weights(&mode("auto,ranks=2"), &mode("host:1")).is_ok());
+    let error = ranks::check_weights(&mode("megatron,ranks=2"), &mode("host:1")).unwrap_err().to_string();
+    assert!(error.contains("expected --weights dense, found host:1"), "{error}");
     assert_eq!(ranks::open(&mode("ring,ranks=7")).unwrap().count(), 7);
 }
 
@@ -147,9 +181,27 @@ fn auto_asks_the_cost_model() {
     let config = model.config();
     let choice = |mode_text: &str, tokens| {
         let sharing = ranks::Sharing::new(&mode(mode_text)).unwrap();
-        sharing.choose(config, tokens).unwrap()
+        sharing.choose(config, tokens, DType::F32).unwrap()
     };
     assert!(choice("ring,ranks=4", 100).is_none(), "nothing to choose");
+    // Where weights are split, every combination of schemes is asked about, and some of them need other heads.
+    let split = choice("auto,ranks=8,region=4,profile=h100", 4096).unwrap();
+    let text = split.to_string();
+    for words in [
+        "weights are split over regions of 4 ranks",
+        "Megatron 4 × ring 2, MLP Megatron",
+        "Megatron 4 × ring 2, MLP Ulysses",
+        "Ulysses 4 × ring 2, MLP Megatron",
+        "Ulysses 8 × ring 1, MLP Ulysses",
+        "for weights",
+        "q_heads = 4 cannot be dealt to 8 ranks",
+    ] {
+        assert!(text.contains(words), "{words}: {text}");
+    }
+    // A long prompt is worth the gathering of weights, a short one is not.
+    let schemes = |tokens| choice("auto,ranks=8,region=4,profile=h100", tokens).unwrap().schemes();
+    assert_eq!(schemes(64)[0], Scheme::Megatron);
+    assert_eq!(schemes(1 << 20), [Scheme::Ulysses; 2]);
     // 4 query and 2 KV heads cannot be dealt to 3 or 6 ranks.
     let six = choice("auto,ranks=6", 100).unwrap();
     assert!([1, 2].contains(&six.group()), "{six}");
@@ -165,7 +217,7 @@ fn auto_asks_the_cost_model() {
     // Each line is no faster than the one before it, and the first is what is done.
     let times: Vec<f64> = text
         .lines()
-        .filter(|line| line.contains("of attention in a layer"))
+        .filter(|line| line.contains("of a layer:"))
         .map(|line| line[24..].split_whitespace().next().unwrap().parse().unwrap())
         .collect();
     assert!(times.len() == 2 && times[0] <= times[1], "{text}");

@@ -69,6 +69,11 @@ impl HybridPlan {
         cut(group, border(rank % self.ulysses)..border(rank % self.ulysses + 1))
     }
 
+    /// Tokens of each rank of a rank's group, in order: its own are among them.
+    pub fn group_tokens(&self, rank: usize) -> Vec<usize> {
+        self.members(rank / self.ulysses).query_rows()
+    }
+
     fn members(&self, group: usize) -> Members {
         let ranks = || group * self.ulysses..(group + 1) * self.ulysses;
         Members {
@@ -98,9 +103,7 @@ impl HybridPlan {
     /// # Errors
     /// [`Error::Argument`] for a rank that is not there.
     pub fn bytes_sent(&self, rank: usize, q_bytes: usize, kv_bytes: usize) -> Result<u64, Error> {
-        if rank >= self.ranks() {
-            return Err(Error::argument("rank", format!("below {}", self.ranks()), rank));
-        }
+        let ring = self.ring_bytes_sent(rank, q_bytes, kv_bytes)?;
         let (group, place) = (rank / self.ulysses, rank % self.ulysses);
         let (shape, members) = (self.spec.shape, self.members(group));
         let (q_rows, kv_rows) = (members.query_rows(), members.key_rows());
@@ -110,8 +113,7 @@ impl HybridPlan {
             + kv_rows[place] * kv_heads * (shape.qk_dim() + shape.v_dim()) * kv_bytes;
         let others: usize = q_rows.iter().sum::<usize>() - q_rows[place];
         let back = others * q_heads * (shape.v_dim() + 1) * 4;
-        Ok(((self.ulysses - 1) * to_heads + back) as u64
-            + self.ring(place)?.bytes_sent(group, q_bytes, kv_bytes))
+        Ok(((self.ulysses - 1) * to_heads + back) as u64 + ring)
     }
 
     /// Runs one rank.
@@ -127,14 +129,47 @@ impl HybridPlan {
         if transport.ranks() != self.ranks() {
             return Err(Error::argument("transport", format!("{} ranks", self.ranks()), transport.ranks()));
         }
-        let (group, place) = (transport.rank() / self.ulysses, transport.rank() % self.ulysses);
-        let (shape, members) = (self.spec.shape, self.members(group));
-        let node: Vec<usize> = (group * self.ulysses..(group + 1) * self.ulysses).collect();
-        let across = (0..self.groups.ranks()).map(|group| group * self.ulysses + place).collect();
+        let rank = transport.rank();
+        let (shape, members, node) = (self.spec.shape, self.members(rank / self.ulysses), self.node(rank));
         let HeadRows { q, k, v } =
             members.to_heads(&shape, inputs, &mut Subgroup::new(transport, node.clone())?)?;
-        let inputs = Inputs { q: &q, k: &k, v: &v };
-        let output = self.ring(place)?.run(inputs, &mut Subgroup::new(transport, across)?)?;
+        let output = self.run_heads(Inputs { q: &q, k: &k, v: &v }, transport)?;
         members.to_tokens(&shape, &output, &mut Subgroup::new(transport, node)?)
+    }
+
+    /// The ranks of a rank's group.
+    pub fn node(&self, rank: usize) -> Vec<usize> {
+        let first = rank / self.ulysses * self.ulysses;
+        (first..first + self.ulysses).collect()
+    }
+
+    /// Runs the ring of one rank alone, on heads that it has already: its place's, of all tokens of its group, rank after rank. So has a
+    /// rank whose group splits the weights of projections ([`megatron`](crate::megatron)). Gives outputs `[group's tokens, own q_heads,
+    /// v_dim]`.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_heads<Q: Element, T: Element, X: Transport + ?Sized>(
+        &self,
+        inputs: Inputs<'_, Q, T>,
+        transport: &mut X,
+    ) -> Result<Output, Error> {
+        if transport.ranks() != self.ranks() {
+            return Err(Error::argument("transport", format!("{} ranks", self.ranks()), transport.ranks()));
+        }
+        let place = transport.rank() % self.ulysses;
+        let across = (0..self.groups.ranks()).map(|group| group * self.ulysses + place).collect();
+        self.ring(place)?.run(inputs, &mut Subgroup::new(transport, across)?)
+    }
+
+    /// Payload bytes that a rank sends in [`run_heads`](Self::run_heads).
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a rank that is not there.
+    pub fn ring_bytes_sent(&self, rank: usize, q_bytes: usize, kv_bytes: usize) -> Result<u64, Error> {
+        if rank >= self.ranks() {
+            return Err(Error::argument("rank", format!("below {}", self.ranks()), rank));
+        }
+        Ok(self.ring(rank % self.ulysses)?.bytes_sent(rank / self.ulysses, q_bytes, kv_bytes))
     }
 }

@@ -16,6 +16,7 @@
 //! | [`ulysses`] | tokens to heads and back |
 //! | [`hybrid`] | Ulysses inside groups, a ring over them |
 //! | [`megatron`] | stages split by their weights |
+//! | [`decode`] | decoding over shards that stay where prefill left them |
 //! | [`cost_model`], [`select`] | what each would take: the paper's formulas and corrected ones; the least |
 //! | [`simulate`] | rings of thousands of ranks on paper: links, stragglers, exposed communication |
 //! | [`transport`] | how ranks move bytes: threads, modelled delay, faults and deadlines |
@@ -61,6 +62,7 @@
 
 pub mod cost_model;
 pub mod cpu;
+pub mod decode;
 mod error;
 pub mod fingerprint;
 #[cfg(feature = "cuda")]

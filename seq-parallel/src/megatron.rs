@@ -9,8 +9,11 @@
 
 use std::ops::Range;
 
+use attention::HeadShape;
+
 use crate::placement::Shards;
-use crate::transport::Transport;
+use crate::transport::{Buffer, Transport};
+use crate::ulysses::{LocalHeads, deal_heads};
 use crate::{Error, Output};
 
 /// Runs one stage of one rank: `compute` gets all tokens of the batch `[tokens, width]`, packed, and gives this rank's part of the sum
@@ -28,39 +31,127 @@ pub fn stage<X: Transport + ?Sized, E: From<Error>>(
     transport: &mut X,
     compute: impl FnOnce(&[f32]) -> Result<Vec<f32>, E>,
 ) -> Result<Vec<f32>, E> {
-    let (rank, ranks) = (transport.rank(), shards.ranks());
+    let ranks = shards.ranks();
+    let tokens: Vec<usize> = (0..ranks).map(|rank| shards.query_tokens(rank)).collect();
+    group_stage(&tokens, rows, width, transport, |gathered| {
+        let mut all = vec![0.0; gathered.len()];
+        let mut first = 0;
+        for (rank, tokens) in tokens.iter().enumerate() {
+            shards.put(rank, &gathered[first..first + tokens * width], width, &mut all)?;
+            first += tokens * width;
+        }
+        let partial = compute(&all)?;
+        crate::error::check_len("compute", partial.len(), &[shards.new_tokens(), width])?;
+        // Back into the order of ranks.
+        let mut by_rank = Vec::with_capacity(partial.len());
+        for rank in 0..ranks {
+            by_rank.extend(shards.take(rank, &partial, width)?);
+        }
+        Ok(by_rank)
+    })
+}
+
+/// As [`stage`], among ranks of `tokens[r]` tokens whose rows follow each other, rank after rank.
+///
+/// # Errors
+/// As [`stage`].
+pub fn group_stage<X: Transport + ?Sized, E: From<Error>>(
+    tokens: &[usize],
+    rows: &[f32],
+    width: usize,
+    transport: &mut X,
+    compute: impl FnOnce(&[f32]) -> Result<Vec<f32>, E>,
+) -> Result<Vec<f32>, E> {
+    let (rank, ranks) = (transport.rank(), tokens.len());
     if transport.ranks() != ranks {
         return Err(Error::argument("transport", format!("{ranks} ranks"), transport.ranks()).into());
     }
-    crate::error::check_len("rows", rows.len(), &[shards.query_tokens(rank), width])?;
-    let lens: Vec<usize> = (0..ranks).map(|rank| shards.query_tokens(rank) * width).collect();
+    crate::error::check_len("rows", rows.len(), &[tokens[rank], width])?;
+    let lens: Vec<usize> = tokens.iter().map(|tokens| tokens * width).collect();
     let byte_lens: Vec<usize> = lens.iter().map(|len| 4 * len).collect();
     let gathered = transport.all_gather_v(bytemuck::cast_slice(rows), &byte_lens)?;
-    let gathered: Vec<f32> = bytemuck::pod_collect_to_vec(&gathered);
-    let mut all = vec![0.0; gathered.len()];
-    let mut first = 0;
-    for (rank, len) in lens.iter().enumerate() {
-        shards.put(rank, &gathered[first..first + len], width, &mut all)?;
-        first += len;
+    let partial = compute(&bytemuck::pod_collect_to_vec::<u8, f32>(&gathered))?;
+    crate::error::check_len("compute", partial.len(), &[tokens.iter().sum(), width])?;
+    Ok(transport.reduce_scatter(&partial, &lens)?)
+}
+
+/// From some heads of all tokens to all heads of the own tokens: what a rank has to keep of the keys and values of a stage.
+///
+/// - `tokens[r]`: tokens of rank r, whose rows follow each other, rank after rank;
+/// - `heads[r]`: heads that come from rank r; all ranks' together are each head once, in order;
+/// - `own` `[all tokens, heads of this rank, dim]`.
+///
+/// Gives `[tokens of this rank, all heads, dim]`.
+///
+/// # Errors
+/// [`Error::Argument`] when the tensor has another length or the transport other ranks; [`Error::Peer`] when a rank has failed.
+pub fn heads_to_tokens<X: Transport + ?Sized>(
+    tokens: &[usize],
+    heads: &[Range<usize>],
+    dim: usize,
+    own: &[f32],
+    transport: &mut X,
+) -> Result<Vec<f32>, Error> {
+    let (rank, ranks) = (transport.rank(), tokens.len());
+    if transport.ranks() != ranks || heads.len() != ranks {
+        return Err(Error::argument("transport", format!("{ranks} ranks"), transport.ranks()));
     }
-    let partial = compute(&all)?;
-    crate::error::check_len("compute", partial.len(), &[shards.new_tokens(), width])?;
-    // Back into the order of ranks.
-    let mut by_rank = Vec::with_capacity(partial.len());
-    for rank in 0..ranks {
-        by_rank.extend(shards.take(rank, &partial, width)?);
+    let (all, width) = (heads.iter().map(Range::len).sum::<usize>(), heads[rank].len() * dim);
+    crate::error::check_len("own", own.len(), &[tokens.iter().sum(), width])?;
+    let mut rest = own;
+    let mut send = Vec::with_capacity(ranks);
+    for tokens in tokens {
+        let (part, behind) = rest.split_at(tokens * width);
+        send.push(Buffer::of(part));
+        rest = behind;
     }
-    Ok(transport.reduce_scatter(&by_rank, &lens)?)
+    let lens: Vec<usize> = heads.iter().map(|heads| 4 * tokens[rank] * heads.len() * dim).collect();
+    let received = transport.all_to_all_v(send, &lens)?;
+    let mut rows = vec![0.0; tokens[rank] * all * dim];
+    for (heads, message) in heads.iter().zip(&received).filter(|(heads, _)| !heads.is_empty()) {
+        let parts = message.values::<f32>().chunks_exact(heads.len() * dim);
+        for (row, part) in rows.chunks_exact_mut(all * dim).zip(parts) {
+            row[heads.start * dim..heads.end * dim].copy_from_slice(part);
+        }
+    }
+    Ok(rows)
+}
+
+/// The heads of one rank of several: the r-th part of the query heads and the KV heads that these read.
+///
+/// # Errors
+/// [`Error::Divisibility`] that says which: query heads must divide by the ranks, and of KV heads and ranks one must divide the other.
+pub fn local_heads(shape: &HeadShape, ranks: usize, rank: usize) -> Result<LocalHeads, Error> {
+    deal_heads("Megatron", shape, ranks, rank)
+}
+
+/// The KV heads that each rank hands on where several have the same: those that no rank before it has.
+///
+/// # Errors
+/// As [`local_heads`].
+pub fn first_kv_heads(shape: &HeadShape, ranks: usize) -> Result<Vec<Range<usize>>, Error> {
+    let mut next = 0;
+    let mut first = |rank| -> Result<Range<usize>, Error> {
+        let kv = local_heads(shape, ranks, rank)?.kv;
+        let start = kv.start.max(next);
+        next = kv.end;
+        Ok(start..kv.end)
+    };
+    (0..ranks).map(&mut first).collect()
 }
 
 /// Payload bytes that a rank sends in one stage: to gather f32 tokens round a ring, and to scatter sums.
 pub fn bytes_sent(shards: &Shards, rank: usize, width: usize) -> u64 {
-    let ranks = shards.ranks();
+    let tokens: Vec<usize> = (0..shards.ranks()).map(|rank| shards.query_tokens(rank)).collect();
+    group_bytes_sent(&tokens, rank, width)
+}
+
+/// As [`bytes_sent`], of a [`group_stage`].
+pub fn group_bytes_sent(tokens: &[usize], rank: usize, width: usize) -> u64 {
+    let (ranks, all) = (tokens.len(), tokens.iter().sum::<usize>());
     // In the gather a rank passes on every part but its right neighbour's; in the scatter it sends every part but its own.
-    let right = shards.query_tokens((rank + 1) % ranks);
-    let gather = if ranks > 1 { shards.new_tokens() - right } else { 0 };
-    let scatter = shards.new_tokens() - shards.query_tokens(rank);
-    4 * ((gather + scatter) * width) as u64
+    let gather = if ranks > 1 { all - tokens[(rank + 1) % ranks] } else { 0 };
+    4 * ((gather + all - tokens[rank]) * width) as u64
 }
 
 /// Rank r's part of `count` heads or inner channels.

@@ -5,7 +5,7 @@
 
 use crate::Error;
 use crate::cost_model::corrected::{self, Rates, Seconds};
-use crate::cost_model::{Cluster, Layer, Profile, Scheme, paper};
+use crate::cost_model::{Cluster, Layer, Mlp, Profile, Scheme, paper};
 
 /// A scheme for each stage, and what a layer takes with it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -50,7 +50,7 @@ pub fn combinations(
             if cluster.region == 1 && [attention, mlp].contains(&Scheme::Megatron) {
                 continue;
             }
-            if let Err(error) = deal(attention, layer, cluster) {
+            if let Err(error) = deal(attention, layer, cluster).and_then(|()| deal_mlp(mlp, layer, cluster)) {
                 refused = Some(error);
                 continue;
             }
@@ -86,49 +86,98 @@ pub fn fastest(
         .ok_or_else(|| Error::argument("region", "a region that some scheme fits", cluster.region))
 }
 
-/// How a prompt over replicas of the whole model is shared: Ulysses in groups of ranks, a ring over the groups.
+/// A way to share a prompt among ranks: schemes inside a node, a ring between.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Degrees {
-    /// Ranks of a group.
-    pub ulysses: usize,
-    /// Groups, which are the members of a ring.
+pub struct Way {
+    /// Of the attention stage.
+    pub attention: Scheme,
+    /// Of the MLP stage.
+    pub mlp: Scheme,
+    /// Adjacent ranks that the attention stage is shared among: a node where it is Ulysses, a region where it is Megatron.
+    pub group: usize,
+    /// Members of a ring, which goes over the groups.
     pub ring: usize,
-    /// Estimated seconds of a layer's attention stage, or why heads cannot be dealt to such groups.
-    pub estimate: Result<Seconds, Error>,
+    /// Estimated seconds of a layer's attention stage and of its MLP stage, or why something cannot be dealt to such groups.
+    pub estimate: Result<[Seconds; 2], Error>,
 }
 
-/// Estimates every pair of degrees u · r = `ranks` by the corrected model, for a prompt of `tokens` tokens: the fastest first, those that
-/// cannot be last.
+impl Way {
+    /// Estimated seconds of a layer; infinite where it cannot be.
+    pub fn seconds(&self) -> f64 {
+        self.estimate.as_ref().map_or(f64::INFINITY, |stages| stages.iter().map(Seconds::total).sum())
+    }
+}
+
+/// Estimates every way by the corrected model, for a prompt of `tokens` tokens over ranks whose weights are split over regions of `region`
+/// adjacent ranks: the fastest first, those that cannot be last.
 ///
-/// Every rank has all weights, so there is nothing for Megatron to split, and the MLP takes the same with all of them. What fits a node of
-/// the profile uses its links, what does not the network.
+/// Where a region is one rank, it has all weights: there is nothing for Megatron to split, and the MLP needs no exchange. Else a stage is
+/// Megatron's in its region, or Ulysses' in a group of one or more regions, which has to gather the weights first. Groups that fit a node of
+/// the profile use its links, others the network.
 ///
 /// # Errors
-/// [`Error::Argument`] for no ranks.
-pub fn degrees(layer: &Layer, profile: &Profile, ranks: usize, tokens: usize) -> Result<Vec<Degrees>, Error> {
+/// [`Error::Argument`] for no ranks or an empty region; [`Error::Divisibility`] for ranks that are not whole regions.
+pub fn ways(
+    layer: &Layer,
+    profile: &Profile,
+    ranks: usize,
+    region: usize,
+    tokens: usize,
+) -> Result<Vec<Way>, Error> {
     if ranks == 0 {
         return Err(Error::argument("ranks", "at least 1", 0));
     }
-    let estimate = |ulysses: usize| -> Result<Seconds, Error> {
-        let cluster = Cluster { nodes: ranks / ulysses, gpus: ulysses, region: 1 };
+    if region == 0 {
+        return Err(Error::argument("region", "at least 1 rank", 0));
+    }
+    if !ranks.is_multiple_of(region) {
+        let rule = "regions must divide the ranks";
+        return Err(Error::Divisibility {
+            scheme: "fast SP",
+            what: "ranks",
+            count: ranks,
+            ranks: region,
+            rule,
+        });
+    }
+    let estimate = |attention: Scheme, mlp: Scheme, group: usize| -> Result<[Seconds; 2], Error> {
+        let cluster = Cluster { nodes: ranks / group, gpus: group, region };
         cluster.check()?;
-        deal(Scheme::Ulysses, layer, &cluster)?;
+        deal(attention, layer, &cluster)?;
+        deal_mlp(mlp, layer, &cluster)?;
         let link = |fits| if fits { profile.rates.intra } else { profile.rates.inter };
         let rates = Rates {
-            intra: link(ulysses <= profile.node),
+            intra: link(profile.holds(group, ranks)),
             inter: link(ranks <= profile.node),
             ..profile.rates
         };
-        let s = tokens as f64 / ranks as f64;
-        Ok(corrected::attention(Scheme::Ulysses, layer, &cluster, &rates, s, 0.0))
+        Ok(corrected_stages(attention, mlp, layer, &cluster, &rates, tokens as f64 / ranks as f64))
     };
-    let divisors = (1..=ranks).filter(|ulysses| ranks.is_multiple_of(*ulysses));
-    let mut all: Vec<Degrees> = divisors
-        .map(|ulysses| Degrees { ulysses, ring: ranks / ulysses, estimate: estimate(ulysses) })
-        .collect();
-    let seconds = |degrees: &Degrees| degrees.estimate.as_ref().map_or(f64::INFINITY, Seconds::total);
-    all.sort_by(|a, b| seconds(a).total_cmp(&seconds(b)));
-    Ok(all)
+    let groups: Vec<usize> =
+        (region..=ranks).step_by(region).filter(|group| ranks.is_multiple_of(*group)).collect();
+    let mut ways = Vec::new();
+    for attention in SCHEMES {
+        // A stage that Megatron splits is shared in its region, whatever the node.
+        let groups = if attention == Scheme::Megatron { &[region][..] } else { &groups[..] };
+        for (group, mlp) in groups.iter().flat_map(|&group| SCHEMES.map(|mlp| (group, mlp))) {
+            if region > 1 || [attention, mlp] == [Scheme::Ulysses; 2] {
+                let estimate = estimate(attention, mlp, group);
+                ways.push(Way { attention, mlp, group, ring: ranks / group, estimate });
+            }
+        }
+    }
+    ways.sort_by(|a, b| a.seconds().total_cmp(&b.seconds()));
+    Ok(ways)
+}
+
+/// Checks that an MLP stage can be dealt.
+fn deal_mlp(mlp: Scheme, layer: &Layer, cluster: &Cluster) -> Result<(), Error> {
+    match (mlp, layer.mlp) {
+        (Scheme::Megatron, Mlp::SwiGlu { inner }) => {
+            crate::megatron::part("the MLP's inner dimension", inner as usize, cluster.region, 0).map(drop)
+        }
+        _ => Ok(()),
+    }
 }
 
 fn deal(attention: Scheme, layer: &Layer, cluster: &Cluster) -> Result<(), Error> {
@@ -171,7 +220,6 @@ fn paper_seconds(
     stages.into_iter().map(seconds).sum()
 }
 
-/// Each stage may hide the weights of the other: layers follow each other.
 fn corrected_seconds(
     attention: Scheme,
     mlp: Scheme,
@@ -180,9 +228,21 @@ fn corrected_seconds(
     rates: &Rates,
     s: f64,
 ) -> f64 {
+    corrected_stages(attention, mlp, layer, cluster, rates, s).iter().map(Seconds::total).sum()
+}
+
+/// Each stage may hide the weights of the other: layers follow each other.
+fn corrected_stages(
+    attention: Scheme,
+    mlp: Scheme,
+    layer: &Layer,
+    cluster: &Cluster,
+    rates: &Rates,
+    s: f64,
+) -> [Seconds; 2] {
     let alone = corrected::mlp(mlp, layer, cluster, rates, s, 0.0);
     let before = alone.compute + alone.intra;
     let attention = corrected::attention(attention, layer, cluster, rates, s, before);
     let mlp = corrected::mlp(mlp, layer, cluster, rates, s, attention.total() - attention.exposed_weights);
-    attention.total() + mlp.total()
+    [attention, mlp]
 }

@@ -31,7 +31,17 @@ pub struct LocalHeads {
 /// # Errors
 /// [`Error::Divisibility`] that says which: query heads must divide by the ranks, and of KV heads and ranks one must divide the other.
 pub fn local_heads(shape: &HeadShape, ranks: usize, rank: usize) -> Result<LocalHeads, Error> {
-    let error = |what, count, rule| Error::Divisibility { scheme: "Ulysses", what, count, ranks, rule };
+    deal_heads("Ulysses", shape, ranks, rank)
+}
+
+/// As [`local_heads`], for a scheme of this name.
+pub(crate) fn deal_heads(
+    scheme: &'static str,
+    shape: &HeadShape,
+    ranks: usize,
+    rank: usize,
+) -> Result<LocalHeads, Error> {
+    let error = |what, count, rule| Error::Divisibility { scheme, what, count, ranks, rule };
     if ranks == 0 || rank >= ranks {
         return Err(Error::argument("rank", format!("below {ranks} ranks"), rank));
     }

@@ -2,10 +2,10 @@
 
 use seq_parallel::Error;
 use seq_parallel::cost_model::corrected::{self, Rates};
-use seq_parallel::cost_model::{Cluster, Layer, Scheme, paper};
+use seq_parallel::cost_model::{Cluster, Layer, Mlp, Profile, Scheme, paper};
 use seq_parallel::placement::Placement;
 use seq_parallel::ring::{Direction, Rates as DirectionRates};
-use seq_parallel::select::{Model, combinations, fastest};
+use seq_parallel::select::{self, Model, combinations, fastest};
 use seq_parallel::simulate::{LLAMA_405B_TP8, Machines, Prefill, simulate};
 use seq_parallel::transport::sim::Link;
 
@@ -19,6 +19,7 @@ const RATES: Rates = Rates {
     intra: Link::NVLINK,
     inter: Link::NIC_400G,
     element_bytes: 2.0,
+    kv_bytes: 2.0,
 };
 
 #[test]
@@ -133,6 +134,56 @@ fn clusters_and_heads_that_do_not_fit() {
     assert!(matches!(fails(&odd, P4DE), Error::Divisibility { what: "q_heads", count: 7, .. }));
 }
 
+/// Ways to share a prompt: all of them, the fastest first; what cannot be says why.
+#[test]
+fn every_way_is_estimated() {
+    let schemes = |way: &select::Way| (way.attention, way.mlp, way.group, way.ring);
+    let (m, u) = (Scheme::Megatron, Scheme::Ulysses);
+    let all = select::ways(&Layer::LLAMA_70B_SWIGLU, &Profile::H100, 16, 4, 1 << 17).unwrap();
+    let mut found: Vec<_> = all.iter().map(schemes).collect();
+    found.sort_by_key(|&(attention, mlp, group, _)| (attention == u, mlp == u, group));
+    let of = |attention, mlp, groups: &[usize]| -> Vec<_> {
+        groups.iter().map(|&group| (attention, mlp, group, 16 / group)).collect()
+    };
+    let expected = [of(m, m, &[4]), of(m, u, &[4]), of(u, m, &[4, 8, 16]), of(u, u, &[4, 8, 16])].concat();
+    assert_eq!(found, expected);
+    assert!(all.is_sorted_by(|a, b| a.seconds() <= b.seconds()));
+    // 8 KV heads go to 16 ranks, two of which have the same; a group of 16 crosses nodes, so that the network is what it uses.
+    let [node, across] = [8, 16].map(|group| {
+        let way = all.iter().find(|way| schemes(way) == (u, u, group, 16 / group)).unwrap();
+        way.estimate.as_ref().unwrap()[0].intra
+    });
+    assert!(across > 5.0 * node, "{across} s and {node} s");
+    // Groups that lie across the border of a node of 8 are as slow as the network: 3 ranks of 9 do, 2 of 10 do not.
+    assert!(!Profile::H100.holds(3, 9) && Profile::H100.holds(2, 10) && Profile::H100.holds(3, 6));
+    assert!(Profile::HOST.holds(3, 3000));
+    // Weights that all ranks have leave Megatron nothing to split.
+    let whole = select::ways(&Layer::LLAMA_8B_SWIGLU, &Profile::H100, 6, 1, 1000).unwrap();
+    assert!(whole.iter().all(|way| (way.attention, way.mlp) == (u, u)));
+    let cannot: Vec<usize> = whole.iter().filter(|way| way.estimate.is_err()).map(|way| way.group).collect();
+    assert_eq!(cannot, [3, 6], "32 heads are not dealt to these, and they come last");
+    // Keys in fewer bytes are carried faster; nothing else changes.
+    let profile = |kv_bytes| Profile { rates: Rates { kv_bytes, ..Profile::H100.rates }, ..Profile::H100 };
+    let seconds = |kv_bytes| {
+        let ways = select::ways(&Layer::LLAMA_70B_SWIGLU, &profile(kv_bytes), 8, 1, 1 << 17).unwrap();
+        let way = ways.into_iter().find(|way| way.group == 8).unwrap();
+        way.estimate.unwrap()[0].intra
+    };
+    let elements = (1 << 14) as f64 * 2.0 * 8.0 * 128.0 * 7.0 / 8.0;
+    let saved = elements / Link::NVLINK.bytes_per_s;
+    assert!(((seconds(2.0) - seconds(1.0)) / saved - 1.0).abs() < 1e-9);
+
+    let refused = |ranks, region| {
+        select::ways(&Layer::LLAMA_70B, &Profile::H100, ranks, region, 1000).unwrap_err().to_string()
+    };
+    assert!(refused(0, 1).contains("`ranks`") && refused(4, 0).contains("`region`"));
+    assert!(refused(6, 4).contains("ranks = 6 cannot be dealt to 4 ranks: regions must divide the ranks"));
+    let odd = Layer { mlp: Mlp::SwiGlu { inner: 30.0 }, ..Layer::LLAMA_70B };
+    let ways = select::ways(&odd, &Profile::H100, 4, 4, 1000).unwrap();
+    let error = ways.iter().find_map(|way| way.estimate.as_ref().err()).unwrap().to_string();
+    assert!(error.contains("the MLP's inner dimension = 30 cannot be dealt to 4 ranks"), "{error}");
+}
+
 /// Llama 405B on four ranks of 540 TFLOP/s and 50 GB/s.
 #[test]
 fn thresholds_of_pass_kv_and_pass_q() {
@@ -140,7 +191,8 @@ fn thresholds_of_pass_kv_and_pass_q() {
         ranks: 4,
         q_heads: 128,
         kv_heads: 8,
-        element_bytes: 2,
+        q_bytes: 2,
+        kv_bytes: 2,
         flops_per_s: 540e12,
         bytes_per_s: 50e9,
     };
@@ -165,6 +217,10 @@ fn thresholds_of_pass_kv_and_pass_q() {
         let found = 100.0 * tips as f64 / total as f64;
         assert!((found - percent).abs() < 0.1, "{bytes_per_s}: {found} %");
     }
+    // Queries in f32 and keys in 16 bits: queries are the smaller message half as early.
+    let mixed = DirectionRates { q_bytes: 4, ..rates };
+    assert_eq!((mixed.small_query_share(), mixed.hidden_q_tokens()), (0.0625, 43_200.0));
+    assert_eq!(mixed.hidden_kv_tokens(), 2700.0);
     // A short prefix: queries are no smaller than keys.
     assert_eq!(rates.choose(100, 100), Direction::PassKv);
 }

@@ -4,8 +4,9 @@ use attention::{Element, Mask};
 use half::{bf16, f16};
 use seq_parallel::hybrid::HybridPlan;
 use seq_parallel::placement::{Placement, Shards};
+use seq_parallel::ring::Inputs;
 use seq_parallel::testing::{Contents, on_ranks, sequences, spec};
-use seq_parallel::transport::Transport;
+use seq_parallel::transport::{Subgroup, Transport};
 use seq_parallel::ulysses::{UlyssesPlan, local_heads};
 use seq_parallel::{Error, megatron};
 
@@ -133,6 +134,69 @@ fn megatron_stages_equal_the_whole() {
                 );
             }
         }
+    }
+}
+
+/// Megatron's attention over a ring of regions: each rank has its heads of its region's tokens, and hands on keys that others keep.
+#[test]
+fn rings_of_regions_equal_attention() {
+    let contents = Contents::<bf16>::new(spec(8, 2, 32, Mask::Causal), sequences(&[(0, 53)]), 30);
+    let shape = contents.spec.shape;
+    for (region, ring) in [(1, 3), (2, 1), (2, 3), (4, 2), (8, 1)] {
+        let groups = Shards::new(contents.sequences.clone(), Placement::Zigzag, ring).unwrap();
+        let plan = HybridPlan::new(contents.spec, groups.clone(), region).unwrap();
+        let first = megatron::first_kv_heads(&shape, region).unwrap();
+        let outputs = on_ranks(
+            plan.ranks(),
+            |end| end,
+            |rank, transport| {
+                let heads = megatron::local_heads(&shape, region, rank % region).unwrap();
+                let group = rank / region;
+                let rows = contents.rows(&groups.queries(group), &groups.keys(group));
+                let part = |x: &[bf16], all: usize, part: &std::ops::Range<usize>| -> Vec<bf16> {
+                    x.chunks_exact(all * 32)
+                        .flat_map(|x| x[part.start * 32..part.end * 32].to_vec())
+                        .collect()
+                };
+                let (q, k) = (part(&rows.q, 8, &heads.q), part(&rows.k, 2, &heads.kv));
+                let v = part(&rows.v, 2, &heads.kv);
+                let output = plan.run_heads(Inputs { q: &q, k: &k, v: &v }, transport).unwrap();
+                assert_eq!(transport.traffic().sent, plan.ring_bytes_sent(rank, 2, 2).unwrap());
+
+                // Own tokens, all heads.
+                let (tokens, own) = (plan.group_tokens(rank), &first[rank % region]);
+                let own_k = part(&rows.k, 2, own);
+                let own_k: Vec<f32> = own_k.iter().map(|x| x.to_f32()).collect();
+                let before = transport.traffic().sent;
+                let kept = {
+                    let mut region = Subgroup::new(transport, plan.node(rank)).unwrap();
+                    megatron::heads_to_tokens(&tokens, &first, 32, &own_k, &mut region).unwrap()
+                };
+                let others: usize = tokens.iter().sum::<usize>() - tokens[rank % region];
+                assert_eq!(transport.traffic().sent - before, (4 * others * own.len() * 32) as u64);
+                let expected = contents.rows(&[], &plan.keys(rank)).k;
+                assert!(kept.iter().zip(&expected).all(|(a, b)| *a == b.to_f32()), "rank {rank}");
+                assert_eq!(kept.len(), expected.len(), "rank {rank}");
+                output
+            },
+        );
+        // Heads of all ranks of a region, side by side.
+        let (mut queries, mut whole) = (Vec::new(), Vec::new());
+        for group in 0..ring {
+            let of = &outputs[group * region..(group + 1) * region];
+            let (heads, tokens) = (8 / region, groups.query_tokens(group));
+            let rows = |token: usize, width: usize| token * heads * width..(token + 1) * heads * width;
+            queries.push(groups.queries(group));
+            whole.push(seq_parallel::Output {
+                out: (0..tokens)
+                    .flat_map(|t| of.iter().flat_map(move |of| of.out[rows(t, 32)].to_vec()))
+                    .collect(),
+                lse: (0..tokens)
+                    .flat_map(|t| of.iter().flat_map(move |of| of.lse[rows(t, 1)].to_vec()))
+                    .collect(),
+            });
+        }
+        contents.check(&format!("regions of {region}, a ring of {ring}"), &queries, &whole);
     }
 }
 

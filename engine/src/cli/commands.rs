@@ -47,7 +47,21 @@ impl Modes {
         kv::check(&kv)?;
         linear::check(&linear)?;
         ranks::check(&ranks)?;
+        ranks::check_weights(&ranks, &linear)?;
         Ok(Modes { kv, linear, ranks, host: args.host })
+    }
+
+    /// As [`new`](Self::new), of the flag `--kv`: its ranks must be able to hold what it says.
+    pub(super) fn of_flags(args: &Args) -> Result<Self, Failure> {
+        let modes = Modes::new(args, args.mode("kv", "dense")?)?;
+        ranks::check_kv(&modes.ranks, &modes.kv)?;
+        Ok(modes)
+    }
+
+    /// Why these modes cannot be compared on a model; `None` where they can.
+    pub(super) fn unavailable(&self, model: &Path) -> Option<String> {
+        let sharded = ranks::check_kv(&self.ranks, &self.kv).err().map(|error| error.to_string());
+        sharded.or_else(|| kv::unavailable(&self.kv, model))
     }
 
     /// Loads the model.
@@ -62,9 +76,10 @@ impl Modes {
     }
 }
 
-/// How prompts were shared and why, after an empty line; nothing where nobody had to choose.
+/// How prompts were shared and why, where somebody had to choose, and what each of several ranks holds; each after an empty line.
 pub(super) fn sharing(session: &Session<'_>) -> String {
-    session.choice().map_or_else(String::new, |choice| format!("\n{choice}"))
+    let choice = session.choice().map_or_else(String::new, |choice| format!("\n{choice}"));
+    choice + &session.holdings().map_or_else(String::new, |holdings| format!("\n{holdings}"))
 }
 
 /// Reads a text that is not empty.
@@ -91,7 +106,7 @@ fn two_memories(report: &eval::Report) -> String {
 
 /// `engine eval`
 pub(super) fn eval(args: &Args) -> Result<(), Failure> {
-    let modes = Modes::new(args, args.mode("kv", "dense")?)?;
+    let modes = Modes::of_flags(args)?;
     let (context, prefill, count) = (args.count("context")?, args.count("prefill")?, args.count("windows")?);
     let json = OutFile::open(args.path("json"))?;
     let text = read_text(&args.path("text").ok_or_else(|| args.missing("text"))?)?;
@@ -131,7 +146,7 @@ pub(super) fn eval(args: &Args) -> Result<(), Failure> {
 
 /// `engine generate`
 pub(super) fn generate(args: &Args) -> Result<(), Failure> {
-    let modes = Modes::new(args, args.mode("kv", "dense")?)?;
+    let modes = Modes::of_flags(args)?;
     let max_tokens = args.count("max-tokens")?;
     let temperature = args.number("temperature", "a number")?.unwrap_or(0.0);
     let mut sampler = Sampler::new(temperature, args.number("seed", "a whole number")?.unwrap_or(0))?;
@@ -162,7 +177,7 @@ pub(super) fn generate(args: &Args) -> Result<(), Failure> {
 
 /// `engine retrieval`
 pub(super) fn retrieval(args: &Args) -> Result<(), Failure> {
-    let modes = Modes::new(args, args.mode("kv", "dense")?)?;
+    let modes = Modes::of_flags(args)?;
     let (context, documents) = (args.count("context")?, args.count("documents")?.unwrap_or(DOCUMENTS));
     let seed = args.number("seed", "a whole number")?.unwrap_or(0);
     let json = OutFile::open(args.path("json"))?;

@@ -59,7 +59,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
 
     let (modes, left_out): (Vec<_>, Vec<_>) = modes
         .iter()
-        .map(|mode| (mode, kv::unavailable(&mode.kv, model.path())))
+        .map(|mode| (mode, mode.unavailable(model.path())))
         .partition(|(_, reason)| reason.is_none());
     for (mode, reason) in left_out {
         output::print(&format!("{} is left out: {}\n\n", mode.kv, reason.unwrap_or_default()))?;
@@ -75,7 +75,10 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
             let progress = Progress::new(&format!("{name}: perplexity"));
             let report =
                 eval::evaluate(&mut session, &name, &text, windows, |done, all| progress.update(done, all))?;
-            shared = commands::sharing(&session);
+            // The first mode's stands for all: how prompts are shared depends on little else.
+            if rows.is_empty() {
+                shared = commands::sharing(&session);
+            }
             report
         };
         // Where the first mode, dense, fails, the others are not asked.

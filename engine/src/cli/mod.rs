@@ -45,6 +45,9 @@ pub struct Host {
     pub ranks: usize,
     /// Whether this process writes: of several that run the same command, one writes to standard output and to files.
     pub speaks: bool,
+    /// Hears why this process stops, where that is no other process's fault, and gives what is to be said of it, if anything: of several
+    /// that run the same command, all mostly stop for the same reason.
+    pub refused: fn(&str) -> Option<String>,
 }
 
 /// Runs the command line's command.
@@ -59,13 +62,16 @@ pub fn main(host: Host) -> ExitCode {
         Failure::Stdout(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return ExitCode::SUCCESS,
         _ => {}
     }
-    // What one process refuses, all refuse, and one says so; what went wrong between them, each has its own view of.
-    if !host.speaks && !failure.is_between_ranks() {
-        return ExitCode::from(2);
-    }
     // One line, whatever a parser's message looks like.
     let message = failure.to_string();
-    let message = message.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+    let mut message = message.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+    // What went wrong between processes, each has its own view of.
+    if !failure.is_between_ranks() {
+        match (host.refused)(&message) {
+            Some(words) => message = words,
+            None => return ExitCode::from(2),
+        }
+    }
     // The exit code tells it where nobody reads stderr.
     let _ = writeln!(std::io::stderr(), "error: {message}");
     match failure {

@@ -108,13 +108,17 @@ impl<T: Element> KvCache for Dense<T> {
 
     fn scramble(&mut self, rng: &mut fastrand::Rng) {
         for values in self.layers.iter_mut().flat_map(|layer| [&mut layer.k, &mut layer.v]) {
-            let mean_square =
-                values.iter().map(|x| x.to_f32().powi(2)).sum::<f32>() / values.len().max(1) as f32;
-            // Uniform in ±a has a mean square of a² / 3.
-            let amplitude = (3.0 * mean_square).sqrt();
-            values.fill_with(|| T::from_f32(amplitude * (2.0 * rng.f32() - 1.0)));
+            scramble(values, rng);
         }
     }
+}
+
+/// Noise of like magnitude in the place of these values.
+pub(super) fn scramble<T: Element>(values: &mut [T], rng: &mut fastrand::Rng) {
+    let mean_square = values.iter().map(|x| x.to_f32().powi(2)).sum::<f32>() / values.len().max(1) as f32;
+    // Uniform in ±a has a mean square of a² / 3.
+    let amplitude = (3.0 * mean_square).sqrt();
+    values.fill_with(|| T::from_f32(amplitude * (2.0 * rng.f32() - 1.0)));
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 mod dense;
 mod fdc;
 mod hack;
+mod sharded;
 mod sparse;
 
 use attention::{AttentionSpec, DType, rope::RopeConfig};
@@ -19,6 +20,8 @@ use crate::{Config, Error, Model};
 pub use dense::Dense;
 pub use fdc::{Fdc, PLANS, Probe, Recorder, Storage as FdcStorage, plan_path, read_plan};
 pub use hack::{Hack, Options as HackOptions, QuantizedLayer};
+pub(crate) use sharded::{HOME, RankShard, Shared};
+pub use sharded::{ShardedKv, stored_type};
 pub use sparse::{Options as SparseOptions, Sparse};
 
 /// The methods of this seam.
@@ -142,6 +145,16 @@ pub trait KvCache: Send {
     /// that is all it does to them, so that the prompt's logits do not depend on who computed it. Others attend in f32.
     fn stored(&self) -> DType {
         DType::F32
+    }
+
+    /// This cache as one whose keys and values are dealt to ranks; `None` for others.
+    fn sharded(&self) -> Option<&ShardedKv> {
+        None
+    }
+
+    /// [`sharded`](Self::sharded), to be changed.
+    fn sharded_mut(&mut self) -> Option<&mut ShardedKv> {
+        None
     }
 
     /// Tokens held.

@@ -146,6 +146,36 @@ mod tests {
                     "{case}: [{t}, {o}] is {found}, not {exact}"
                 );
             }
+            // In parts, as ranks that split the matrix have it.
+            let (row, column) = (outputs / 3, inputs / 2);
+            let mut parts = Array2::zeros((tokens, 0));
+            for rows in [0..row, row..row, row..outputs] {
+                let part = linear.forward_rows(x.view(), rows).unwrap();
+                parts = ndarray::concatenate![Axis(1), parts, part];
+            }
+            let mut sum = Array2::<f32>::zeros((tokens, outputs));
+            for columns in [0..column, column..inputs] {
+                let x = x.slice(ndarray::s![.., columns.clone()]);
+                sum += &linear.forward_columns(x, columns).unwrap();
+            }
+            if let Some(bias) = linear.bias() {
+                sum += &ndarray::ArrayView1::from(bias);
+            }
+            for ((index, &whole), (&rows, &columns)) in y.indexed_iter().zip(parts.iter().zip(&sum)) {
+                assert!((rows - whole).abs() < 1e-5, "{case}, rows: {index:?} is {rows}, not {whole}");
+                assert!(
+                    (columns - whole).abs() < 1e-5,
+                    "{case}, columns: {index:?} is {columns}, not {whole}"
+                );
+            }
+            for (argument, refused) in [
+                ("rows", linear.forward_rows(x.view(), 0..outputs + 1)),
+                ("columns", linear.forward_columns(x.view(), 1..inputs + 1)),
+                ("x", linear.forward_columns(x.view(), 0..inputs - 1)),
+            ] {
+                let error = refused.expect_err(case).to_string();
+                assert!(error.starts_with(argument), "{case}: {error}");
+            }
             let wide = Array2::zeros((tokens, inputs + 1));
             assert!(
                 matches!(linear.forward(wide.view()), Err(Error::Argument { argument: "x", .. })),

@@ -7,10 +7,11 @@ mod dense;
 mod host;
 mod ledger;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use attention::DType;
-use ndarray::{ArcArray2, Array2, ArrayView2, CowArray, Ix2};
+use ndarray::{ArcArray2, Array2, ArrayView1, ArrayView2, CowArray, Ix2, s};
 
 use crate::Error;
 use crate::mode::{Method, Mode};
@@ -77,6 +78,34 @@ pub trait Linear: Send + Sync {
     /// [`Error::Argument`] when `x` has another width than the matrix.
     fn forward(&self, x: ArrayView2<'_, f32>) -> Result<Array2<f32>, Error>;
 
+    /// Some of the output features, their biases added: `[tokens, rows]`. For ranks that split a matrix; nothing is counted in the
+    /// [`Ledger`].
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when `x` has another width than the matrix, or there are no such rows.
+    fn forward_rows(&self, x: ArrayView2<'_, f32>, rows: Range<usize>) -> Result<Array2<f32>, Error> {
+        let w = self.matrix();
+        check_part("rows", &rows, w.nrows())?;
+        check_width(x, w.ncols())?;
+        let mut y = x.dot(&w.slice(s![rows.clone(), ..]).t());
+        if let Some(bias) = self.bias() {
+            y += &ArrayView1::from(&bias[rows]);
+        }
+        Ok(y)
+    }
+
+    /// What some of the input features, `x` `[tokens, columns]`, add to the product: `[tokens, out_features]`, without the bias. As
+    /// [`forward_rows`](Self::forward_rows) otherwise.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when `x` is not so wide, or there are no such columns.
+    fn forward_columns(&self, x: ArrayView2<'_, f32>, columns: Range<usize>) -> Result<Array2<f32>, Error> {
+        let w = self.matrix();
+        check_part("columns", &columns, w.ncols())?;
+        check_width(x, columns.len())?;
+        Ok(x.dot(&w.slice(s![.., columns]).t()))
+    }
+
     /// The matrix W `[out_features, in_features]`, for methods that fold another matrix into it.
     fn matrix(&self) -> CowArray<'_, f32, Ix2>;
 
@@ -87,6 +116,20 @@ pub trait Linear: Send + Sync {
     fn predict(&self, device: usize, tokens: usize) -> Option<hybrid_gemm::Prediction> {
         let _ = (device, tokens);
         None
+    }
+}
+
+fn check_part(argument: &'static str, part: &Range<usize>, of: usize) -> Result<(), Error> {
+    match part.start <= part.end && part.end <= of {
+        true => Ok(()),
+        false => Err(Error::argument(argument, format!("a part of 0..{of}"), format!("{part:?}"))),
+    }
+}
+
+fn check_width(x: ArrayView2<'_, f32>, columns: usize) -> Result<(), Error> {
+    match x.ncols() == columns {
+        true => Ok(()),
+        false => Err(Error::argument("x", format!("{columns} columns"), x.ncols())),
     }
 }
 

@@ -1,5 +1,7 @@
 //! One decoder layer: attention and a SwiGLU feed-forward block, each after an RMS norm and around a residual.
 
+use std::ops::Range;
+
 use ndarray::{Array2, ArrayView2, ArrayView3, Zip};
 
 use super::Loader;
@@ -93,10 +95,10 @@ impl Layer {
         positions: &[u32],
         kv: &mut dyn KvCache,
     ) -> Result<(), Error> {
-        let normed = self.attention_norm.apply(x.view());
+        let normed = self.attention_normed(x.view());
         *x += &self.attention(normed.view(), positions, kv)?;
-        let normed = self.mlp_norm.apply(x.view());
-        *x += &self.mlp(normed.view())?;
+        let normed = self.mlp_normed(x.view());
+        *x += &self.mlp(self.mlp_matrices(), normed.view())?;
         Ok(())
     }
 
@@ -107,34 +109,30 @@ impl Layer {
         kv: &mut dyn KvCache,
     ) -> Result<Array2<f32>, Error> {
         let (q_heads, kv_heads, _) = self.heads;
-        let [q, k, v] = self.project(x)?;
+        let [w_q, w_k, w_v, w_o] = self.attention_matrices();
+        let [q, k, v] = self.project([w_q, w_k, w_v], x)?;
         let (q, k, v) = (by_head(&q, q_heads)?, by_head(&k, kv_heads)?, by_head(&v, kv_heads)?);
-        kv.forward(&Step { layer: self.index, positions, q, k, v, w_o: &*self.o })
+        kv.forward(&Step { layer: self.index, positions, q, k, v, w_o })
     }
 
-    /// Queries, keys and values of normed rows, each `[tokens, heads · head_dim]`, before RoPE.
-    fn project(&self, x: ArrayView2<'_, f32>) -> Result<[Array2<f32>; 3], Error> {
-        let (mut q, mut k, v) = (self.q.forward(x)?, self.k.forward(x)?, self.v.forward(x)?);
-        if let Some((q_norm, k_norm)) = &self.qk_norm {
-            q = per_head(q_norm, q, self.heads.2);
-            k = per_head(k_norm, k, self.heads.2);
-        }
-        Ok([q, k, v])
+    /// The norm before attention, of `[tokens, hidden]`.
+    pub(crate) fn attention_normed(&self, x: ArrayView2<'_, f32>) -> Array2<f32> {
+        self.attention_norm.apply(x)
     }
 
-    /// [`forward`](Self::forward) with attention by somebody else: `attend` gets queries, keys and values, each
-    /// `[tokens, heads · head_dim]` before RoPE, and gives `[tokens, q_heads · head_dim]`, the input of W_O.
-    pub(crate) fn forward_with(
-        &self,
-        x: &mut Array2<f32>,
-        attend: impl FnOnce(Array2<f32>, Array2<f32>, Array2<f32>) -> Result<Array2<f32>, Error>,
-    ) -> Result<(), Error> {
-        let normed = self.attention_norm.apply(x.view());
-        let [q, k, v] = self.project(normed.view())?;
-        *x += &self.o.forward(attend(q, k, v)?.view())?;
-        let normed = self.mlp_norm.apply(x.view());
-        *x += &self.mlp(normed.view())?;
-        Ok(())
+    /// The norm before the MLP, of `[tokens, hidden]`.
+    pub(crate) fn mlp_normed(&self, x: ArrayView2<'_, f32>) -> Array2<f32> {
+        self.mlp_norm.apply(x)
+    }
+
+    /// W_Q, W_K, W_V and W_O.
+    pub(crate) fn attention_matrices(&self) -> [&dyn Linear; 4] {
+        [&self.q, &self.k, &self.v, &self.o].map(|matrix| &**matrix)
+    }
+
+    /// The MLP's matrices: gate, up and down.
+    pub(crate) fn mlp_matrices(&self) -> [&dyn Linear; 3] {
+        [&self.gate, &self.up, &self.down].map(|matrix| &**matrix)
     }
 
     /// The output projection W_O.
@@ -142,14 +140,77 @@ impl Layer {
         &*self.o
     }
 
-    /// `down(silu(gate(x)) · up(x))`
-    fn mlp(&self, x: ArrayView2<'_, f32>) -> Result<Array2<f32>, Error> {
-        let mut inner = self.gate.forward(x)?;
-        Zip::from(&mut inner).and(&self.up.forward(x)?).for_each(|gate, &up| {
-            *gate = *gate / (1.0 + (-*gate).exp()) * up;
-        });
-        self.down.forward(inner.view())
+    /// Queries, keys and values of normed rows by W_Q, W_K and W_V, each `[tokens, heads · head_dim]`, before RoPE.
+    pub(crate) fn project(
+        &self,
+        [q, k, v]: [&dyn Linear; 3],
+        x: ArrayView2<'_, f32>,
+    ) -> Result<[Array2<f32>; 3], Error> {
+        Ok(self.normed_heads([q.forward(x)?, k.forward(x)?, v.forward(x)?]))
     }
+
+    /// Queries of some heads, and keys and values of some, as [`project`](Self::project) gives them of all.
+    pub(crate) fn project_heads(
+        &self,
+        x: ArrayView2<'_, f32>,
+        q_heads: &Range<usize>,
+        kv_heads: &Range<usize>,
+    ) -> Result<[Array2<f32>; 3], Error> {
+        let (q_rows, kv_rows) = (self.channels(q_heads), self.channels(kv_heads));
+        let q = self.q.forward_rows(x, q_rows)?;
+        Ok(self.normed_heads([q, self.k.forward_rows(x, kv_rows.clone())?, self.v.forward_rows(x, kv_rows)?]))
+    }
+
+    /// What some heads `[tokens, their heads · head_dim]` add to W_O's product, without its bias.
+    pub(crate) fn output_of_heads(
+        &self,
+        x: ArrayView2<'_, f32>,
+        q_heads: &Range<usize>,
+    ) -> Result<Array2<f32>, Error> {
+        self.o.forward_columns(x, self.channels(q_heads))
+    }
+
+    /// Channels of some heads.
+    fn channels(&self, heads: &Range<usize>) -> Range<usize> {
+        heads.start * self.heads.2..heads.end * self.heads.2
+    }
+
+    /// Norms of q and k, where the model has them.
+    fn normed_heads(&self, [mut q, mut k, v]: [Array2<f32>; 3]) -> [Array2<f32>; 3] {
+        if let Some((q_norm, k_norm)) = &self.qk_norm {
+            q = per_head(q_norm, q, self.heads.2);
+            k = per_head(k_norm, k, self.heads.2);
+        }
+        [q, k, v]
+    }
+
+    /// `down(silu(gate(x)) · up(x))` of normed rows, by these matrices.
+    pub(crate) fn mlp(
+        &self,
+        [gate, up, down]: [&dyn Linear; 3],
+        x: ArrayView2<'_, f32>,
+    ) -> Result<Array2<f32>, Error> {
+        down.forward(gated(gate.forward(x)?, &up.forward(x)?).view())
+    }
+
+    /// What some inner channels add to the MLP of normed rows, without the bias of its last product.
+    pub(crate) fn mlp_of_channels(
+        &self,
+        x: ArrayView2<'_, f32>,
+        inner: &Range<usize>,
+    ) -> Result<Array2<f32>, Error> {
+        let gate = self.gate.forward_rows(x, inner.clone())?;
+        let up = self.up.forward_rows(x, inner.clone())?;
+        self.down.forward_columns(gated(gate, &up).view(), inner.clone())
+    }
+}
+
+/// `silu(gate) · up`
+fn gated(mut gate: Array2<f32>, up: &Array2<f32>) -> Array2<f32> {
+    Zip::from(&mut gate).and(up).for_each(|gate, &up| {
+        *gate = *gate / (1.0 + (-*gate).exp()) * up;
+    });
+    gate
 }
 
 /// `[tokens, heads · head_dim]` as `[tokens, heads, head_dim]`.

@@ -3,8 +3,10 @@
 use ndarray::Array1;
 use seq_parallel::transport::local;
 
-use super::{Choice, Ranks, Sharing, Single, prefill_shared};
-use crate::kv::KvCache;
+use super::sharded::extend_on_threads;
+use super::{Choice, Holdings, Ranks, Sharing, Single, prefill_shared};
+use crate::kv::{self, KvCache, ShardedKv};
+use crate::mode::Mode;
 use crate::{Error, Model};
 
 /// Threads that share a prompt.
@@ -14,7 +16,7 @@ pub struct Threads {
 }
 
 impl Threads {
-    /// As many threads as the sharing has ranks; they live as long as a prompt.
+    /// As many threads as the sharing has ranks; they live as long as a prompt, or a token.
     pub fn new(sharing: Sharing) -> Self {
         Threads { sharing, choice: None }
     }
@@ -25,12 +27,27 @@ impl Ranks for Threads {
         self.sharing.ranks()
     }
 
-    /// A prompt that continues a cache is computed by one rank: only the cache's own method can read what it holds.
+    fn cache(&self, mode: &Mode, model: &Model, capacity: usize) -> Result<Box<dyn KvCache>, Error> {
+        self.sharing.check(model.config())?;
+        let ranks = self.count();
+        match self.sharing.is_sharded() {
+            true => Ok(Box::new(ShardedKv::new(mode, model, capacity, ranks, 0..ranks)?)),
+            false => kv::open(mode, model, capacity),
+        }
+    }
+
+    /// A prompt that continues a cache which is not sharded is computed by one rank: only the cache's own method can read what it holds.
     fn prefill(&mut self, model: &Model, tokens: &[u32], kv: &mut dyn KvCache) -> Result<Array1<f32>, Error> {
+        if kv.is_empty() {
+            let choice = self.sharing.choose(model.config(), tokens.len(), kv.stored())?;
+            super::remember(&mut self.choice, choice);
+        }
+        if let Some(kv) = kv.sharded_mut() {
+            return extend_on_threads(model, &self.sharing, tokens, kv);
+        }
         if !kv.is_empty() {
             return Single.prefill(model, tokens, kv);
         }
-        super::remember(&mut self.choice, self.sharing.choose(model.config(), tokens.len())?);
         let (sharing, stored) = (&self.sharing, kv.stored());
         let mut results =
             local::run(self.count(), |mut end| prefill_shared(model, sharing, tokens, stored, &mut end))?;
@@ -39,7 +56,19 @@ impl Ranks for Threads {
         prompt.append_to(model, kv)
     }
 
+    fn decode(&mut self, model: &Model, token: u32, kv: &mut dyn KvCache) -> Result<Array1<f32>, Error> {
+        match kv.sharded_mut() {
+            Some(kv) => extend_on_threads(model, &self.sharing, &[token], kv),
+            None => Single.decode(model, token, kv),
+        }
+    }
+
     fn choice(&self) -> Option<&Choice> {
         self.choice.as_ref()
+    }
+
+    fn holdings(&self, kv: &dyn KvCache) -> Option<Holdings> {
+        // The first rank hands what was gathered to the cache.
+        Some(kv.sharded().map_or_else(|| Holdings::gathered(kv, self.count(), [0]), Holdings::sharded))
     }
 }

@@ -6,8 +6,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use longkv_engine::kv::ShardedKv;
 use longkv_engine::mode::Mode;
-use longkv_engine::ranks::{Sharing, Single, prefill_shared};
+use longkv_engine::ranks::{Sharing, Single, extend_sharded, prefill_shared};
 use longkv_engine::{Model, Session};
 use seq_parallel::transport::Transport;
 use seq_parallel_mpi::Mpi;
@@ -30,7 +31,14 @@ fn four_processes_give_the_logits_of_one_rank() {
         let tokens: Vec<u32> = (0..61).map(|i| 32 + i * 7 % 90).collect();
         let mut single = Session::new(&model, &mode("dense,dtype=f32"), Box::new(Single), 62).unwrap();
         let expected = [single.prefill(&tokens).unwrap(), single.decode(65).unwrap()];
-        for sharing in ["auto,ranks=4", "ring,ranks=4", "ulysses,ranks=4", "hybrid,ranks=4,ulysses=2"] {
+        for sharing in [
+            "auto,ranks=4",
+            "ring,ranks=4",
+            "ulysses,ranks=4",
+            "hybrid,ranks=4,ulysses=2",
+            "megatron,ranks=4,region=2",
+            "fast,ranks=4,region=2,mlp=megatron",
+        ] {
             let mut kv = longkv_engine::kv::open(&mode("dense,dtype=f32"), &model, 62).unwrap();
             let sharing_mode = Sharing::new(&mode(sharing)).unwrap();
             let prompt = prefill_shared(&model, &sharing_mode, &tokens, kv.stored(), &mut end).unwrap();
@@ -47,6 +55,49 @@ fn four_processes_give_the_logits_of_one_rank() {
                 let tolerance = if sharing.starts_with("ulysses") { 0.0 } else { 2e-5 };
                 assert!(off <= tolerance, "{sharing}, rank {}, step {step}: off by {off}", end.rank());
             }
+        }
+        end.close().unwrap();
+    });
+}
+
+/// Every process keeps its shard: the logits of one rank, shards that stay balanced, and bytes to the byte.
+#[test]
+fn four_processes_decode_over_their_shards() {
+    support::on_ranks("four_processes_decode_over_their_shards", 4, |_| {
+        let mut end = Mpi::start().unwrap();
+        let (model, rank) = (model(), end.rank());
+        let (config, heads) = (model.config(), &model.config().heads);
+        let tokens: Vec<u32> = (0..70).map(|i| 32 + i * 7 % 90).collect();
+        let mut single = Session::new(&model, &mode("dense,dtype=f32"), Box::new(Single), 70).unwrap();
+        let mut expected = vec![single.prefill(&tokens[..61]).unwrap()];
+        expected.extend(tokens[61..].iter().map(|&token| single.decode(token).unwrap()));
+        for sharing in ["ring,ranks=4,kv=sharded", "ulysses,ranks=4,kv=sharded"] {
+            let sharing_mode = Sharing::new(&mode(sharing)).unwrap();
+            let mut kv = ShardedKv::new(&mode("dense,dtype=f32"), &model, 70, 4, [rank]).unwrap();
+            let mut step = |tokens: &[u32], kv: &mut ShardedKv| {
+                let hidden = extend_sharded(&model, &sharing_mode, tokens, kv, &mut end).unwrap();
+                model.logits(hidden.view().insert_axis(ndarray::Axis(0))).unwrap().row(0).to_owned()
+            };
+            let mut found = vec![step(&tokens[..61], &mut kv)];
+            let prefilled = kv.held().to_vec();
+            found.extend(tokens[61..].iter().map(|&token| step(&[token], &mut kv)));
+            for (step, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                let off = (found - expected).mapv(f32::abs).fold(0.0, |a: f32, b| a.max(*b));
+                assert!(off <= 2e-5, "{sharing}, rank {rank}, step {step}: off by {off}");
+            }
+            let (least, most) = (kv.held().iter().min().unwrap(), kv.held().iter().max().unwrap());
+            assert!(most - least <= 1 && kv.held().iter().sum::<usize>() == 70, "{:?}", kv.held());
+            assert_eq!(kv.bytes(rank), Some(kv.held()[rank] * 4 * config.kv_elements_per_token()));
+            let elsewhere: usize = (1..4).map(|rank| kv.held()[rank] - prefilled[rank]).sum();
+            let layers = match rank {
+                0 => {
+                    let query = 4 * heads.q_heads() * heads.qk_dim();
+                    9 * config.layers * 3 * query + elsewhere * 4 * config.kv_elements_per_token()
+                }
+                _ => 9 * config.layers * 4 * heads.q_heads() * (heads.v_dim() + 1),
+            };
+            let round = if rank == 3 { 0 } else { 9 * 4 * config.hidden_size };
+            assert_eq!(kv.sent(rank), Some((layers + round) as u64), "{sharing}, rank {rank}");
         }
         end.close().unwrap();
     });
@@ -76,13 +127,16 @@ fn processes_generate_what_one_generates() {
     let arguments = ["generate", "--prompt", "def merge(first, second):", "--max-tokens", "40"];
     let Some((_, alone, _)) = engine(1, &[], &arguments, &[]) else { return };
     assert!(alone.starts_with("def merge(first, second):") && alone.len() > 50, "{alone}");
-    for (ranks, sharing) in [(2, "ring"), (3, "ring"), (4, "auto")] {
+    for (ranks, sharing) in [(2, "ring"), (3, "ring,kv=sharded"), (4, "auto"), (4, "megatron,region=2,kv=sharded")] {
         let arguments = [&arguments[..], &["--sp", sharing]].concat();
         let (success, stdout, stderr) = engine(ranks, &[], &arguments, &[]).unwrap();
         assert!(success, "{ranks} ranks: {stderr}");
         assert!(stdout.starts_with(alone.trim_end()), "{ranks} ranks: {stdout}");
         let why = stdout.contains("Sharing") && stdout.contains("chosen");
         assert_eq!(why, sharing == "auto", "{ranks} ranks: {stdout}");
+        let how = if sharing.contains("sharded") { "sharded over" } else { "computed by" };
+        assert!(stdout.contains(&format!("Keys and values, {how} {ranks} ranks:")), "{stdout}");
+        assert_eq!(stdout.matches(" holds ").count(), ranks, "{stdout}");
     }
 }
 
@@ -97,6 +151,11 @@ fn eval_and_demo_run_on_processes() {
     assert!(success, "{stderr}");
     assert_eq!(line(&stdout, "nll per token"), line(&alone, "nll per token"), "{stdout}");
     assert!(line(&alone, "nll per token").is_some(), "{alone}");
+    let sharded = [&eval[..], &["--sp", "ring,kv=sharded"]].concat();
+    let (success, stdout, stderr) = engine(3, &[], &sharded, &[]).unwrap();
+    assert!(success, "{stderr}");
+    assert_eq!(line(&stdout, "nll per token"), line(&alone, "nll per token"), "{stdout}");
+    assert!(stdout.contains("for 72 decoded tokens"), "{stdout}");
     let (success, stdout, stderr) = engine(4, &[], &["demo", "--context", "64"], &[]).unwrap();
     assert!(success, "{stderr}");
     assert!(stdout.matches("Model: ").count() == 1 && stdout.contains("hack4"), "{stdout}");
@@ -171,8 +230,26 @@ fn what_processes_refuse() {
         (&["generate", "--prompt", "x", "--ranks", "3"][..], "this job has 2 processes, not 3"),
         (&["generate", "--prompt", "x", "--sp", "single"][..], "single is one rank"),
         (&["generate"][..], "needs --prompt"),
+        (&["generate", "--prompt", "x", "--sp", "ring,kv=sharded", "--kv", "hack4"], "hack4 cannot be sharded"),
+        (&["generate", "--prompt", "x", "--model", "/nonexistent"], "/nonexistent"),
     ] {
         let Some((success, _, stderr)) = engine(2, &[], arguments, &[]) else { return };
         assert!(!success && stderr.matches(named).count() == 1, "{arguments:?}: {stderr}");
     }
+}
+
+/// What one process alone refuses it says itself, by its rank, and the others hear why they cannot go on.
+#[test]
+fn a_process_that_refuses_alone_says_so() {
+    let Some(mut command) = support::mpirun(3) else { return };
+    let script = r#"
+        model=; [ "$OMPI_COMM_WORLD_RANK" = 1 ] && model="--model /nonexistent"
+        exec "$0" generate --prompt x --max-tokens 2 --sp ring $model"#;
+    command.args(["sh", "-c", script, env!("CARGO_BIN_EXE_engine-mpi")]);
+    let output = support::finish(command, Duration::from_secs(60));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{stderr}");
+    let own = stderr.lines().filter(|line| line.contains("error: rank 1: cannot read /nonexistent")).count();
+    assert_eq!(own, 1, "{stderr}");
+    assert!(stderr.contains("rank 0: rank 1 gave up (cannot read /nonexistent"), "{stderr}");
 }

@@ -4,7 +4,7 @@
 //!   weights.
 //! - Attention is causal: 2·s·S·d FLOPs per GPU over all steps, whatever the ring's length. Ulysses rings run between nodes (R
 //!   members); Megatron rings between regions (R·G/T members).
-//! - Keys and values of a step are 2·s·N_KV·d_h·e bytes per GPU in both cases. A step lasts as long as the longer of compute and
+//! - Keys and values of a step are 2·s·N_KV·d_h elements per GPU in both cases. A step lasts as long as the longer of compute and
 //!   transfer; only the first has nothing to wait for. Between nodes transfers cross the network adapter, otherwise the links of the
 //!   node: in a ring of regions every step waits for its slowest hop.
 //! - Weights that Ulysses has to gather in a region can be fetched during the stage before; only what is longer is charged.
@@ -25,8 +25,10 @@ pub struct Rates {
     pub intra: Link,
     /// Between nodes, per GPU.
     pub inter: Link,
-    /// Bytes of an element.
+    /// Bytes of an element of what stages compute on: activations, queries, outputs and weights.
     pub element_bytes: f64,
+    /// Bytes of an element of keys and values, which a cache may store in fewer.
+    pub kv_bytes: f64,
 }
 
 /// Seconds of a stage in one layer.
@@ -76,12 +78,12 @@ pub fn attention(
     let attention = 2.0 * s * tokens * q_dim / rate;
     // Causal with zigzag placement: every step the same.
     let step = attention / members as f64;
-    let transfer = hop.seconds(2.0 * s * kv_dim * e);
+    let transfer = hop.seconds(2.0 * s * kv_dim * rates.kv_bytes);
     let exposed_ring = (members - 1) as f64 * (transfer - step).max(0.0);
     let (intra, weights) = match scheme {
         Scheme::Megatron => (gathered(2.0 * (t - 1.0) * s * d * e, t, &rates.intra), 0.0),
         Scheme::Ulysses => (
-            gathered(s * (2.0 * q_dim + 2.0 * kv_dim) * (g - 1.0) / g * e, g, &rates.intra),
+            gathered(s * 2.0 * (q_dim * e + kv_dim * rates.kv_bytes) * (g - 1.0) / g, g, &rates.intra),
             gathered((d * (q_dim + 2.0 * kv_dim) + q_dim * d) * (t - 1.0) / t * e, t, &rates.intra),
         ),
     };

@@ -14,13 +14,18 @@ pub struct Profile {
     pub name: &'static str,
     /// What it is.
     pub summary: &'static str,
-    /// GPUs of a node, which share the fast links; at least 1.
+    /// GPUs of a node, which share the fast links; at least 1. `usize::MAX` where there is one node.
     pub node: usize,
     /// Rates of a GPU and its links.
     pub rates: Rates,
 }
 
 impl Profile {
+    /// Whether groups of `group` adjacent ranks out of `ranks` lie within nodes each.
+    pub fn holds(&self, group: usize, ranks: usize) -> bool {
+        ranks <= self.node || self.node.is_multiple_of(group)
+    }
+
     /// Every profile.
     pub const ALL: [Profile; 4] = [Self::HOST, Self::H100, Self::H100_100G, Self::A100];
 
@@ -36,6 +41,7 @@ impl Profile {
             intra: Link { alpha_s: 20e-6, bytes_per_s: 5e9 },
             inter: Link { alpha_s: 20e-6, bytes_per_s: 5e9 },
             element_bytes: 4.0,
+            kv_bytes: 4.0,
         },
     };
 
@@ -51,6 +57,7 @@ impl Profile {
             intra: Link::NVLINK,
             inter: Link::NIC_400G,
             element_bytes: 2.0,
+            kv_bytes: 2.0,
         },
     };
 
@@ -74,6 +81,7 @@ impl Profile {
             intra: Link { alpha_s: 3e-6, bytes_per_s: 300e9 },
             inter: Link { alpha_s: 10e-6, bytes_per_s: 6.25e9 },
             element_bytes: 2.0,
+            kv_bytes: 2.0,
         },
     };
 

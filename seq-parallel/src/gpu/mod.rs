@@ -5,6 +5,7 @@
 //! Kernels are generic over [`Device`](cuda::launch::Device), so the emulator runs the same plans as a GPU.
 
 mod pack;
+mod ring;
 mod ring_step;
 mod tile_list;
 pub mod transport;
@@ -16,4 +17,5 @@ mod transport_nccl_library;
 mod transport_staged;
 
 pub use pack::{Pack, PackArgs, PackPlan, Rows};
+pub use ring::{Block, DeviceCarrier, DeviceRing, DeviceRingArgs};
 pub use ring_step::{RingStep, RingStepArgs, RingStepPlan};

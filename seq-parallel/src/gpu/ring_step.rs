@@ -161,6 +161,16 @@ impl RingStepPlan {
         self.sizes[step].1 * self.shape.kv_heads() * (self.shape.qk_dim() + self.shape.v_dim())
     }
 
+    /// Elements of the longest block of all steps.
+    pub fn max_block_len(&self) -> usize {
+        (0..self.steps()).map(|step| self.block_len(step)).max().unwrap_or(0)
+    }
+
+    /// What goes round.
+    pub fn direction(&self) -> Direction {
+        self.direction
+    }
+
     /// Floating-point operations of a step: QKᵀ and PV over the pairs that the mask leaves.
     pub fn flops(&self, step: usize) -> u64 {
         self.sizes[step].2
@@ -236,6 +246,11 @@ impl<F: Function, E: Storage> RingStep<F, E> {
     /// [`Error::Cuda`] when it cannot be loaded.
     pub fn prepare<D: Device<Function = F>>(device: &D, plan: &RingStepPlan) -> Result<Self, Error> {
         Ok(RingStep { kernel: kernels::Prefill::prepare(device, plan.variant)?, plan: plan.clone() })
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &RingStepPlan {
+        &self.plan
     }
 
     /// Enqueues step `step` and returns; a step in which the mask hides all keys enqueues nothing. Rows that see no key of the block

@@ -33,8 +33,10 @@ pub struct Rates {
     pub q_heads: usize,
     /// KV heads (N_KV).
     pub kv_heads: usize,
-    /// Bytes of a stored element (e).
-    pub element_bytes: usize,
+    /// Bytes of an element of queries and partial outputs. The paper has one e for these and for keys.
+    pub q_bytes: usize,
+    /// Bytes of an element of keys and values.
+    pub kv_bytes: usize,
     /// FLOP/s of a rank in attention (C), measured.
     pub flops_per_s: f64,
     /// Bytes/s from a rank to the next (BW), measured.
@@ -42,19 +44,19 @@ pub struct Rates {
 }
 
 impl Rates {
-    /// 2 · N_KV / N_H: the share of new tokens up to which queries are the smaller message (Eq. 1).
+    /// 2 · N_KV / N_H, by bytes: the share of new tokens up to which queries are the smaller message (Eq. 1).
     pub fn small_query_share(&self) -> f64 {
-        2.0 * self.kv_heads as f64 / self.q_heads as f64
+        2.0 * (self.kv_heads * self.kv_bytes) as f64 / (self.q_heads * self.q_bytes) as f64
     }
 
     /// New tokens from which the passing of keys is hidden, whatever the prefix (Eq. 2).
     pub fn hidden_kv_tokens(&self) -> f64 {
-        self.compute_per_byte() * self.kv_heads as f64 / (2.0 * self.q_heads as f64)
+        self.compute_per_byte(self.kv_bytes) * self.kv_heads as f64 / (2.0 * self.q_heads as f64)
     }
 
     /// Tokens, new and cached, from which the passing of queries is hidden (Eq. 3).
     pub fn hidden_q_tokens(&self) -> f64 {
-        self.compute_per_byte() / 4.0
+        self.compute_per_byte(self.q_bytes) / 4.0
     }
 
     /// Algorithm 1: keys where they are hidden or smaller, else queries.
@@ -64,7 +66,7 @@ impl Rates {
 
     /// Algorithm 1 with the cost of the all-to-all that ends the passing of queries (Eq. 5): the default.
     pub fn choose(&self, new: usize, cached: usize) -> Direction {
-        let all_to_all = 4.0 * new as f64 / self.compute_per_byte();
+        let all_to_all = 4.0 * new as f64 / self.compute_per_byte(self.q_bytes);
         self.keys_if(new, new_share(new, cached) >= self.small_query_share() - all_to_all)
     }
 
@@ -73,8 +75,8 @@ impl Rates {
     }
 
     /// N · C · e / BW.
-    fn compute_per_byte(&self) -> f64 {
-        self.ranks as f64 * self.flops_per_s * self.element_bytes as f64 / self.bytes_per_s
+    fn compute_per_byte(&self, element_bytes: usize) -> f64 {
+        self.ranks as f64 * self.flops_per_s * element_bytes as f64 / self.bytes_per_s
     }
 }
 

@@ -17,6 +17,9 @@ use attention::{AttentionSpec, Element, HeadsView};
 pub use direction::{Direction, Rates};
 use pass_kv::PassKv;
 use pass_q::PassQ;
+#[cfg(feature = "cuda")]
+pub(crate) use rotation::Rotation;
+pub use rotation::{Carrier, HostCarrier};
 
 use crate::fingerprint::Fingerprint;
 use crate::placement::{Segment, Shards};

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use attention::softmax_state::Raw;
 use attention::{Element, HeadsView};
 
-use super::rotation::Rotation;
+use super::rotation::{HostCarrier, Rotation};
 use super::{Chunk, Inputs, RingPlan, to_f32};
 use crate::schedule::{self, source};
 use crate::transport::{Buffer, Operation, Transport};
@@ -17,7 +17,7 @@ pub(super) struct PassKv<T> {
     /// `[query tokens, q_heads, qk_dim]`
     q: Vec<f32>,
     /// K `[key tokens, kv_heads, qk_dim]`, then V `[key tokens, kv_heads, v_dim]`.
-    blocks: Rotation,
+    blocks: Rotation<Buffer>,
     /// `[query tokens, q_heads]`
     states: Vec<Raw<f32>>,
     stored: PhantomData<T>,
@@ -28,7 +28,9 @@ impl<T: Element> PassKv<T> {
         let (shape, bytes) = (plan.spec.shape, T::DTYPE.size());
         let mut own = Buffer::new(plan.workspace_bytes(Q::DTYPE.size(), bytes) / 2);
         let max_len = own.len();
-        own.resize(plan.kv_len(rank, bytes));
+        let len = plan.kv_len(rank, bytes);
+        own.resize(len);
+        let spare = (plan.ranks() > 1).then(|| Buffer::new(max_len));
         let (k, v) = own.bytes_mut().split_at_mut(size_of_val(inputs.k));
         k.copy_from_slice(bytemuck::cast_slice(inputs.k));
         v.copy_from_slice(bytemuck::cast_slice(inputs.v));
@@ -36,7 +38,7 @@ impl<T: Element> PassKv<T> {
         PassKv {
             rank,
             q: to_f32(inputs.q),
-            blocks: Rotation::new(Operation::PassKv, rank, plan.ranks(), own, max_len),
+            blocks: Rotation::new(Operation::PassKv, rank, plan.ranks(), (own, len), spare),
             states: vec![Raw::empty(shape.v_dim()); rows],
             stored: PhantomData,
         }
@@ -54,7 +56,7 @@ impl<T: Element> PassKv<T> {
     ) -> Result<(), Error> {
         let (step, shape) = (self.steps_done(), plan.spec.shape);
         let next_len = plan.kv_len(source(self.rank, step + 1, plan.ranks()), T::DTYPE.size());
-        let block = self.blocks.turn(transport, next_len)?.values::<T>();
+        let block = self.blocks.turn(&mut HostCarrier(transport), next_len)?.values::<T>();
 
         let source = source(self.rank, step, plan.ranks());
         let segments = plan.keys(source);
@@ -74,7 +76,7 @@ impl<T: Element> PassKv<T> {
     }
 
     pub(super) fn pause<X: Transport + ?Sized>(&mut self, transport: &mut X) -> Result<(), Error> {
-        self.blocks.drain(transport)
+        self.blocks.drain(&mut HostCarrier(transport))
     }
 
     pub(super) fn finish(self) -> Output {

@@ -3,7 +3,7 @@
 use attention::softmax_state::{Normalised, Raw};
 use attention::{Element, HeadsView};
 
-use super::rotation::Rotation;
+use super::rotation::{HostCarrier, Rotation};
 use super::{Chunk, Inputs, RingPlan, to_f32};
 use crate::schedule::{self, source};
 use crate::transport::{Buffer, Operation, Transport};
@@ -14,7 +14,7 @@ pub(super) struct PassQ<'a, Q, T> {
     rank: usize,
     inputs: Inputs<'a, Q, T>,
     /// Queries `[query tokens, q_heads, qk_dim]`.
-    blocks: Rotation,
+    blocks: Rotation<Buffer>,
     /// For the queries of each rank, once they were here: outputs `[query tokens, q_heads, v_dim]`, then LSEs
     /// `[query tokens, q_heads]`, in f32 over the own keys.
     partials: Vec<Option<Buffer>>,
@@ -24,9 +24,11 @@ impl<'a, Q: Element, T: Element> PassQ<'a, Q, T> {
     pub(super) fn new(plan: &RingPlan, rank: usize, inputs: Inputs<'a, Q, T>) -> Self {
         let max_len = plan.workspace_bytes(Q::DTYPE.size(), T::DTYPE.size()) / 2;
         let mut own = Buffer::new(max_len);
-        own.resize(plan.q_len(rank, Q::DTYPE.size()));
+        let len = plan.q_len(rank, Q::DTYPE.size());
+        own.resize(len);
+        let spare = (plan.ranks() > 1).then(|| Buffer::new(max_len));
         own.bytes_mut().copy_from_slice(bytemuck::cast_slice(inputs.q));
-        let blocks = Rotation::new(Operation::PassQ, rank, plan.ranks(), own, max_len);
+        let blocks = Rotation::new(Operation::PassQ, rank, plan.ranks(), (own, len), spare);
         PassQ { rank, inputs, blocks, partials: (0..plan.ranks()).map(|_| None).collect() }
     }
 
@@ -42,7 +44,7 @@ impl<'a, Q: Element, T: Element> PassQ<'a, Q, T> {
     ) -> Result<(), Error> {
         let (step, shape) = (self.steps_done(), plan.spec.shape);
         let next_len = plan.q_len(source(self.rank, step + 1, plan.ranks()), Q::DTYPE.size());
-        let q = to_f32(self.blocks.turn(transport, next_len)?.values::<Q>());
+        let q = to_f32(self.blocks.turn(&mut HostCarrier(transport), next_len)?.values::<Q>());
 
         let source = source(self.rank, step, plan.ranks());
         let (queries, keys) = (plan.shards.queries(source), plan.keys(self.rank));
@@ -63,7 +65,7 @@ impl<'a, Q: Element, T: Element> PassQ<'a, Q, T> {
     }
 
     pub(super) fn pause<X: Transport + ?Sized>(&mut self, transport: &mut X) -> Result<(), Error> {
-        self.blocks.drain(transport)
+        self.blocks.drain(&mut HostCarrier(transport))
     }
 
     pub(super) fn finish<X: Transport + ?Sized>(

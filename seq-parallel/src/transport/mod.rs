@@ -120,17 +120,23 @@ pub enum Operation {
     ReduceScatter,
     /// Nobody goes on before everybody came.
     Barrier,
+    /// Queries of new tokens on their way to shards; steps are layers.
+    DecodeQuery,
+    /// Partial outputs of shards on their way back; steps are layers.
+    DecodePartial,
 }
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Operation; 6] = [
+    pub const ALL: [Operation; 8] = [
         Operation::PassKv,
         Operation::PassQ,
         Operation::AllToAll,
         Operation::AllGather,
         Operation::ReduceScatter,
         Operation::Barrier,
+        Operation::DecodeQuery,
+        Operation::DecodePartial,
     ];
 }
 
@@ -170,6 +176,8 @@ impl std::fmt::Display for Tag {
             Operation::AllGather => "all-gather",
             Operation::ReduceScatter => "reduce-scatter",
             Operation::Barrier => "barrier",
+            Operation::DecodeQuery => "decode (queries to shards)",
+            Operation::DecodePartial => "decode (outputs of shards)",
         };
         write!(f, "{name} step {}", self.step)
     }

