@@ -119,7 +119,8 @@ fn bytes_are_counted_to_the_byte() {
             let new = |rank: usize| each[rank].tokens - prefilled[rank];
             let query = 4 * heads.q_heads() * heads.qk_dim();
             let partial = 4 * heads.q_heads() * (heads.v_dim() + 1);
-            for rank in 0..ranks {
+            assert_eq!(each.len(), ranks);
+            for (rank, holding) in each.iter().enumerate() {
                 // The hidden state of rank 0 goes round to all but rank 0.
                 let round = if (rank + 1) % ranks == 0 { 0 } else { 9 * 4 * config.hidden_size };
                 let layers = match rank {
@@ -129,7 +130,7 @@ fn bytes_are_counted_to_the_byte() {
                     }
                     _ => 9 * config.layers * partial,
                 };
-                assert_eq!(each[rank].sent, Some((round + layers) as u64), "{kv}, rank {rank} of {ranks}");
+                assert_eq!(holding.sent, Some((round + layers) as u64), "{kv}, rank {rank} of {ranks}");
             }
         }
     }

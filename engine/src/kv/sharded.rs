@@ -48,6 +48,9 @@ pub(crate) trait RankShard: Send {
     fn scramble(&mut self, rng: &mut fastrand::Rng);
 }
 
+/// A rank, and its share.
+pub(crate) type OfRank = (usize, Box<dyn RankShard>);
+
 /// The shares of all layers.
 struct Layers<T>(Vec<Shard<T>>);
 
@@ -109,7 +112,7 @@ impl<T: Element> RankShard for Layers<T> {
 pub struct ShardedKv {
     shared: Shared,
     /// Of each rank in this process.
-    shards: Vec<(usize, Box<dyn RankShard>)>,
+    shards: Vec<OfRank>,
     /// Tokens that came after the first prompt, and what each rank in this process sent for them.
     decoded: usize,
     sent: Vec<u64>,
@@ -200,7 +203,7 @@ impl ShardedKv {
     }
 
     /// What all ranks know, and the shards in this process.
-    pub(crate) fn parts(&mut self) -> (&Shared, &mut [(usize, Box<dyn RankShard>)]) {
+    pub(crate) fn parts(&mut self) -> (&Shared, &mut [OfRank]) {
         (&self.shared, &mut self.shards)
     }
 

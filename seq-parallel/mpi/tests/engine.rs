@@ -127,7 +127,9 @@ fn processes_generate_what_one_generates() {
     let arguments = ["generate", "--prompt", "def merge(first, second):", "--max-tokens", "40"];
     let Some((_, alone, _)) = engine(1, &[], &arguments, &[]) else { return };
     assert!(alone.starts_with("def merge(first, second):") && alone.len() > 50, "{alone}");
-    for (ranks, sharing) in [(2, "ring"), (3, "ring,kv=sharded"), (4, "auto"), (4, "megatron,region=2,kv=sharded")] {
+    for (ranks, sharing) in
+        [(2, "ring"), (3, "ring,kv=sharded"), (4, "auto"), (4, "megatron,region=2,kv=sharded")]
+    {
         let arguments = [&arguments[..], &["--sp", sharing]].concat();
         let (success, stdout, stderr) = engine(ranks, &[], &arguments, &[]).unwrap();
         assert!(success, "{ranks} ranks: {stderr}");
@@ -230,7 +232,10 @@ fn what_processes_refuse() {
         (&["generate", "--prompt", "x", "--ranks", "3"][..], "this job has 2 processes, not 3"),
         (&["generate", "--prompt", "x", "--sp", "single"][..], "single is one rank"),
         (&["generate"][..], "needs --prompt"),
-        (&["generate", "--prompt", "x", "--sp", "ring,kv=sharded", "--kv", "hack4"], "hack4 cannot be sharded"),
+        (
+            &["generate", "--prompt", "x", "--sp", "ring,kv=sharded", "--kv", "hack4"],
+            "hack4 cannot be sharded",
+        ),
         (&["generate", "--prompt", "x", "--model", "/nonexistent"], "/nonexistent"),
     ] {
         let Some((success, _, stderr)) = engine(2, &[], arguments, &[]) else { return };
@@ -245,7 +250,8 @@ fn a_process_that_refuses_alone_says_so() {
     let script = r#"
         model=; [ "$OMPI_COMM_WORLD_RANK" = 1 ] && model="--model /nonexistent"
         exec "$0" generate --prompt x --max-tokens 2 --sp ring $model"#;
-    command.args(["sh", "-c", script, env!("CARGO_BIN_EXE_engine-mpi")]);
+    // Or the others are killed before they can say anything.
+    command.args(["--enable-recovery", "sh", "-c", script, env!("CARGO_BIN_EXE_engine-mpi")]);
     let output = support::finish(command, Duration::from_secs(60));
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success(), "{stderr}");

@@ -1,8 +1,11 @@
 //! Whole rings on a device: P ranks on one GPU, whose blocks go round over a transport, against the oracle and against one launch.
 
-use attention::gpu::PrefillKernel;
+use attention::gpu::{
+    CacheLayout, Prefill, PrefillConfig, PrefillInputs, PrefillKernel, PrefillOutput, PrefillPlan,
+    PrefillTiles, PrefillTilesArgs,
+};
 use attention::testing::{Comparison, Tolerance};
-use attention::{AttentionSpec, Element, Mask};
+use attention::{AttentionSpec, Element, Mask, PageLayout};
 use cuda::cudarc::driver::CudaSlice;
 use cuda::launch::Function;
 use cuda::params::PrefillTile;
@@ -255,17 +258,63 @@ fn rings_equal_the_oracle<R: RingRig>(rig: &R) {
     compare(&format!("short on {}", rig.name()), &short, &run(rig, &short, (Zigzag, 4), &[]));
 }
 
-/// What P ranks compute is what one launch over all keys computes, up to the order of sums: directly, not only by way of the oracle.
+/// The monolithic kernel: one launch of dense prefill over all keys of one sequence.
+fn one_launch<R: RingRig, E: Storage + Element>(rig: &R, contents: &Contents<E>) -> Packed<E> {
+    let (spec, tokens) = (contents.spec, contents.sequences[0].new);
+    let (shape, rows) = (spec.shape, tokens * spec.shape.q_heads());
+    let layout = |dim| PageLayout::nhd(tokens, shape.kv_heads(), dim);
+    let plan = PrefillPlan::new(PrefillConfig {
+        spec,
+        batch: 1,
+        num_queries: tokens,
+        max_kv_len: tokens,
+        cache: CacheLayout::Contiguous { tokens, k: layout(shape.qk_dim()), v: layout(shape.v_dim()) },
+        carry: false,
+        kernel: PrefillKernel::MmaSync,
+    })
+    .unwrap();
+    let (q, k, v) = (rig.upload(&contents.q), rig.upload(&contents.k), rig.upload(&contents.v));
+    let (cu_queries, kv_len) = (rig.upload(&[0, tokens as u32]), rig.upload(&[tokens as u32]));
+    let kv_start = rig.upload(&[0u32]);
+    let mut status = rig.zeroed::<u64>(1);
+    let (mut out, mut lse) = (rig.poisoned::<E>(rows * shape.v_dim()), rig.poisoned::<f32>(rows));
+    let mut workspace = rig.workspace(plan.workspace());
+    let args = PrefillTilesArgs {
+        cu_queries: &rig.view(&cu_queries),
+        kv_len: &rig.view(&kv_len),
+        block_table: None,
+        kv_start: Some(&rig.view(&kv_start)),
+        status: rig.view_mut(&mut status),
+    };
+    let planner = PrefillTiles::prepare(rig.device(), &plan).unwrap();
+    let mut tiles = planner.run(rig.queue(), args, rig.workspace_view(&mut workspace)).unwrap();
+    let (q, k, v) = (rig.view(&q), rig.view(&k), rig.view(&v));
+    let inputs = PrefillInputs { q: &q, k: &k, v: &v, block_table: None };
+    let output = PrefillOutput { out: rig.view_mut(&mut out), lse: rig.view_mut(&mut lse) };
+    let kernel = Prefill::<_, E>::prepare(rig.device(), &plan).unwrap();
+    kernel.run(rig.queue(), inputs, output, &mut tiles).unwrap();
+    drop(tiles);
+    assert_eq!(Fault::decode(rig.download(&status)[0]), None);
+    Packed { out: rig.download(&out), lse: rig.download(&lse) }
+}
+
+/// What P ranks compute is what the monolithic kernel computes, up to the order of sums: directly, not only by way of the oracle.
 fn rings_equal_one_launch<R: RingRig>(rig: &R) {
-    let contents = contents::<f16>(spec(4, 2, 64, Mask::Causal), &[(0, 150)], 4);
-    let one = run(rig, &contents, (Placement::Contiguous, 1), &[]);
-    let dim = contents.spec.shape.v_dim();
-    let whole = one.out.iter().map(|x| f64::from(x.to_f32())).collect::<Vec<_>>();
+    use Placement::{Contiguous, Striped, Zigzag};
+    // More tokens, and more ranks, than the emulator has the time for.
+    let on_gpu = rig.stress_launches() > 1000;
+    let tokens = if on_gpu { 2048 } else { 150 };
+    let ways = [(Contiguous, 1), (Zigzag, 4), (Striped, 2), (Zigzag, 8)];
+    let contents = contents::<f16>(spec(4, 2, 64, Mask::Causal), &[(0, tokens)], 4);
+    let one = one_launch(rig, &contents);
+    compare(&format!("one launch on {}", rig.name()), &contents, &one);
+    let whole: Vec<f64> = one.out.iter().map(|x| f64::from(x.to_f32())).collect();
     let lse: Vec<f64> = one.lse.iter().map(|x| f64::from(*x)).collect();
-    for (placement, ranks) in [(Placement::Zigzag, 4), (Placement::Striped, 2)] {
+    for (placement, ranks) in ways.into_iter().filter(|(_, ranks)| on_gpu || *ranks < 8) {
         let case = format!("{placement}, {ranks} ranks on {}", rig.name());
         let ring = run(rig, &contents, (placement, ranks), &[]);
-        Comparison::attention(&ring.out, &whole, dim).assert(format!("{case}: outputs"));
+        Comparison::attention(&ring.out, &whole, contents.spec.shape.v_dim())
+            .assert(format!("{case}: outputs"));
         Comparison::new(&ring.lse, &lse, Tolerance::LSE).assert(format!("{case}: LSEs"));
     }
 }

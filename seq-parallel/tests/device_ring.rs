@@ -1,0 +1,226 @@
+//! Rings over transports of device memory: stand-ins for the CUDA driver and NCCL move the blocks, the emulator runs the kernels on them.
+//!
+//! What this proves is that ring, transport and kernel fit together on the host: which block is posted when, which memory a kernel sees, bytes,
+//! pauses and faults. That exchanges really run beside kernels is proven on a GPU alone.
+
+#[allow(dead_code, reason = "a part of what other tests of transports use")]
+mod support;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use attention::Mask;
+use attention::gpu::PrefillKernel;
+use attention::testing::{Comparison, Tolerance};
+use cuda::cudarc::driver::{CudaContext, CudaSlice, CudaStream};
+use cuda::memory::{Space, View, ViewMut};
+use cuda::workspace::HostWorkspace;
+use emulator::{Emulator, Order, Queue};
+use half::f16;
+use seq_parallel::Error;
+use seq_parallel::gpu::transport::{DeviceTransport, Incoming, Nccl, NcclLibrary, OneGpu, Outgoing, Shared};
+use seq_parallel::gpu::{Block, DeviceRing, DeviceRingArgs, RingStep, RingStepPlan};
+use seq_parallel::placement::{Placement, Shards};
+use seq_parallel::ring::{Carrier, RingPlan};
+use seq_parallel::testing::{Contents, sequences, spec};
+use seq_parallel::transport::local::{self, Local, World};
+use seq_parallel::transport::{Operation, Tag, Ticket, Transport};
+use support::with_fakes;
+
+/// Memory of the stand-in driver, which is the host's: the emulator's kernels see it where it is.
+struct Memory {
+    slice: Arc<CudaSlice<u8>>,
+    stream: Arc<CudaStream>,
+}
+
+impl Block<Queue> for Memory {
+    fn view<'a>(&'a self, _: &'a Queue) -> View<'a, u8> {
+        use cuda::cudarc::driver::DevicePtr;
+        let (address, _guard) = self.slice.device_ptr(&self.stream);
+        // SAFETY: the stand-in's memory is the host's, and the emulator runs a launch at once, while this borrow lasts.
+        unsafe { View::from_raw(address, self.slice.len(), Space::Host) }
+    }
+}
+
+/// As `DeviceCarrier`, for this memory.
+struct OnFakes<'a, D> {
+    transport: &'a mut D,
+    after: &'a Arc<CudaStream>,
+}
+
+impl<D: DeviceTransport> Carrier for OnFakes<'_, D> {
+    type Block = Memory;
+
+    fn post(
+        &mut self,
+        tag: Tag,
+        (to, held, send_len): (usize, &mut Arc<Memory>, usize),
+        (from, space, recv_len): (usize, Memory, usize),
+    ) -> Result<Ticket, Error> {
+        let space = Arc::try_unwrap(space.slice).expect("space has one owner");
+        let send = Outgoing { to, block: held.slice.clone(), len: send_len };
+        self.transport.exchange(tag, send, Incoming { from, space, len: recv_len }, self.after)
+    }
+
+    fn take(&mut self, ticket: Ticket) -> Result<Memory, Error> {
+        Ok(Memory { slice: Arc::new(self.transport.wait(ticket)?), stream: self.after.clone() })
+    }
+}
+
+fn contents(tokens: usize) -> Contents<f16> {
+    Contents::new(spec(2, 1, 64, Mask::Causal), sequences(&[(0, tokens), (0, 5)]), 1)
+}
+
+/// One rank's ring, up to step `until`; pauses after every step where it is told to.
+fn run<D: DeviceTransport>(
+    context: &Arc<CudaContext>,
+    transport: &mut D,
+    contents: &Contents<f16>,
+    ring: &RingPlan,
+    (until, pauses): (usize, bool),
+) -> Rows {
+    let rank = transport.control().rank();
+    let plan = RingStepPlan::new(ring, rank)?.with_kernel(PrefillKernel::MmaSync)?;
+    let kernel = RingStep::<_, f16>::prepare(&Emulator::new(), &plan)?;
+    let (queue, stream) = (Queue::new(Order::Forward), context.new_stream().unwrap());
+    let rows = contents.rows(&ring.shards().queries(rank), &ring.keys(rank));
+    let room = 2 * plan.max_block_len();
+    let memory = |contents: &[f16]| {
+        let mut bytes = bytemuck::cast_slice(contents).to_vec();
+        bytes.resize(room, 0xff);
+        Memory { slice: Arc::new(stream.clone_htod(&bytes).unwrap()), stream: stream.clone() }
+    };
+    let own = memory(&[rows.k, rows.v].concat());
+    let mut of = DeviceRing::new(&kernel, rank, own, Some(memory(&[])))?;
+    let (shape, states) = (contents.spec.shape, plan.query_tokens(0) * contents.spec.shape.q_heads());
+    let (mut o, mut ml) = (vec![f32::NAN; states * shape.v_dim()], vec![f32::NAN; 2 * states]);
+    let (mut out, mut lse) = (vec![f16::NAN; states * shape.v_dim()], vec![f32::NAN; states]);
+    let mut status = [0u64];
+    let mut workspace = HostWorkspace::zeroed(plan.workspace().bytes());
+    let mut carrier = OnFakes { transport, after: &stream };
+    while of.steps_done() < until {
+        let args = DeviceRingArgs {
+            tiles: &View::host(plan.tiles()),
+            tile_counts: &View::host(plan.tile_counts()),
+            q: &View::host(&rows.q),
+            o: ViewMut::host(&mut o),
+            ml: ViewMut::host(&mut ml),
+            out: ViewMut::host(&mut out),
+            lse: ViewMut::host(&mut lse),
+            status: ViewMut::host(&mut status),
+        };
+        of.step(&mut carrier, &queue, args, workspace.view_mut())?;
+        if pauses {
+            of.pause(&mut carrier)?;
+            carrier.transport.control().barrier()?;
+        }
+    }
+    assert_eq!(status, [0]);
+    Ok((out, lse))
+}
+
+/// Outputs and LSEs of a rank's queries.
+type Rows = Result<(Vec<f16>, Vec<f32>), Error>;
+/// [`run`] of a rank; gives its rows and the bytes that it sent.
+type Run<'a> = dyn FnMut(&RingPlan, &Contents<f16>, (usize, bool)) -> (Rows, u64) + 'a;
+
+/// Runs `body` on the ranks of both transports.
+fn on_both<R: Send>(
+    context: &Arc<CudaContext>,
+    ranks: usize,
+    deadline: Duration,
+    body: impl Fn(usize, &mut Run<'_>) -> R + Sync,
+) -> [Vec<R>; 2] {
+    let ends = || -> Vec<Local> {
+        let mut ends = World::new(ranks).unwrap().1;
+        ends.iter_mut().for_each(|end| end.set_deadline(deadline));
+        ends
+    };
+    let shared = Shared::default();
+    let on_one_gpu = local::run_on(ends(), |end| {
+        let rank = end.rank();
+        let mut transport = OneGpu::new(end, shared.clone(), context.new_stream().unwrap());
+        body(rank, &mut |ring, contents, how| {
+            let result = run(context, &mut transport, contents, ring, how);
+            (result, DeviceTransport::traffic(&transport).sent)
+        })
+    });
+    let library = NcclLibrary::open().unwrap();
+    // A rank that is connected first must not fail before the others are: they would hear of it while they connect.
+    let connected = std::sync::Barrier::new(ranks);
+    let over_nccl = local::run_on(ends(), |end| {
+        let rank = end.rank();
+        let transport = Nccl::connect(library.clone(), end, context.new_stream().unwrap());
+        connected.wait();
+        let mut transport = transport.unwrap();
+        body(rank, &mut |ring, contents, how| {
+            let result = run(context, &mut transport, contents, ring, how);
+            (result, DeviceTransport::traffic(&transport).sent)
+        })
+    });
+    [on_one_gpu, over_nccl]
+}
+
+#[test]
+fn rings_over_device_memory_equal_the_oracle() {
+    emulator::emulator_or_skip!();
+    with_fakes("rings_over_device_memory_equal_the_oracle", |fakes| {
+        let context = fakes.context();
+        let contents = contents(60);
+        for ranks in [1, 2, 3, 4] {
+            for pauses in [false, true] {
+                let shards =
+                    Shards::new(contents.sequences.iter().copied(), Placement::Zigzag, ranks).unwrap();
+                let ring = RingPlan::new(contents.spec, shards.clone()).unwrap();
+                let both = on_both(&context, ranks, Duration::from_secs(30), |rank, run| {
+                    let (result, sent) = run(&ring, &contents, (ranks, pauses));
+                    assert_eq!(sent, ring.bytes_sent(rank, 2, 2), "rank {rank} of {ranks}");
+                    result.unwrap()
+                });
+                for (results, transport) in both.into_iter().zip(["one GPU", "NCCL"]) {
+                    let case = format!("{ranks} ranks on {transport}, pauses: {pauses}");
+                    let shape = contents.spec.shape;
+                    let (heads, width) = (shape.q_heads(), shape.q_heads() * shape.v_dim());
+                    let tokens = shards.new_tokens();
+                    let (mut out, mut lse) = (vec![f16::NAN; tokens * width], vec![f32::NAN; tokens * heads]);
+                    for (rank, (rank_out, rank_lse)) in results.iter().enumerate() {
+                        shards.put(rank, rank_out, width, &mut out).unwrap();
+                        shards.put(rank, rank_lse, heads, &mut lse).unwrap();
+                    }
+                    Comparison::attention(&out, &contents.oracle.out, shape.v_dim())
+                        .assert(format!("{case}: outputs"));
+                    Comparison::new(&lse, &contents.oracle.lse, Tolerance::LSE)
+                        .assert(format!("{case}: LSEs"));
+                }
+            }
+        }
+    });
+}
+
+/// A rank that stops after a step: every other says which rank and at which step, in time.
+#[test]
+fn a_rank_that_stops_is_named() {
+    emulator::emulator_or_skip!();
+    with_fakes("a_rank_that_stops_is_named", |fakes| {
+        let context = fakes.context();
+        let (contents, ranks, deadline) = (contents(30), 3, Duration::from_millis(300));
+        let shards = Shards::new(contents.sequences.iter().copied(), Placement::Zigzag, ranks).unwrap();
+        let ring = RingPlan::new(contents.spec, shards).unwrap();
+        let begin = Instant::now();
+        let both = on_both(&context, ranks, deadline, |rank, run| {
+            // Rank 1 is gone after its first step, whose exchange it never waits for.
+            let until = if rank == 1 { 1 } else { ranks };
+            run(&ring, &contents, (until, false)).0.map(drop)
+        });
+        for results in both {
+            assert_eq!(results[1], Ok(()));
+            for rank in [0, 2] {
+                match &results[rank] {
+                    Err(Error::Peer { peer: 1, at, .. }) => assert_eq!(at.operation, Operation::PassKv),
+                    other => panic!("rank {rank}: {other:?}"),
+                }
+            }
+        }
+        assert!(begin.elapsed() < 20 * deadline, "{:?}", begin.elapsed());
+    });
+}
