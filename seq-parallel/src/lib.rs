@@ -23,7 +23,7 @@
 //! | [`fingerprint`] | what ranks must agree on before they start |
 //! | [`cpu`] | a list of tiles in f32 |
 //! | [`mod@reference`] | the oracle |
-//! | `gpu` (feature `cuda`; NCCL with feature `nccl`) | a step of the ring as one launch; messages in device memory, packed there, among ranks on one GPU or over NCCL |
+//! | `gpu` (feature `cuda`; NCCL with feature `nccl`) | a step of the ring as one launch; rings over blocks in device memory; messages packed there, among ranks on one GPU or over NCCL |
 //! | `testing` (feature `testing`) | the suite that every transport passes |
 //! | [`Error`], [`PeerFault`] | what a caller can get wrong, and how another rank can fail |
 //!

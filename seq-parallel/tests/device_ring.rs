@@ -3,7 +3,6 @@
 //! What this proves is that ring, transport and kernel fit together on the host: which block is posted when, which memory a kernel sees, bytes,
 //! pauses and faults. That exchanges really run beside kernels is proven on a GPU alone.
 
-#[allow(dead_code, reason = "a part of what other tests of transports use")]
 mod support;
 
 use std::sync::Arc;

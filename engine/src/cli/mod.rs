@@ -73,7 +73,8 @@ pub fn main(host: Host) -> ExitCode {
         }
     }
     // The exit code tells it where nobody reads stderr.
-    let _ = writeln!(std::io::stderr(), "error: {message}");
+    // At once, so that lines of several processes do not mix.
+    let _ = std::io::stderr().write_all(format!("error: {message}\n").as_bytes());
     match failure {
         Failure::Stdout(_) => ExitCode::FAILURE,
         _ => ExitCode::from(2),

@@ -253,9 +253,8 @@ fn a_process_that_refuses_alone_says_so() {
     // Or the others are killed before they can say anything.
     command.args(["--enable-recovery", "sh", "-c", script, env!("CARGO_BIN_EXE_engine-mpi")]);
     let output = support::finish(command, Duration::from_secs(60));
+    // What mpirun itself makes of it, where jobs may recover, is its own affair.
     let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success(), "{stderr}");
-    let own = stderr.lines().filter(|line| line.contains("error: rank 1: cannot read /nonexistent")).count();
-    assert_eq!(own, 1, "{stderr}");
+    assert_eq!(stderr.matches("rank 1: cannot read /nonexistent").count(), 1, "{stderr}");
     assert!(stderr.contains("rank 0: rank 1 gave up (cannot read /nonexistent"), "{stderr}");
 }
