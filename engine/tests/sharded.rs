@@ -7,6 +7,8 @@ use longkv_engine::kv::{KvCache, ShardedKv};
 use longkv_engine::ranks::{Holding, Ranks};
 use longkv_engine::{Config, Error, Model, Session, ranks};
 use ndarray::{Array1, Axis};
+use seq_parallel::transport::local::{self, World};
+use seq_parallel::transport::{Failure, Faulty, Transport};
 use support::{bundled, golden, load, mode};
 
 fn session<'m>(model: &'m Model, kv: &str, sharing: &str, capacity: usize) -> Session<'m> {
@@ -161,6 +163,58 @@ fn a_cache_with_all_shards_is_a_cache() {
     let error = model.forward(&tokens[..1], 0, &mut part).unwrap_err().to_string();
     assert!(error.contains("those of all 3 ranks"), "{error}");
     assert_eq!((part.bytes(1), part.bytes(0), part.sent(1), part.sent(2)), (Some(0), None, Some(0), None));
+}
+
+/// Ranks with a cache each, as processes have them: where one fails under way, the others name it, and every cache is as it was before.
+#[test]
+fn a_step_that_fails_leaves_nothing_behind() {
+    let model = load(&bundled()).unwrap();
+    let (tokens, ranks) = (tokens(&model, 30), 3);
+    let sharing = ranks::Sharing::new(&mode("ring,ranks=3,kv=sharded")).unwrap();
+    let mut single = session(&model, "dense", "single", 30);
+    single.prefill(&tokens[..25]).unwrap();
+    let expected = single.decode(tokens[25]).unwrap();
+    let cache = |rank| ShardedKv::new(&mode("dense"), &model, 30, ranks, [rank]).unwrap();
+    let mut caches: Vec<ShardedKv> = (0..ranks).map(cache).collect();
+    // Rank 1 dies at some exchange of the token after the prompt; the last of these never comes.
+    for dies_at in [0, 1, 5, usize::MAX] {
+        let steps = |tokens: &[u32], caches: &mut Vec<ShardedKv>, dies_at: usize| {
+            let (_, ends) = World::new(ranks).unwrap();
+            let ends: Vec<_> = ends.into_iter().zip(caches).collect();
+            local::run_on(ends, |(end, kv)| {
+                let exchange = if end.rank() == 1 { dies_at } else { usize::MAX };
+                let mut end = Faulty::new(end, Failure::Dies, exchange);
+                ranks::extend_sharded(&model, &sharing, tokens, kv, &mut end)
+            })
+        };
+        if caches[0].is_empty() {
+            steps(&tokens[..25], &mut caches, usize::MAX)
+                .into_iter()
+                .for_each(|result| drop(result.unwrap()));
+        }
+        let before: Vec<_> =
+            (0..ranks).map(|rank| (caches[rank].held().to_vec(), caches[rank].bytes(rank))).collect();
+        let results = steps(&tokens[25..26], &mut caches, dies_at);
+        for (rank, result) in results.into_iter().enumerate() {
+            if dies_at == usize::MAX {
+                let logits =
+                    model.logits(result.unwrap().view().insert_axis(Axis(0))).unwrap().row(0).to_owned();
+                close(&format!("rank {rank}"), &logits, &expected, 5e-4);
+                continue;
+            }
+            let error = result.unwrap_err().to_string();
+            assert!(error.contains("rank 1"), "rank {rank}: {error}");
+            let after = (caches[rank].held().to_vec(), caches[rank].bytes(rank));
+            assert_eq!(after, before[rank], "rank {rank}");
+        }
+    }
+    // A cache of another rank, or of other ranks.
+    let (_, mut ends) = World::new(1).unwrap();
+    let one = ranks::Sharing::new(&mode("ring,ranks=1,kv=sharded")).unwrap();
+    for (sharing, named) in [(&sharing, "the shard of rank 0"), (&one, "shards of 1 ranks")] {
+        let error = ranks::extend_sharded(&model, sharing, &[1], &mut caches[1], &mut ends[0]).unwrap_err();
+        assert!(error.to_string().contains(named), "{error}");
+    }
 }
 
 /// Garbage in the shards worsens what is decoded through them; after a new start nothing of it is left.

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use attention::softmax_state::{Normalised, Raw};
 use attention::{AttentionSpec, Element, HeadShape, HeadsView};
 
-use crate::placement::Segment;
+use crate::placement::{Segment, cut};
 use crate::ring::Inputs;
 use crate::schedule;
 use crate::transport::{Buffer, Operation, Tag, Transport};
@@ -85,12 +85,14 @@ impl<T: Element> Shard<T> {
         [&mut self.k, &mut self.v]
     }
 
-    /// Forgets everything; memory is kept.
-    pub fn clear(&mut self) {
-        self.segments.clear();
-        self.tokens = 0;
-        self.k.clear();
-        self.v.clear();
+    /// Forgets all but the first `tokens` tokens, where there are more; memory is kept.
+    pub fn truncate(&mut self, tokens: usize) {
+        if tokens < self.tokens {
+            self.segments = cut(&self.segments, 0..tokens);
+            self.k.truncate(tokens * self.shape.kv_heads() * self.shape.qk_dim());
+            self.v.truncate(tokens * self.shape.kv_heads() * self.shape.v_dim());
+            self.tokens = tokens;
+        }
     }
 
     /// Attends to what is held.
@@ -401,7 +403,13 @@ mod tests {
         let expected: Vec<_> = (0..5).chain((0..100).map(|i| 20 + 4 * i)).collect();
         assert_eq!((positions, shard.tokens(), shard.bytes()), (expected, 105, 840));
         assert!(matches!(shard.append(&[], &[0.0], &[]), Err(Error::Argument { argument: "k", .. })));
-        shard.clear();
+        shard.truncate(7);
+        assert_eq!((shard.tokens(), shard.bytes()), (7, 56));
+        let positions: Vec<_> = shard.segments().iter().flat_map(Segment::positions).collect();
+        assert_eq!(positions, [0, 1, 2, 3, 4, 20, 24]);
+        shard.truncate(8);
+        assert_eq!(shard.tokens(), 7, "there are no more");
+        shard.truncate(0);
         assert_eq!((shard.tokens(), shard.bytes(), shard.segments().len()), (0, 0, 0));
     }
 }

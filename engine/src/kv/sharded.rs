@@ -42,8 +42,8 @@ pub(crate) trait RankShard: Send {
     -> Result<(), Error>;
     /// Bytes of all layers.
     fn bytes(&self) -> usize;
-    /// Forgets everything.
-    fn clear(&mut self);
+    /// Forgets all but the first tokens of every layer.
+    fn truncate(&mut self, tokens: usize);
     /// Replaces everything by noise of like magnitude.
     fn scramble(&mut self, rng: &mut fastrand::Rng);
 }
@@ -97,8 +97,8 @@ impl<T: Element> RankShard for Layers<T> {
         self.0.iter().map(Shard::bytes).sum()
     }
 
-    fn clear(&mut self) {
-        self.0.iter_mut().for_each(Shard::clear);
+    fn truncate(&mut self, tokens: usize) {
+        self.0.iter_mut().for_each(|shard| shard.truncate(tokens));
     }
 
     fn scramble(&mut self, rng: &mut fastrand::Rng) {
@@ -216,6 +216,13 @@ impl ShardedKv {
         self.shared.held.iter_mut().zip(dealt).for_each(|(held, new)| *held += new);
     }
 
+    /// Forgets what a step that failed has left in some layers.
+    pub(crate) fn restore(&mut self) {
+        for (rank, shard) in &mut self.shards {
+            shard.truncate(self.shared.held[*rank]);
+        }
+    }
+
     /// Appends a step's tokens to the shards, all of which have to be here. Gives the step, and rotated queries if they are asked for.
     fn extend(&mut self, step: &Step<'_>, queries: bool) -> Result<(DecodeStep, Vec<f32>), Error> {
         let ranks = self.shared.held.len();
@@ -323,7 +330,7 @@ impl KvCache for ShardedKv {
 
     fn clear(&mut self) {
         self.shared.held.fill(0);
-        self.shards.iter_mut().for_each(|(_, shard)| shard.clear());
+        self.restore();
         self.decoded = 0;
         self.sent.fill(0);
     }

@@ -88,7 +88,7 @@ fn follow(
 /// Runs this process's part of the tokens that a sequence grows by: a prompt, its continuation or one token. Every rank calls it with the
 /// same arguments, and with a cache that has its own shard. Gives the last token's hidden state after the final norm `[hidden]`.
 ///
-/// After an error the cache has to be cleared.
+/// After an error the cache is as it was.
 ///
 /// # Errors
 /// An empty prompt, tokens out of range or too many; heads that cannot be dealt; ranks that are set up differently or have failed; a cache
@@ -103,17 +103,18 @@ pub fn extend_sharded<X: Transport>(
     check_ranks(sharing, kv)?;
     let before = transport.traffic().sent;
     let (shared, shards) = kv.parts();
-    let (dealt, last) = match shards {
+    let result = match shards {
         [(rank, shard)] if *rank == transport.rank() => {
-            part(model, sharing, tokens, shared, &mut **shard, transport)?
+            part(model, sharing, tokens, shared, &mut **shard, transport)
         }
         shards => {
             let found: Vec<usize> = shards.iter().map(|(rank, _)| *rank).collect();
             let expected = format!("the shard of rank {}", transport.rank());
-            return Err(Error::argument("kv", expected, format!("those of {found:?}")));
+            Err(Error::argument("kv", expected, format!("those of {found:?}")))
         }
     };
     let sent = transport.traffic().sent - before;
+    let (dealt, last) = result.inspect_err(|_| kv.restore())?;
     kv.grown(&dealt, &[sent]);
     Ok(last)
 }
@@ -137,15 +138,16 @@ pub(super) fn extend_on_threads(
         (result, end.traffic().sent)
     });
     let (results, sent): (Vec<_>, Vec<u64>) = results.into_iter().unzip();
-    // What one rank refused, every rank did.
-    let mut last = None;
-    for result in results {
-        let result = result?;
-        last.get_or_insert(result);
+    // What one rank refused, every rank did; each has the same result.
+    let results: Result<Vec<_>, Error> = results.into_iter().collect();
+    let first = results.map(|results| results.into_iter().next());
+    match first.inspect_err(|_| kv.restore())? {
+        Some((dealt, last)) => {
+            kv.grown(&dealt, &sent);
+            Ok(last)
+        }
+        None => Err(Error::argument("ranks", "at least 1", 0)),
     }
-    let Some((dealt, last)) = last else { return Err(Error::argument("ranks", "at least 1", 0)) };
-    kv.grown(&dealt, &sent);
-    Ok(last)
 }
 
 fn check_ranks(sharing: &Sharing, kv: &ShardedKv) -> Result<(), Error> {
