@@ -1,6 +1,7 @@
 //! Prefill on codes, against the reference on the same codes.
 
 mod exact;
+mod product;
 
 use std::ops::Range;
 

@@ -1,5 +1,6 @@
 //! Balanced decode over heads of different ranks.
 
+mod product;
 mod replay;
 
 use attention::testing::{Comparison, Inputs, Tolerance};

@@ -1,5 +1,7 @@
 //! Attention on codes, against the reference on the same codes.
 
+mod product;
+
 use attention::gpu::Splits;
 use attention::testing::{Comparison, Inputs, Tolerance};
 use attention::{AttentionSpec, Element, HeadsView, Mask, Score};
