@@ -6,6 +6,10 @@ use attention::DType;
 use longkv_engine::{Error, Model, Session, ranks};
 use ndarray::Array1;
 use seq_parallel::cost_model::Scheme;
+use seq_parallel::hybrid::HybridPlan;
+use seq_parallel::megatron;
+use seq_parallel::placement::{Placement, Sequence, Shards};
+use seq_parallel::transport::{Transport, local};
 use support::{bundled, golden, load, mode};
 
 fn session<'m>(model: &'m Model, kv: &str, sharing: &str, capacity: usize) -> Session<'m> {
@@ -129,6 +133,59 @@ fn a_shared_prompt_can_be_continued() {
     assert!(matches!(shared.prefill(&[]), Err(Error::Argument { argument: "prompt", .. })));
     assert!(matches!(shared.prefill(&[1, 256]), Err(Error::Token { token: 256, .. })));
     assert!(shared.is_empty(), "nothing was stored");
+}
+
+/// Payload bytes of every scheme, to the byte, as the difference to one whose stages exchange what attention needs alone.
+#[test]
+fn bytes_of_stages_are_counted() {
+    let model = load(&bundled()).unwrap();
+    let config = model.config();
+    let (heads, hidden, inner) = (config.heads, config.hidden_size, config.intermediate_size);
+    let tokens: Vec<u32> = (0..37).map(|i| 32 + i * 7 % 90).collect();
+    let (ranks, region) = (4, 2);
+    let sent = |sharing_text: &str| -> Vec<u64> {
+        let sharing = ranks::Sharing::new(&mode(sharing_text)).unwrap();
+        let results = local::run(ranks, |mut end| {
+            ranks::prefill_shared(&model, &sharing, &tokens, DType::F16, &mut end).unwrap();
+            end.traffic().sent
+        });
+        results.unwrap()
+    };
+    let shards = Shards::new([Sequence::new(tokens.len())], Placement::Zigzag, ranks / region).unwrap();
+    let plan = HybridPlan::new(config.attention(0).unwrap(), shards, region).unwrap();
+    // A rank of a region passes on its own half of the rows to the one other.
+    let weights = |shapes: &[[usize; 2]], place: usize| -> usize {
+        let rows = |[rows, columns]: [usize; 2]| 4 * columns * ((place + 1) * rows / 2 - place * rows / 2);
+        shapes.iter().copied().map(rows).sum()
+    };
+    let (q, kv) = (heads.q_heads() * heads.qk_dim(), heads.kv_heads() * heads.qk_dim());
+    let attention = [[q, hidden], [kv, hidden], [kv, hidden], [hidden, q]];
+    let mlp = [[inner, hidden], [inner, hidden], [hidden, inner]];
+    let base = sent("fast,ranks=4,node=2");
+    for (sharing, megatron_attention, megatron_mlp) in [
+        ("fast,ranks=4,node=2,region=2", false, false),
+        ("fast,ranks=4,node=2,region=2,mlp=megatron", false, true),
+        ("fast,ranks=4,node=2,region=2,attention=megatron", true, false),
+        ("megatron,ranks=4,region=2", true, true),
+    ] {
+        for (rank, (found, base)) in sent(sharing).into_iter().zip(&base).enumerate() {
+            let (place, of) = (rank % region, plan.group_tokens(rank));
+            let stage = megatron::group_bytes_sent(&of, place, hidden);
+            let attention_bytes = match megatron_attention {
+                false => plan.bytes_sent(rank, 4, 2).unwrap() + weights(&attention, place) as u64,
+                true => {
+                    // The other rank's tokens, in the heads that this one has first.
+                    let first = megatron::first_kv_heads(&heads, region).unwrap()[place].len();
+                    let kept = of[1 - place] * first * (heads.qk_dim() + heads.v_dim()) * 4;
+                    stage + plan.ring_bytes_sent(rank, 4, 2).unwrap() + kept as u64
+                }
+            };
+            let mlp_bytes = if megatron_mlp { stage } else { weights(&mlp, place) as u64 };
+            let before = plan.bytes_sent(rank, 4, 2).unwrap();
+            let expected = base + config.layers as u64 * (attention_bytes + mlp_bytes - before);
+            assert_eq!(found, expected, "{sharing}, rank {rank}");
+        }
+    }
 }
 
 #[test]

@@ -12,6 +12,7 @@ use attention::Mask;
 use attention::gpu::PrefillKernel;
 use attention::testing::{Comparison, Tolerance};
 use cuda::cudarc::driver::{CudaContext, CudaSlice, CudaStream};
+use cuda::launch::Device;
 use cuda::memory::{Space, View, ViewMut};
 use cuda::workspace::HostWorkspace;
 use emulator::{Emulator, Order, Queue};
@@ -70,6 +71,81 @@ fn contents(tokens: usize) -> Contents<f16> {
     Contents::new(spec(2, 1, 64, Mask::Causal), sequences(&[(0, tokens), (0, 5)]), 1)
 }
 
+type Kernel = RingStep<<Emulator as Device>::Function, f16>;
+
+fn kernel(ring: &RingPlan, rank: usize) -> Result<Kernel, Error> {
+    let plan = RingStepPlan::new(ring, rank)?.with_kernel(PrefillKernel::MmaSync)?;
+    RingStep::prepare(&Emulator::new(), &plan)
+}
+
+/// One rank: its ring, and what its kernels use.
+struct Rank<'k> {
+    ring: DeviceRing<'k, <Emulator as Device>::Function, f16, Memory>,
+    plan: &'k RingStepPlan,
+    queue: Queue,
+    stream: Arc<CudaStream>,
+    q: Vec<f16>,
+    o: Vec<f32>,
+    ml: Vec<f32>,
+    out: Vec<f16>,
+    lse: Vec<f32>,
+    status: [u64; 1],
+    workspace: HostWorkspace,
+}
+
+impl<'k> Rank<'k> {
+    fn new(
+        context: &Arc<CudaContext>,
+        contents: &Contents<f16>,
+        ring: &RingPlan,
+        (rank, kernel): (usize, &'k Kernel),
+    ) -> Result<Self, Error> {
+        let (plan, shape, stream) = (kernel.plan(), contents.spec.shape, context.new_stream().unwrap());
+        let rows = contents.rows(&ring.shards().queries(rank), &ring.keys(rank));
+        let memory = |contents: &[f16]| {
+            let mut bytes = bytemuck::cast_slice(contents).to_vec();
+            bytes.resize(2 * plan.max_block_len(), 0xff);
+            Memory { slice: Arc::new(stream.clone_htod(&bytes).unwrap()), stream: stream.clone() }
+        };
+        let (own, spare) = (memory(&[rows.k, rows.v].concat()), memory(&[]));
+        let states = plan.query_tokens(0) * shape.q_heads();
+        Ok(Rank {
+            ring: DeviceRing::new(kernel, rank, own, Some(spare))?,
+            plan,
+            queue: Queue::new(Order::Forward),
+            stream,
+            q: rows.q,
+            o: vec![f32::NAN; states * shape.v_dim()],
+            ml: vec![f32::NAN; 2 * states],
+            out: vec![f16::NAN; states * shape.v_dim()],
+            lse: vec![f32::NAN; states],
+            status: [0],
+            workspace: HostWorkspace::zeroed(plan.workspace().bytes()),
+        })
+    }
+
+    fn step<D: DeviceTransport>(&mut self, transport: &mut D) -> Result<(), Error> {
+        let args = DeviceRingArgs {
+            tiles: &View::host(self.plan.tiles()),
+            tile_counts: &View::host(self.plan.tile_counts()),
+            q: &View::host(&self.q),
+            o: ViewMut::host(&mut self.o),
+            ml: ViewMut::host(&mut self.ml),
+            out: ViewMut::host(&mut self.out),
+            lse: ViewMut::host(&mut self.lse),
+            status: ViewMut::host(&mut self.status),
+        };
+        let mut carrier = OnFakes { transport, after: &self.stream };
+        self.ring.step(&mut carrier, &self.queue, args, self.workspace.view_mut())?;
+        assert_eq!(self.status, [0]);
+        Ok(())
+    }
+
+    fn pause<D: DeviceTransport>(&mut self, transport: &mut D) -> Result<(), Error> {
+        self.ring.pause(&mut OnFakes { transport, after: &self.stream })
+    }
+}
+
 /// One rank's ring, up to step `until`; pauses after every step where it is told to.
 fn run<D: DeviceTransport>(
     context: &Arc<CudaContext>,
@@ -79,43 +155,16 @@ fn run<D: DeviceTransport>(
     (until, pauses): (usize, bool),
 ) -> Rows {
     let rank = transport.control().rank();
-    let plan = RingStepPlan::new(ring, rank)?.with_kernel(PrefillKernel::MmaSync)?;
-    let kernel = RingStep::<_, f16>::prepare(&Emulator::new(), &plan)?;
-    let (queue, stream) = (Queue::new(Order::Forward), context.new_stream().unwrap());
-    let rows = contents.rows(&ring.shards().queries(rank), &ring.keys(rank));
-    let room = 2 * plan.max_block_len();
-    let memory = |contents: &[f16]| {
-        let mut bytes = bytemuck::cast_slice(contents).to_vec();
-        bytes.resize(room, 0xff);
-        Memory { slice: Arc::new(stream.clone_htod(&bytes).unwrap()), stream: stream.clone() }
-    };
-    let own = memory(&[rows.k, rows.v].concat());
-    let mut of = DeviceRing::new(&kernel, rank, own, Some(memory(&[])))?;
-    let (shape, states) = (contents.spec.shape, plan.query_tokens(0) * contents.spec.shape.q_heads());
-    let (mut o, mut ml) = (vec![f32::NAN; states * shape.v_dim()], vec![f32::NAN; 2 * states]);
-    let (mut out, mut lse) = (vec![f16::NAN; states * shape.v_dim()], vec![f32::NAN; states]);
-    let mut status = [0u64];
-    let mut workspace = HostWorkspace::zeroed(plan.workspace().bytes());
-    let mut carrier = OnFakes { transport, after: &stream };
-    while of.steps_done() < until {
-        let args = DeviceRingArgs {
-            tiles: &View::host(plan.tiles()),
-            tile_counts: &View::host(plan.tile_counts()),
-            q: &View::host(&rows.q),
-            o: ViewMut::host(&mut o),
-            ml: ViewMut::host(&mut ml),
-            out: ViewMut::host(&mut out),
-            lse: ViewMut::host(&mut lse),
-            status: ViewMut::host(&mut status),
-        };
-        of.step(&mut carrier, &queue, args, workspace.view_mut())?;
+    let kernel = kernel(ring, rank)?;
+    let mut of = Rank::new(context, contents, ring, (rank, &kernel))?;
+    while of.ring.steps_done() < until {
+        of.step(transport)?;
         if pauses {
-            of.pause(&mut carrier)?;
-            carrier.transport.control().barrier()?;
+            of.pause(transport)?;
+            transport.control().barrier()?;
         }
     }
-    assert_eq!(status, [0]);
-    Ok((out, lse))
+    Ok((of.out, of.lse))
 }
 
 /// Outputs and LSEs of a rank's queries.
@@ -160,6 +209,19 @@ fn on_both<R: Send>(
     [on_one_gpu, over_nccl]
 }
 
+/// Compares what all ranks computed with the oracle.
+fn compare(case: &str, contents: &Contents<f16>, shards: &Shards, ranks: &[(Vec<f16>, Vec<f32>)]) {
+    let shape = contents.spec.shape;
+    let (heads, width, tokens) = (shape.q_heads(), shape.q_heads() * shape.v_dim(), shards.new_tokens());
+    let (mut out, mut lse) = (vec![f16::NAN; tokens * width], vec![f32::NAN; tokens * heads]);
+    for (rank, (rank_out, rank_lse)) in ranks.iter().enumerate() {
+        shards.put(rank, rank_out, width, &mut out).unwrap();
+        shards.put(rank, rank_lse, heads, &mut lse).unwrap();
+    }
+    Comparison::attention(&out, &contents.oracle.out, shape.v_dim()).assert(format!("{case}: outputs"));
+    Comparison::new(&lse, &contents.oracle.lse, Tolerance::LSE).assert(format!("{case}: LSEs"));
+}
+
 #[test]
 fn rings_over_device_memory_equal_the_oracle() {
     emulator::emulator_or_skip!();
@@ -178,18 +240,7 @@ fn rings_over_device_memory_equal_the_oracle() {
                 });
                 for (results, transport) in both.into_iter().zip(["one GPU", "NCCL"]) {
                     let case = format!("{ranks} ranks on {transport}, pauses: {pauses}");
-                    let shape = contents.spec.shape;
-                    let (heads, width) = (shape.q_heads(), shape.q_heads() * shape.v_dim());
-                    let tokens = shards.new_tokens();
-                    let (mut out, mut lse) = (vec![f16::NAN; tokens * width], vec![f32::NAN; tokens * heads]);
-                    for (rank, (rank_out, rank_lse)) in results.iter().enumerate() {
-                        shards.put(rank, rank_out, width, &mut out).unwrap();
-                        shards.put(rank, rank_lse, heads, &mut lse).unwrap();
-                    }
-                    Comparison::attention(&out, &contents.oracle.out, shape.v_dim())
-                        .assert(format!("{case}: outputs"));
-                    Comparison::new(&lse, &contents.oracle.lse, Tolerance::LSE)
-                        .assert(format!("{case}: LSEs"));
+                    compare(&case, &contents, &shards, &results);
                 }
             }
         }
@@ -221,5 +272,61 @@ fn a_rank_that_stops_is_named() {
             }
         }
         assert!(begin.elapsed() < 20 * deadline, "{:?}", begin.elapsed());
+    });
+}
+
+/// One thread can turn all ranks of a GPU, step by step: a rank's step asks of the others that they have posted, no more.
+#[test]
+fn one_thread_turns_all_ranks() {
+    emulator::emulator_or_skip!();
+    with_fakes("one_thread_turns_all_ranks", |fakes| {
+        let (context, contents, ranks) = (fakes.context(), contents(60), 4);
+        let shards = Shards::new(contents.sequences.iter().copied(), Placement::Striped, ranks).unwrap();
+        let ring = RingPlan::new(contents.spec, shards.clone()).unwrap();
+        let kernels: Vec<Kernel> = (0..ranks).map(|rank| kernel(&ring, rank).unwrap()).collect();
+        let shared = Shared::default();
+        let end = |end| OneGpu::new(end, shared.clone(), context.new_stream().unwrap());
+        let mut ends: Vec<_> = World::new(ranks).unwrap().1.into_iter().map(end).collect();
+        let of = |of| Rank::new(&context, &contents, &ring, of).unwrap();
+        let mut all: Vec<Rank<'_>> = kernels.iter().enumerate().map(of).collect();
+        for _ in 0..ranks {
+            all.iter_mut().zip(&mut ends).for_each(|(of, end)| of.step(end).unwrap());
+        }
+        let results: Vec<_> = all.into_iter().map(|of| (of.out, of.lse)).collect();
+        compare("one thread", &contents, &shards, &results);
+    });
+}
+
+/// A step does not wait for the exchange that it posts: with a copy engine that never ends anything, each rank's first step is enqueued and
+/// computed; the second waits for what the first has posted, until the deadline.
+#[test]
+fn a_step_runs_beside_the_exchange_that_it_posts() {
+    emulator::emulator_or_skip!();
+    with_fakes("a_step_runs_beside_the_exchange_that_it_posts", |fakes| {
+        let (context, contents, ranks) = (fakes.context(), contents(40), 2);
+        let deadline = Duration::from_millis(300);
+        let shards = Shards::new(contents.sequences.iter().copied(), Placement::Zigzag, ranks).unwrap();
+        let ring = RingPlan::new(contents.spec, shards).unwrap();
+        let shared = Shared::default();
+        let (_, mut ends) = World::new(ranks).unwrap();
+        ends.iter_mut().for_each(|end| end.set_deadline(deadline));
+        let started = std::sync::Barrier::new(ranks);
+        let results = local::run_on(ends, |end| {
+            let rank = end.rank();
+            let kernel = kernel(&ring, rank).unwrap();
+            let mut transport = OneGpu::new(end, shared.clone(), context.new_stream().unwrap());
+            let mut of = Rank::new(&context, &contents, &ring, (rank, &kernel)).unwrap();
+            started.wait();
+            fakes.stuck(true);
+            let begin = Instant::now();
+            of.step(&mut transport).unwrap();
+            assert!(begin.elapsed() < deadline, "rank {rank} has waited");
+            assert!(of.o.iter().any(|x| x.is_finite()), "rank {rank} has computed");
+            of.step(&mut transport)
+        });
+        fakes.stuck(false);
+        for (rank, result) in results.into_iter().enumerate() {
+            assert!(matches!(result, Err(Error::Peer { .. })), "rank {rank}: {result:?}");
+        }
     });
 }

@@ -53,7 +53,8 @@ impl fmt::Display for Holdings {
     /// A line for each rank.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let how = if self.sharded { "sharded over" } else { "computed by" };
-        writeln!(f, "Keys and values, {how} {} ranks:", self.ranks)?;
+        let ranks = if self.ranks == 1 { "rank" } else { "ranks" };
+        writeln!(f, "Keys and values, {how} {} {ranks}:", self.ranks)?;
         for Holding { rank, tokens, bytes, sent } in &self.each {
             write!(f, "  rank {rank:<3} holds {tokens:>6} tokens, {bytes:>9} bytes")?;
             match sent {

@@ -68,7 +68,10 @@ impl Ranks for Threads {
     }
 
     fn holdings(&self, kv: &dyn KvCache) -> Option<Holdings> {
-        // The first rank hands what was gathered to the cache.
-        Some(kv.sharded().map_or_else(|| Holdings::gathered(kv, self.count(), [0]), Holdings::sharded))
+        match kv.sharded() {
+            Some(kv) => Some(Holdings::sharded(kv)),
+            // The first rank hands what was gathered to the cache.
+            None => (self.count() > 1).then(|| Holdings::gathered(kv, self.count(), [0])),
+        }
     }
 }
