@@ -74,11 +74,15 @@ fn gpu(criterion: &mut Criterion) {
     let Some(mut bench) = GpuBench::new() else { return };
     let mut group = bench.group(criterion, "attention/prefill", "bf16");
     group.group.sample_size(20);
-    // Both kernels, where the device has the second.
+    // All kernels, where the device has the others.
     let arch = longkv_cuda::launch::Device::arch(&bench.gpu);
     let wgmma = longkv_cuda::table::ArchClass::Hopper.runs_on(arch);
-    let kernels = [("", PrefillKernel::MmaSync), ("-wgmma", PrefillKernel::Wgmma)];
-    let kernels = &kernels[..if wgmma { 2 } else { 1 }];
+    let kernels = [
+        ("", PrefillKernel::MmaSync),
+        ("-wgmma", PrefillKernel::Wgmma),
+        ("-wgmma-copies", PrefillKernel::WgmmaCopies),
+    ];
+    let kernels = &kernels[..if wgmma { 3 } else { 1 }];
     for (case, (suffix, kernel)) in
         CASES.iter().flat_map(|case| kernels.iter().map(move |kernel| (case, *kernel)))
     {

@@ -43,6 +43,18 @@ struct PrefillTile {
     uint32_t flags;
 };
 
+/* Where KV heads lie in the tensor maps of K and V. */
+struct PrefillMapHeads {
+    /* Columns of K from one head to the next. */
+    uint32_t k_columns;
+    /* Rows of K from one head to the next. */
+    uint32_t k_rows;
+    /* Columns of V from one head to the next. */
+    uint32_t v_columns;
+    /* Rows of V from one head to the next. */
+    uint32_t v_rows;
+};
+
 /* Shape, layout and mask of one prefill. */
 struct PrefillParams {
     /* Elements between two pages of K, or 0 where K is not paged. */

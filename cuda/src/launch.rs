@@ -8,7 +8,9 @@ use bytemuck::Pod;
 
 use crate::Error;
 use crate::memory::{Space, StreamHandle, View, ViewMut};
+use crate::storage::Storage;
 use crate::table::{Arch, Instance};
+use crate::tensor_map::{Tensor, TensorShape};
 
 /// Extent of a grid, block or cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -118,6 +120,21 @@ pub enum Arg<'a> {
         /// The value's bytes.
         bytes: &'a [u8],
     },
+    /// A tensor map passed by value, of memory that the kernel reads through it.
+    Tensor {
+        /// Parameter name, for errors.
+        name: &'static str,
+        /// Address of the first element.
+        address: u64,
+        /// Size of the memory in bytes.
+        bytes: usize,
+        /// Where the memory lies.
+        space: Space,
+        /// Which stream may use it.
+        stream: StreamHandle,
+        /// How the tensor lies in it.
+        tensor: Tensor,
+    },
 }
 
 impl<'a> Arg<'a> {
@@ -170,10 +187,22 @@ impl<'a> Arg<'a> {
         Arg::Value { name, bytes: bytemuck::bytes_of(value) }
     }
 
+    /// A tensor map over memory that the kernel reads, of the shape's extent from the view's first element on.
+    pub fn tensor<T: Storage>(name: &'static str, view: &'a View<'_, T>, shape: TensorShape) -> Self {
+        Arg::Tensor {
+            name,
+            address: view.address(),
+            bytes: view.bytes(),
+            space: view.space(),
+            stream: view.stream(),
+            tensor: Tensor { shape, dtype: T::DTYPE },
+        }
+    }
+
     /// The parameter's name.
     pub fn name(&self) -> &'static str {
         match self {
-            Arg::Buffer { name, .. } | Arg::Value { name, .. } => name,
+            Arg::Buffer { name, .. } | Arg::Value { name, .. } | Arg::Tensor { name, .. } => name,
         }
     }
 }

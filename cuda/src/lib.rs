@@ -44,7 +44,7 @@
 //! | what | where |
 //! | --- | --- |
 //! | the kernels and how to call them | [`kernels`], [`table`], [`params`], [`storage`], [`status`] |
-//! | what the driver and the emulator share | [`launch`], [`memory`], [`workspace`], [`side_queue`] |
+//! | what the driver and the emulator share | [`launch`], [`memory`], [`tensor_map`], [`workspace`], [`side_queue`] |
 //! | source to cubin | [`sources`], [`compile`], [`nvrtc`], [`cache`], [`prebuilt`], [`digest`] |
 //! | a real GPU | [`probe`], `driver` (feature `driver`, on by default), `cudarc` re-exported |
 //!
@@ -84,6 +84,7 @@ pub mod sources;
 pub mod status;
 pub mod storage;
 pub mod table;
+pub mod tensor_map;
 pub mod workspace;
 
 pub use error::Error;

@@ -13,7 +13,7 @@ pub const HEADER_DIGESTS: &[(&str, &str)] = &[
     ("hybrid_gemm_params.h", "f8119041a3dce2d5fa338090e2cb8292fd5fa50b2903774f3cbd8901832afa4b"),
     ("merge_states_params.h", "a1ca4ca86a37067ead0a7fdbb4a70c68ff2be74458bddc317fa12c2d18667ee8"),
     ("pack_params.h", "71bdac650f73e5af2c1b6597525ec402a30260efeeccac62f11793faab91c4c4"),
-    ("prefill_params.h", "f93a9004cd5e5ab5abeb790f85216c0be42fb93d3065c45041355a4d33d69282"),
+    ("prefill_params.h", "4711692d4d02c34e47bbd523e61a960b6031b52270e1ff13f1fdc1d4ac59ac09"),
     ("sparse_attend_params.h", "394d2e3867d51a47d1390a9726b641504a686552b755c739311604d46a92a859"),
     ("sparse_gather_params.h", "b28e09e1db8b5a9695c604f481db3990c24d89da35da185ed35edf5b9d0e7aae"),
     ("sparse_pages_params.h", "19472e9b7e75ac6d8d594aba9e5fdd2d164c66b79e47c4229abe838b0103c536"),
@@ -970,6 +970,30 @@ const _: () = {
     ["Offset of field: PrefillTile::prefix"][::core::mem::offset_of!(PrefillTile, prefix) - 36usize];
     ["Offset of field: PrefillTile::next"][::core::mem::offset_of!(PrefillTile, next) - 40usize];
     ["Offset of field: PrefillTile::flags"][::core::mem::offset_of!(PrefillTile, flags) - 44usize];
+};
+#[doc = " Where KV heads lie in the tensor maps of K and V."]
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct PrefillMapHeads {
+    #[doc = " Columns of K from one head to the next."]
+    pub k_columns: u32,
+    #[doc = " Rows of K from one head to the next."]
+    pub k_rows: u32,
+    #[doc = " Columns of V from one head to the next."]
+    pub v_columns: u32,
+    #[doc = " Rows of V from one head to the next."]
+    pub v_rows: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PrefillMapHeads"][::core::mem::size_of::<PrefillMapHeads>() - 16usize];
+    ["Alignment of PrefillMapHeads"][::core::mem::align_of::<PrefillMapHeads>() - 4usize];
+    ["Offset of field: PrefillMapHeads::k_columns"]
+        [::core::mem::offset_of!(PrefillMapHeads, k_columns) - 0usize];
+    ["Offset of field: PrefillMapHeads::k_rows"][::core::mem::offset_of!(PrefillMapHeads, k_rows) - 4usize];
+    ["Offset of field: PrefillMapHeads::v_columns"]
+        [::core::mem::offset_of!(PrefillMapHeads, v_columns) - 8usize];
+    ["Offset of field: PrefillMapHeads::v_rows"][::core::mem::offset_of!(PrefillMapHeads, v_rows) - 12usize];
 };
 #[doc = " Shape, layout and mask of one prefill."]
 #[repr(C)]

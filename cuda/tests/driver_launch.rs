@@ -5,6 +5,7 @@ mod support;
 
 use std::sync::Arc;
 
+use half::{bf16, f16};
 use longkv_cuda::Error;
 use longkv_cuda::cudarc::driver::{CudaSlice, CudaStream};
 use longkv_cuda::driver::{FunctionUse, Gpu, GpuFunction, LAUNCH_LOG_VARIABLE, launches};
@@ -14,6 +15,7 @@ use longkv_cuda::memory::{Space, View, ViewMut};
 use longkv_cuda::probe::{Unavailable, Version};
 use longkv_cuda::status::StatusWord;
 use longkv_cuda::table::{Arch, ArchClass, Instance, Kernel, Row};
+use longkv_cuda::tensor_map::TensorShape;
 use longkv_cuda::workspace::{Carver, Layout, Workspace};
 use support::fake_driver::{FakeDriver, Setup, with_driver};
 
@@ -403,6 +405,86 @@ fn arguments_are_held_to_the_kernels_parameters() {
         }
         assert_eq!(fake.log(), [""; 0]);
     });
+}
+
+#[test]
+fn tensor_maps_are_encoded_and_passed() {
+    with_driver("tensor_maps_are_encoded_and_passed", Setup::default(), |fake| {
+        fake.parameters(&[128, 128]);
+        let bench = Bench::new(fake, &HOPPER);
+        let tensor = bench.stream.alloc_zeros::<f32>(8 * 32).unwrap();
+        let view = || View::device(&tensor, &bench.stream);
+        let (floats, halves, brains) = (view(), view().cast::<f16>(), view().cast::<bf16>());
+        let shape = TensorShape {
+            columns: 32,
+            rows: 8,
+            row_bytes: 128,
+            box_columns: 32,
+            box_rows: 4,
+            swizzle_128: true,
+        };
+        let wide = TensorShape { columns: 60, box_columns: 8, swizzle_128: false, ..shape };
+        let empty = TensorShape { rows: 0, ..shape };
+        fake.log();
+        let launched = |args: &[Arg<'_>]| {
+            bench.launch_args(&bench.stream, args)?;
+            let log = fake.log();
+            let (launch, encoded) = log.split_last().expect("a launch");
+            let parameters = launch.split('[').next_back().expect("parameters").split(']').next();
+            let maps: Vec<String> = parameters.expect("their end").split(' ').map(str::to_string).collect();
+            Ok::<_, Error>((encoded.to_vec(), maps))
+        };
+        let map = |address: u64| {
+            let bytes = address.to_le_bytes().into_iter().chain(std::iter::repeat_n(0x5a, 120));
+            bytes.map(|byte| format!("{byte:02x}")).collect::<String>()
+        };
+        let line = |kind: &str, swizzle: u32| {
+            format!(
+                "cuTensorMapEncodeTiled {kind} steps=1,1 interleave=0 swizzle={swizzle} promotion=2 fill=0"
+            )
+        };
+        let args = [Arg::tensor("k", &floats, shape), Arg::tensor("v", &brains, wide)];
+        let (encoded, maps) = launched(&args).unwrap();
+        let expected = [
+            line("type=7 extents=32,8 stride=128 box=32,4", 3),
+            line("type=9 extents=60,8 stride=128 box=8,4", 0),
+        ];
+        assert_eq!(encoded, expected);
+        assert_eq!(maps, [map(floats.address()), map(brains.address())]);
+        // What has no rows has no map.
+        let args = [Arg::tensor("k", &halves, shape), Arg::tensor("v", &brains, empty)];
+        let (encoded, maps) = launched(&args).unwrap();
+        assert_eq!(encoded, [line("type=6 extents=32,8 stride=128 box=32,4", 3)]);
+        assert_eq!(maps, [map(halves.address()), "00".repeat(128)]);
+
+        let host = [0f32; 256];
+        let elsewhere = View::host(&host);
+        let odd = View::device(&tensor, &bench.stream);
+        let odd = odd.part(1..200).unwrap();
+        let good = Arg::tensor("k", &floats, shape);
+        let refused: [(&str, Arg<'_>, &str); 4] = [
+            ("host memory", Arg::tensor("v", &elsewhere, shape), "`v`: expected memory of device 0"),
+            ("too short", Arg::tensor("v", &floats, TensorShape { rows: 9, ..shape }), "at least 1152 bytes"),
+            ("unaligned", Arg::tensor("v", &odd, one_row(shape)), "an address divisible by 16"),
+            ("a buffer", Arg::read("v", &floats), "a parameter of 128 bytes"),
+        ];
+        for (name, arg, expected) in refused {
+            let error = launched(&[good, arg]).expect_err(name).to_string();
+            assert!(error.contains(expected), "{name}: {error}");
+            fake.log();
+        }
+        fake.fail("cuTensorMapEncodeTiled", 801);
+        match launched(&[good, good]) {
+            Err(Error::Driver { call: "cuTensorMapEncodeTiled", code: 801 }) => {}
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(fake.log(), [""; 0], "nothing was launched");
+    });
+}
+
+/// One row of a tensor.
+fn one_row(shape: TensorShape) -> TensorShape {
+    TensorShape { rows: 1, ..shape }
 }
 
 #[test]

@@ -131,6 +131,15 @@ impl PrefillPlan {
         &self.buffers.layout
     }
 
+    /// Whether K and V can come by tensor maps where the device has them.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] says why they come by cp.async instead: pages, strides that no map can hold, or a soft cap.
+    pub fn tensor_maps(&self) -> Result<(), Error> {
+        self.variant.tensor_maps(&self.params)?;
+        Ok(())
+    }
+
     /// Floating-point operations for sequences of these (queries, keys): QKᵀ and PV over the keys that the mask leaves.
     pub fn flops(&self, sequences: &[(usize, usize)]) -> u64 {
         let AttentionSpec { shape, mask, .. } = self.config.spec;
@@ -279,7 +288,15 @@ impl<F: Function, E: Storage> Prefill<F, E> {
     /// # Errors
     /// [`Error::Cuda`] when the kernel cannot be loaded.
     pub fn prepare<D: Device<Function = F>>(device: &D, plan: &PrefillPlan) -> Result<Self, Error> {
-        Ok(Self { plan: plan.clone(), kernel: kernels::Prefill::prepare(device, plan.variant)? })
+        Ok(Self {
+            plan: plan.clone(),
+            kernel: kernels::Prefill::prepare(device, plan.variant, &plan.params)?,
+        })
+    }
+
+    /// Which kernel was prepared: never [`PrefillKernel::Auto`], and [`PrefillKernel::Wgmma`] only where K and V come by tensor maps.
+    pub fn kernel(&self) -> PrefillKernel {
+        self.kernel.kernel()
     }
 
     /// Enqueues a whole prefill of one layer and returns. `tiles` was planned on the same queue, by the same plan.

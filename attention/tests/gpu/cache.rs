@@ -18,6 +18,8 @@ pub(crate) enum Cache {
     Contiguous,
     /// `[kv_heads, tokens, dim]`: sequences in reverse order, memory of nobody before, between and after them.
     Gaps,
+    /// The same with eight elements between heads, at strides that no tensor map can hold.
+    OddGaps,
 }
 
 /// Tokens of nobody beside a sequence of a cache with gaps.
@@ -86,16 +88,21 @@ impl<E: Element> KeysValues<E> {
                 made.kv_start = made.cu_seqlens[..kv_lens.len()].to_vec();
                 tokens * kv_heads
             }
-            Cache::Gaps => {
+            Cache::Gaps | Cache::OddGaps => {
+                let between = if matches!(cache, Cache::OddGaps) { 8 } else { 0 };
                 let mut next = GAP;
                 made.kv_start = vec![0; kv_lens.len()];
                 for (start, len) in made.kv_start.iter_mut().zip(kv_lens).rev() {
                     *start = next as u32;
                     next += len + GAP;
                 }
-                let layout = |dim| PageLayout::hnd(next, kv_heads, dim);
+                let layout = |dim| {
+                    let dense = PageLayout::hnd(next, kv_heads, dim);
+                    PageLayout { head_stride: dense.head_stride + between, ..dense }
+                };
                 made.layout = CacheLayout::Contiguous { tokens: next, k: layout(dims.0), v: layout(dims.1) };
-                next * kv_heads
+                // Room for what lies between heads.
+                (next + 1) * kv_heads
             }
         };
         (made.k_cache, made.v_cache) = (poison(slots * dims.0), poison(slots * dims.1));

@@ -107,7 +107,7 @@ void bulk_commit();
 void bulk_wait(unsigned pending);
 void bulk_wait_read(unsigned pending);
 
-// The 128 bytes that stand for a CUtensorMap here. The Rust side builds it (`emulator::TensorMap`).
+// The 128 bytes that stand for a CUtensorMap here. The Rust side encodes it (`src/tensor_map.rs`).
 struct alignas(64) TensorMap {
     uint64_t magic;          // TENSOR_MAP_MAGIC
     uint64_t address;        // of element (0, 0), divisible by 16

@@ -1,6 +1,7 @@
 // Bulk loads and TMA tile loads: global to shared memory, completing on an mbarrier.
 #include "tma.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "checker.h"
@@ -59,6 +60,14 @@ void tma_load_2d(uint32_t dst, const void* map_address, uint32_t mbar, int x, in
     copy.y = y;
     // The swizzle is a function of the address: it begins anew at every 1024 bytes.
     shared_bytes(dst, copy.bytes, map.swizzle_128 ? 1024 : 128, "tma_load_2d", pc);
+    // What the box shares with the tensor, row by row.
+    const int64_t left = std::max<int64_t>(x, 0);
+    const int64_t right = std::min<int64_t>((int64_t)x + map.box_columns, map.columns);
+    const int64_t bottom = std::min<int64_t>((int64_t)y + map.box_rows, map.rows);
+    for (int64_t row = std::max<int64_t>(y, 0); left < right && row < bottom; row++) {
+        const uint64_t first = map.address + row * map.row_bytes + left * map.element_bytes;
+        check_access(reinterpret_cast<const void*>(first), (right - left) * map.element_bytes, Kind::Read, pc);
+    }
     issue(std::move(copy), pc);
 }
 

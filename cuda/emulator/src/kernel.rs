@@ -10,6 +10,7 @@ use cuda::table::{Arch, Instance};
 use crate::ffi;
 use crate::queue::{Order, Queue, Statistics, Traffic};
 use crate::report;
+use crate::tensor_map;
 
 /// Blocks of a grid that the checker's records can tell apart.
 const MAX_BLOCKS: u64 = (1 << 25) - 2;
@@ -107,9 +108,15 @@ impl EmulatedKernel {
                 _ => "a buffer".to_string(),
             };
             match arg {
-                Arg::Buffer { name, space: Space::Device(_), .. } => {
-                    let space = if let Arg::Buffer { space, .. } = arg { space } else { unreachable!() };
+                Arg::Buffer { name, space: space @ Space::Device(_), .. }
+                | Arg::Tensor { name, space: space @ Space::Device(_), .. } => {
                     return Err(Error::argument(kernel(), name, "host memory", space));
+                }
+                Arg::Tensor { name, address, bytes, tensor, .. } => {
+                    if parameter.is_pointer != 0 || parameter.bytes as usize != size_of::<[u64; 16]>() {
+                        return Err(Error::argument(kernel(), name, expected, "a tensor map"));
+                    }
+                    tensor.check(&kernel(), name, *address, *bytes)?;
                 }
                 Arg::Buffer { name, .. } if parameter.is_pointer == 0 => {
                     return Err(Error::argument(kernel(), name, expected, "a buffer"));
@@ -166,30 +173,41 @@ impl Function for EmulatedKernel {
         let kernel = c_string(&self.instance.label());
         let mut names = Vec::new();
         let mut buffers = Vec::new();
-        let mut addresses = Vec::with_capacity(args.len());
+        // Of each argument that is no value, what the kernel gets: an address, or a map.
+        let mut passed = Vec::with_capacity(args.len());
         for arg in args {
-            if let Arg::Buffer { name, address, bytes, access, .. } = arg {
-                let c_name = c_string(name);
-                buffers.push(ffi::Buffer {
-                    name: c_name.as_ptr(),
-                    address: *address,
-                    bytes: *bytes as u64,
-                    writable: u32::from(*access == Access::Write),
-                    padding: 0,
-                    read: 0,
-                    written: 0,
-                });
-                names.push((*name, c_name));
-                addresses.push(*address);
-            } else {
-                addresses.push(0);
-            }
+            let (name, address, bytes, access, words) = match arg {
+                Arg::Value { .. } => {
+                    passed.push([0; 16]);
+                    continue;
+                }
+                Arg::Buffer { name, address, bytes, access, .. } => {
+                    let mut words = [0; 16];
+                    words[0] = *address;
+                    (name, address, bytes, *access, words)
+                }
+                Arg::Tensor { name, address, bytes, tensor, .. } => {
+                    (name, address, bytes, Access::Read, tensor_map::encode(*address, tensor))
+                }
+            };
+            let c_name = c_string(name);
+            buffers.push(ffi::Buffer {
+                name: c_name.as_ptr(),
+                address: *address,
+                bytes: *bytes as u64,
+                writable: u32::from(access == Access::Write),
+                padding: 0,
+                read: 0,
+                written: 0,
+            });
+            names.push((*name, c_name));
+            passed.push(words);
         }
         let values: Vec<*const c_void> = args
             .iter()
-            .zip(&addresses)
-            .map(|(arg, address)| match arg {
-                Arg::Buffer { .. } => std::ptr::from_ref(address).cast(),
+            .zip(&passed)
+            .map(|(arg, words)| match arg {
+                Arg::Buffer { .. } | Arg::Tensor { .. } => words.as_ptr().cast(),
                 Arg::Value { bytes, .. } => bytes.as_ptr().cast(),
             })
             .collect();

@@ -33,6 +33,7 @@ mod queue;
 mod report;
 pub mod rig;
 mod side;
+#[cfg(not(no_emulator))]
 mod tensor_map;
 #[cfg(no_emulator)]
 mod unavailable;
@@ -41,7 +42,6 @@ mod unavailable;
 pub use kernel::{EmulatedKernel, Emulator};
 pub use queue::{Order, Queue, Statistics, Traffic};
 pub use side::{CopyTime, SideCopies};
-pub use tensor_map::{TensorMap, TensorShape};
 #[cfg(no_emulator)]
 pub use unavailable::{EmulatedKernel, Emulator};
 

@@ -121,7 +121,7 @@ pub struct Statistics {
     pub async_copies: u64,
     /// Looks of polling loops in vain.
     pub spins: u64,
-    /// Bytes moved, by the buffer's argument name. Tiles loaded through a tensor map are not counted: the map is no buffer.
+    /// Bytes moved, by the argument name of the buffer or of the tensor map.
     /// With the feature `sanitize` only asynchronous copies and atomics are counted.
     pub traffic: BTreeMap<&'static str, Traffic>,
 }

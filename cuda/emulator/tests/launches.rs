@@ -3,9 +3,9 @@
 use crate::common::{launch, load, numbers, read, write};
 use cuda::Error;
 use cuda::launch::{Access, Arg, Device, Function, LaunchConfig};
-use cuda::memory::{Space, View};
+use cuda::memory::Space;
 use cuda::table::{Arch, ArchClass, Instance, Kernel};
-use emulator::{Emulator, Order, Queue, Statistics, TensorMap, TensorShape, Traffic, emulator_or_skip};
+use emulator::{Emulator, Order, Queue, Statistics, Traffic, emulator_or_skip};
 
 /// Sums of `blocks` blocks by the last arriver; the result and what happened.
 fn last_arriver(queue: &Queue, blocks: usize) -> (u32, Statistics) {
@@ -235,38 +235,6 @@ fn only_emulated_rows_load() {
         let expected = row.emulated && built(instance.kernel.group);
         assert_eq!(emulator.load(&instance).is_ok(), expected, "{}", instance.label());
     }
-}
-
-#[test]
-fn tensor_maps_are_checked() {
-    let data = vec![0u128; 1024];
-    let view = View::host(bytemuck::cast_slice::<_, u16>(&data));
-    let good = TensorShape {
-        columns: 64,
-        rows: 128,
-        row_bytes: 128,
-        box_columns: 64,
-        box_rows: 64,
-        swizzle_128: true,
-    };
-    assert!(TensorMap::new(&view, &good).is_ok());
-    let cases = [
-        ("unaligned rows", TensorShape { row_bytes: 136, ..good }, "row_bytes"),
-        ("rows that overlap", TensorShape { row_bytes: 112, ..good }, "row_bytes"),
-        ("a row too many", TensorShape { rows: 129, ..good }, "tensor"),
-        ("nothing", TensorShape { columns: 0, ..good }, "tensor"),
-        ("a box too high", TensorShape { box_rows: 257, ..good }, "box"),
-        ("a box of 8 bytes", TensorShape { box_columns: 4, ..good }, "box"),
-        ("a box wider than the swizzle", TensorShape { box_columns: 72, ..good }, "box_columns"),
-    ];
-    for (name, shape, argument) in cases {
-        match TensorMap::new(&view, &shape) {
-            Err(Error::Argument { argument: found, .. }) => assert_eq!(found, argument, "{name}"),
-            other => panic!("{name}: {other:?}"),
-        }
-    }
-    let odd = view.part(1..100).expect("a part");
-    assert!(TensorMap::new(&odd, &TensorShape { rows: 1, ..good }).is_err(), "an unaligned tensor");
 }
 
 /// `a · b` of four signed bytes each.

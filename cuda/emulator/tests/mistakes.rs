@@ -1,10 +1,12 @@
 //! Every planted mistake is found in every order, with a report that names it; its correct twin passes and computes the right
 //! thing.
 
-use crate::common::{launch, load, numbers, read, write};
+use crate::common::{launch, load, numbers, read, tensor, write};
 use cuda::Error;
 use cuda::launch::{Arg, Function};
+use cuda::tensor_map::TensorShape;
 use emulator::{Emulator, Order, Queue, emulator_or_skip};
+use half::bf16;
 
 /// What a mistake leads to.
 enum Outcome {
@@ -278,6 +280,96 @@ fn mbarriers() {
         launch(&load("mbarrier_ring", &[]), queue, 1, 1024, &args)?;
         Ok((0..64).all(|i| out[i] == (0..5).map(|tile| input[tile * 64 + i]).sum::<u32>()))
     });
+}
+
+#[test]
+fn tensor_maps() {
+    let cases = [
+        (1, "no bytes expected", Reported(&[IN_FLIGHT, NEVER_WRITTEN])),
+        (2, "wrong parity of the free slot", Reported(&["deadlock: no thread can go on"])),
+        (3, "bytes outside of the tensor left out", Reported(&["deadlock", IN_FLIGHT])),
+        (4, "a box that starts within the swizzle", Reported(&["is not a multiple of 1024"])),
+        (5, "overwritten before it has landed", Reported(&[IN_FLIGHT, WRITE_RACE])),
+        (6, "missing proxy fence", Reported(&["without fence.proxy.async between"])),
+        (7, "handed on before the other lanes are done", Reported(&[READ_RACE, WRITE_RACE, OVERWRITE_RACE])),
+        (8, "wrong parity of the full slot", Reported(&[NEVER_WRITTEN, IN_FLIGHT, READ_RACE])),
+    ];
+    let tiles = 3u32;
+    let rows = tiles as usize * 64 - 5;
+    let small = |i: usize| ((i * 7 + i / 11) % 17) as f32 - 8.0;
+    let input: Vec<bf16> = (0..rows * 64).map(|i| bf16::from_f32(small(i))).collect();
+    let shape = TensorShape {
+        columns: 64,
+        rows: rows as u64,
+        row_bytes: 128,
+        box_columns: 64,
+        box_rows: 64,
+        swizzle_128: true,
+    };
+    let expected: Vec<f32> = (0..64 * 64)
+        .map(|i| (0..3).filter(|&tile| tile < 2 || i < 40 * 64).map(|tile| small(tile * 64 * 64 + i)).sum())
+        .collect();
+    check("tma_ring", &cases, |queue, bug| {
+        let (mut out, mut sink) = (vec![f32::NAN; 64 * 64], vec![u128::MAX; 8]);
+        let args = [
+            tensor("in", &input, shape),
+            write("out", &mut out),
+            write("sink", &mut sink),
+            Arg::value("tiles", &tiles),
+            Arg::value("bug", &bug),
+        ];
+        launch(&load("tma_ring", &[]), queue, 1, 2 * 8192 + 40, &args)?;
+        Ok(out == expected && sink.iter().all(|x| *x == 0))
+    });
+}
+
+/// A map is bounded by its memory when it is launched with; a box takes of it what lies in the tensor, and the traffic says so.
+#[test]
+fn tensor_maps_are_bounded() {
+    emulator_or_skip!();
+    let input = vec![bf16::ONE; 3 * 64 * 64];
+    let shape = TensorShape {
+        columns: 64,
+        rows: 3 * 64 - 5,
+        row_bytes: 128,
+        box_columns: 64,
+        box_rows: 64,
+        swizzle_128: true,
+    };
+    let run = |queue: &Queue, map: Arg<'_>| {
+        let (mut out, mut sink) = (vec![f32::NAN; 64 * 64], vec![u128::MAX; 8]);
+        let args = [
+            map,
+            write("out", &mut out),
+            write("sink", &mut sink),
+            Arg::value("tiles", &3u32),
+            Arg::value("bug", &0u32),
+        ];
+        launch(&load("tma_ring", &[]), queue, 1, 2 * 8192 + 40, &args)
+    };
+    let queue = Queue::new(Order::Forward);
+    run(&queue, tensor("in", &input, shape)).expect("a correct launch");
+    assert_eq!(queue.statistics().traffic["in"].read, (3 * 64 - 5) * 128);
+    let refused = [
+        ("more rows than memory", tensor("in", &input[64..], TensorShape { rows: 3 * 64, ..shape }), "`in`"),
+        ("rows that no map holds", tensor("in", &input, TensorShape { row_bytes: 120, ..shape }), "`in`"),
+        ("a buffer instead", read("in", &input), "a value of 128 bytes"),
+    ];
+    for (name, map, expected) in refused {
+        match run(&queue, map) {
+            Err(error @ Error::Argument { .. }) => {
+                assert!(error.to_string().contains(expected), "{name}: {error}")
+            }
+            other => panic!("{name}: {other:?}"),
+        }
+    }
+    if !Emulator::SANITIZED {
+        // A tensor without rows has no map.
+        match run(&queue, tensor("in", &input, TensorShape { rows: 0, ..shape })) {
+            Err(Error::Emulated { report, .. }) => assert!(report.contains("no tensor map"), "{report}"),
+            other => panic!("no rows: {other:?}"),
+        }
+    }
 }
 
 #[test]

@@ -17,8 +17,8 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
 
-// The driver's CUtensorMap: 128 opaque bytes.
-struct alignas(64) TensorMap {
+// The driver's CUtensorMap: 128 opaque bytes, aligned as CUDA 13 has them.
+struct alignas(128) TensorMap {
     uint64_t opaque[16];
 };
 

@@ -50,6 +50,7 @@ struct PrefillItem {
         } else {
             start = tile.kv_start;
         }
+        if (buffers.k == nullptr) return;  // a kernel that loads by tensor maps
         keys = buffers.k + start * params.k_token_stride + kv_head * params.k_head_stride;
         values = buffers.v + start * params.v_token_stride + kv_head * params.v_head_stride;
     }
@@ -118,6 +119,10 @@ struct KeyTiles {
     }
     DEVICE uint32_t first() const { return sink_end > 0 ? 0 : main_begin; }
     DEVICE uint32_t after(uint32_t tile) const { return tile + 1 == sink_end ? main_begin : tile + 1; }
+    // Whether some row sees each key of a tile.
+    DEVICE bool sees_all(uint32_t first_key) const {
+        return (first_key >= seen.begin && first_key + Keys <= seen.end) || first_key + Keys <= seen.sinks;
+    }
     // Tiles that every row sees whole need no mask.
     DEVICE bool needs_mask(uint32_t first_key) const {
         return first_key < of_last_begin || first_key + Keys > of_first_end;
@@ -173,13 +178,13 @@ struct PrefillRows {
     // From dot products to scores as a share of the cap, where there is one.
     DEVICE void cap(float (&s)[RowTiles][KEY_TILES][4], const PrefillParams& params) const {
         if (!SoftCap) return;
-        const float to_cap = params.scale / params.soft_cap;
+        const float to_cap = params.scale * rcp_approx(params.soft_cap);
 #pragma unroll
         for (uint32_t r = 0; r < RowTiles; r++) {
 #pragma unroll
             for (uint32_t n = 0; n < KEY_TILES; n++) {
 #pragma unroll
-                for (uint32_t i = 0; i < 4; i++) s[r][n][i] = tanhf(s[r][n][i] * to_cap);
+                for (uint32_t i = 0; i < 4; i++) s[r][n][i] = tanh_by_exp2(s[r][n][i] * to_cap);
             }
         }
     }

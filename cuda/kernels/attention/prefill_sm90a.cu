@@ -1,37 +1,48 @@
 // Prefill attention on Hopper: what prefill computes, by warpgroup products with warps that load and warps that multiply.
 //
-// Buffers, list of tiles, mask, carried state, work and status are those of prefill.cu.
+// Buffers, list of tiles, mask, carried state, work and status are those of prefill.cu. With TMA, of a cache that is not paged, K and V
+// come as tensor maps instead of pointers, in boxes of 128 rows of 64 channels in the 128-byte swizzle: a row holds a token's heads
+// one after another, or one head's vector with the heads' tokens one after another; `map_heads` has the way to the next head.
 //
 // Arch:    sm_90a.
-// Mapping: a block owns 128 rows of one sequence and KV head at a time and stays for others. Warpgroup 0 loads: q once per tile of
-//          rows, then tiles of 128 keys and of 128 values through two rings of two slots, by cp.async with the swizzle applied on
-//          the way, so that pages of any size do. Warpgroups 1 and 2 multiply 64 rows each: Q·Kᵀ from shared memory, P·V with P from
-//          registers and V as an N-major operand. A warpgroup issues the next tile's Q·Kᵀ before this tile's P·V and works out its
-//          softmax while P·V runs (FlashAttention-3, algorithm 2); the two take turns at issuing, so that one's softmax meets the
-//          other's products.
+// Mapping: a block owns 128 rows of one sequence and KV head at a time and stays for others. Warpgroup 0 loads q once per tile of rows,
+//          then tiles of 128 keys and of 128 values through two rings of two slots: by cp.async with the swizzle applied on the way, so
+//          that pages of any size do, all four warps; with TMA one lane, box by box, while the other warps load q (whose rows, tokens
+//          times the heads of a group, are no box for groups that do not divide 128). Warpgroups 1 and 2 multiply 64 rows each: Q·Kᵀ
+//          from shared memory, P·V with P from registers and V as an N-major operand. A warpgroup issues the next tile's Q·Kᵀ before
+//          this tile's P·V and works out its softmax while P·V runs (FlashAttention-3, algorithm 2); the two take turns at issuing, so
+//          that one's softmax meets the other's products.
+// Edges:   values that no row of the block sees become 0, for a weight of 0 would not silence a NaN: cp.async fills in zeros; boxes
+//          bring in whatever lies there, the next sequence for one, and the loading warp then waits for the box and overwrites these
+//          rows before it hands the tile on. Keys need no such care, their scores are masked.
 // Budget:  128 threads of 40 registers and 256 of 232; of shared memory 128·QK_DIM·2 bytes for q, 512·(QK_DIM + V_DIM) for the rings
-//          and 1.8 KB beside them: 162 KB at d 128. One block per SM.
+//          and 1.7 KB beside them: 162 KB at d 128. One block per SM.
 // Limit:   flops: 2·(QK_DIM + V_DIM) per visible key and row on the tensor cores. At d 128 a tile of keys takes 2048 clocks of them
 //          for 128 rows (64·128·128·2·2 FLOP per warpgroup at 4096 per clock and SM: 1024 clocks each) and 1024 of exp2 (16 per clock);
 //          the latter is hidden if the turns hold, which leaves the first tile, the last P·V and the epilogue of a tile of rows,
 //          about 3 tiles' worth: 640 to 660 TFLOP/s of 790 at 16K keys are to be expected if nothing else stalls, less where tiles of
-//          rows see few keys, since they do not overlap one another.
+//          rows see few keys, since they do not overlap one another. Loads: of 64 KB per tile, 32 bytes a clock and SM from the L2,
+//          half of what it gives; by cp.async they take the four schedulers some 300 of the 2048 issue slots each, by TMA none.
 #include "core.cuh"
 #include "prefill_params.h"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/sync.cuh"
+#include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 #include "status_params.h"
 #include "tile/prefill_list.cuh"
 #include "tile/prefill_rows.cuh"
 #include "types.cuh"
 
+static_assert(!(PAGED && TMA), "no tensor map holds pages in the order of a block table");
+
 using Element = StorageOf<KV_DTYPE>;
 using Item = PrefillItem<Element, PAGED>;
 
 constexpr uint32_t LOADERS = 128;  // threads that load, the first warpgroup
+constexpr uint32_t Q_LOADERS = TMA ? LOADERS - WARP_SIZE : LOADERS;  // of them, the last ones, those that load q
 constexpr uint32_t ROWS = 128;
 constexpr uint32_t KEYS = 128;   // of a tile
 constexpr uint32_t SLOTS = 2;    // of each ring
@@ -64,6 +75,7 @@ struct Shared {
     uint64_t q_full;          // mbarriers
     uint64_t full[2][SLOTS];  // of K and V
     uint64_t empty[2][SLOTS];
+    uint64_t landed;  // a box of values before its rows that nobody sees are overwritten
 };
 
 // The n-th tile of keys that the block has worked on, counted over all its rows, and where it lies.
@@ -76,15 +88,45 @@ struct Turn {
 
 enum Operand : uint32_t { K = 0, V = 1 };
 
-// The warpgroup that loads.
-struct Loader {
+// Where the slot of an operand's tile lies in shared memory.
+template <Operand Which>
+DEVICE uint32_t slot_at(Turn turn) {
+    return Which == K ? K_AT + turn.slot() * K_BYTES : V_AT + turn.slot() * V_BYTES;
+}
+
+// Issues the copies of the block's rows of q by the threads from LOADERS - Q_LOADERS on; rows that do not exist are zero.
+DEVICE void copy_queries(uint32_t base, const Element* q, const Item& item, const PrefillParams& params) {
+    constexpr uint32_t CHUNKS = QK_DIM / 8;
+#pragma unroll 1
+    for (uint32_t index = threadIdx.x - (LOADERS - Q_LOADERS); index < ROWS * CHUNKS; index += Q_LOADERS) {
+        const uint32_t row = index / CHUNKS, chunk = index % CHUNKS;
+        const int64_t place = item.place_of_query(row, QK_DIM, params);
+        cp_async_16_zfill(base + chunk / 8 * PANEL_BYTES + Swizzle<128>::offset(row, chunk % 8),
+                          q + (place < 0 ? 0 : place) + chunk * 8, place < 0 ? 0 : 16);
+    }
+}
+
+// Lets `loader` load the span's tiles in the order in which they are multiplied: K is one tile ahead of V.
+template <class Loader>
+DEVICE void load_span(Loader& loader, const Tiles& tiles, const PrefillParams& params) {
+    uint32_t v_tile = tiles.end;
+    for (uint32_t k_tile = tiles.first(); k_tile < tiles.end; k_tile = tiles.after(k_tile)) {
+        loader.template tile<K>(k_tile * KEYS, params);
+        if (v_tile < tiles.end) loader.template tile<V>(v_tile * KEYS, params);
+        v_tile = k_tile;
+    }
+    if (v_tile < tiles.end) loader.template tile<V>(v_tile * KEYS, params);
+}
+
+// The warpgroup that loads, by cp.async.
+struct CopyLoader {
     Shared& shared;
     uint32_t base;      // of shared memory
     Turn turns[2];      // of K and V
     uint32_t on_way = 0;  // loads that are not announced yet, at most two
     uint32_t older, newer;  // their barriers
 
-    DEVICE Loader(Shared& shared, uint32_t base) : shared(shared), base(base) {}
+    DEVICE CopyLoader(Shared& shared, uint32_t base) : shared(shared), base(base) {}
 
     // A load has landed for this thread; the products may read what it wrote.
     static DEVICE void announce(uint32_t barrier) {
@@ -116,21 +158,13 @@ struct Loader {
         on_way = 0;
     }
 
-    // Loads the block's rows of q; rows that do not exist are zero.
     DEVICE void queries(const Element* q, const PrefillParams& params) {
-        constexpr uint32_t CHUNKS = QK_DIM / 8;
-#pragma unroll 1
-        for (uint32_t index = threadIdx.x; index < ROWS * CHUNKS; index += LOADERS) {
-            const uint32_t row = index / CHUNKS, chunk = index % CHUNKS;
-            const int64_t place = shared.item.place_of_query(row, QK_DIM, params);
-            cp_async_16_zfill(base + chunk / 8 * PANEL_BYTES + Swizzle<128>::offset(row, chunk % 8),
-                              q + (place < 0 ? 0 : place) + chunk * 8, place < 0 ? 0 : 16);
-        }
+        copy_queries(base, q, shared.item, params);
         close(shared_address(&shared.q_full));
     }
 
     // Loads a tile of keys or values into the next slot, once it is free. A warp copies the rows that its lanes have placed; rows
-    // of keys that no row of the block sees become 0: a weight of 0 would not silence a NaN.
+    // of keys that no row of the block sees become 0.
     template <Operand Which>
     DEVICE void tile(uint32_t first_key, const PrefillParams& params) {
         constexpr uint32_t CHUNKS = (Which == K ? QK_DIM : V_DIM) / 8;
@@ -142,7 +176,7 @@ struct Loader {
                                               Which == K ? params.k_token_stride : params.v_token_stride, params);
         const int64_t place = shared.tiles.seen.sees(key) ? offset : NO_PLACE;
         Turn& turn = turns[Which];
-        const uint32_t slot = base + (Which == K ? K_AT + turn.slot() * K_BYTES : V_AT + turn.slot() * V_BYTES);
+        const uint32_t slot = base + slot_at<Which>(turn);
         const Element* const from = Which == K ? item.keys : item.values;
         const uint32_t chunk = lane_index() % CHUNKS;
         mbarrier_wait(shared_address(&shared.empty[Which][turn.slot()]), turn.parity() ^ 1);
@@ -157,17 +191,87 @@ struct Loader {
         turn.count++;
     }
 
-    // Loads the span's tiles in the order in which they are multiplied: K is one tile ahead of V.
     DEVICE void span(const PrefillParams& params) {
-        const Tiles& tiles = shared.tiles;
-        uint32_t v_tile = tiles.end;
-        for (uint32_t k_tile = tiles.first(); k_tile < tiles.end; k_tile = tiles.after(k_tile)) {
-            tile<K>(k_tile * KEYS, params);
-            if (v_tile < tiles.end) tile<V>(v_tile * KEYS, params);
-            v_tile = k_tile;
-        }
-        if (v_tile < tiles.end) tile<V>(v_tile * KEYS, params);
+        load_span(*this, shared.tiles, params);
         drain();
+    }
+};
+
+// The warpgroup that loads, by tensor maps: its first warp K and V, the others q.
+struct BoxLoader {
+    Shared& shared;
+    unsigned char* bytes;  // of shared memory
+    const TensorMap& k_map;
+    const TensorMap& v_map;
+    const PrefillMapHeads& map_heads;
+    Turn turns[2];              // of K and V
+    bool queries_on_way = false;
+    uint32_t landed_parity = 0;
+
+    DEVICE BoxLoader(Shared& shared, unsigned char* bytes, const TensorMap& k_map, const TensorMap& v_map,
+                     const PrefillMapHeads& map_heads)
+        : shared(shared), bytes(bytes), k_map(k_map), v_map(v_map), map_heads(map_heads) {}
+
+    DEVICE void queries(const Element* q, const PrefillParams& params) {
+        if (warp_index() == 0) return;
+        copy_queries(shared_address(bytes), q, shared.item, params);
+        cp_async_commit();
+        queries_on_way = true;
+    }
+
+    // Loads a tile of keys or values into the next slot, once it is free.
+    template <Operand Which>
+    DEVICE void tile(uint32_t first_key, const PrefillParams& params) {
+        Turn& turn = turns[Which];
+        const uint32_t full = shared_address(&shared.full[Which][turn.slot()]);
+        const bool edge = Which == V && !shared.tiles.sees_all(first_key);
+        if (lane_index() == 0) {
+            const uint32_t slot = shared_address(bytes) + slot_at<Which>(turn), barrier = edge ? shared_address(&shared.landed) : full;
+            const uint32_t head = shared.item.kv_head, token = shared.item.tile.kv_start + first_key;
+            const uint32_t column = head * (Which == K ? map_heads.k_columns : map_heads.v_columns);
+            const uint32_t row = head * (Which == K ? map_heads.k_rows : map_heads.v_rows) + token;
+            mbarrier_wait(shared_address(&shared.empty[Which][turn.slot()]), turn.parity() ^ 1);
+            mbarrier_arrive_expect_bytes(barrier, Which == K ? K_BYTES : V_BYTES);
+#pragma unroll
+            for (uint32_t panel = 0; panel < (Which == K ? QK_DIM : V_DIM) / 64; panel++) {
+                tma_load_2d(slot + panel * PANEL_BYTES, Which == K ? k_map : v_map, barrier, column + panel * 64, row);
+            }
+        }
+        if (edge) {
+            silence(bytes + slot_at<Which>(turn), first_key);
+            if (lane_index() == 0) mbarrier_arrive(full);
+        }
+        turn.count++;
+    }
+
+    // Waits for a box of values and makes 0 of those that no row of the block sees.
+    DEVICE void silence(unsigned char* values, uint32_t first_key) {
+        const Visible seen = shared.tiles.seen;
+        mbarrier_wait(shared_address(&shared.landed), landed_parity);
+        landed_parity ^= 1;
+#pragma unroll 1
+        for (uint32_t row = lane_index(); row < KEYS; row += WARP_SIZE) {
+            if (seen.sees(first_key + row)) continue;
+#pragma unroll
+            for (uint32_t chunk = 0; chunk < V_DIM / 8; chunk++) {
+                // Each lane begins at another chunk, so that eight of them meet all banks.
+                const uint32_t at = chunk / 8 * PANEL_BYTES + row * 128 + (chunk + lane_index()) % 8 * 16;
+                *reinterpret_cast<uint4*>(values + at) = make_uint4(0, 0, 0, 0);
+            }
+        }
+        async_proxy_fence();
+        __syncwarp();
+    }
+
+    DEVICE void span(const PrefillParams& params) {
+        if (warp_index() == 0) {
+            load_span(*this, shared.tiles, params);
+        } else if (queries_on_way) {
+            cp_async_wait<0>();
+            async_proxy_fence();
+            mbarrier_arrive(shared_address(&shared.q_full));
+            queries_on_way = false;
+        }
     }
 };
 
@@ -195,7 +299,7 @@ struct Multiplier {
 
     // Issues S = Q·Kᵀ.
     DEVICE void multiply_keys(Scores& s) const {
-        const uint32_t q = base + group * 64 * 128, k = base + K_AT + turn.slot() * K_BYTES;
+        const uint32_t q = base + group * 64 * 128, k = base + slot_at<K>(turn);
 #pragma unroll
         for (uint32_t step = 0; step < QK_DIM / 16; step++) {
             const uint32_t at = step / 4 * PANEL_BYTES + step % 4 * 32;
@@ -207,7 +311,7 @@ struct Multiplier {
 
     // Issues O += P·V.
     DEVICE void multiply_values(Rows& rows, const uint32_t (&p)[KEYS / 16][4], Turn at) const {
-        const uint32_t v = base + V_AT + at.slot() * V_BYTES;
+        const uint32_t v = base + slot_at<V>(at);
 #pragma unroll
         for (uint32_t step = 0; step < KEYS / 16; step++) {
             wgmma_rs<Element, V_DIM>(reinterpret_cast<float(&)[V_DIM / 2]>(rows.o), p[step],
@@ -284,8 +388,14 @@ struct Multiplier {
 DEVICE void meet_for_span() { __syncthreads(); }
 
 KERNEL(384, 1)
-prefill_sm90a(const Element* q, const Element* k, const Element* v, const uint32_t* block_table, const PrefillTile* tile_list,
-              const uint32_t* tile_count, const uint32_t* valid_len,
+prefill_sm90a(const Element* q,
+#if TMA
+              const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
+              const __grid_constant__ PrefillMapHeads map_heads,
+#else
+              const Element* k, const Element* v,
+#endif
+              const uint32_t* block_table, const PrefillTile* tile_list, const uint32_t* tile_count, const uint32_t* valid_len,
 #if CARRY
               float* state_o, float* state_ml,
 #endif
@@ -293,23 +403,39 @@ prefill_sm90a(const Element* q, const Element* k, const Element* v, const uint32
     DYNAMIC_SHARED(shared_bytes);
     const uint32_t base = shared_address(shared_bytes);
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes + REST_AT);
+#if TMA
+    const PrefillBuffers<Element> buffers = {q, nullptr, nullptr, block_table, tile_list, tile_count, valid_len};
+#else
     const PrefillBuffers<Element> buffers = {q, k, v, block_table, tile_list, tile_count, valid_len};
-    if (threadIdx.x == 0) {
-        mbarrier_init(shared_address(&shared.q_full), LOADERS);
+#endif
+    // By a thread that does nothing else alone, or the compiler would keep what thread 0 is known by in a register throughout.
+    if (threadIdx.x == LOADERS) {
+        mbarrier_init(shared_address(&shared.q_full), Q_LOADERS);
+        mbarrier_init(shared_address(&shared.landed), 1);
         for (uint32_t which = 0; which < 2; which++) {
             for (uint32_t slot = 0; slot < SLOTS; slot++) {
-                mbarrier_init(shared_address(&shared.full[which][slot]), LOADERS);
+                mbarrier_init(shared_address(&shared.full[which][slot]), TMA ? 1 : LOADERS);
                 mbarrier_init(shared_address(&shared.empty[which][slot]), 2 * 4);
             }
         }
         mbarrier_init_fence();
+#if TMA
+        if (params.num_tokens > 0) {
+            tma_prefetch_map(k_map);
+            tma_prefetch_map(v_map);
+        }
+#endif
     }
     __syncthreads();
 
     grid_dependency_wait();
     if (threadIdx.x < LOADERS) {
         give_registers<LOADER_REGISTERS>();
-        Loader loader(shared, base);
+#if TMA
+        BoxLoader loader(shared, shared_bytes, k_map, v_map, map_heads);
+#else
+        CopyLoader loader(shared, base);
+#endif
         while (draw_tile(shared.draw, shared.item, buffers, work, status, params)) {
             loader.queries(q, params);
             do {

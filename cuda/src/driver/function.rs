@@ -10,6 +10,7 @@ use cudarc::driver::{CudaContext, CudaStream, sys};
 use super::call::{check, failed};
 use super::gpu::Gpu;
 use super::launch_log::{self, Launched};
+use super::tensor_map::TensorMap;
 use crate::Error;
 use crate::cache::Found;
 use crate::digest::Digest;
@@ -22,6 +23,9 @@ const PLAIN_SHARED: u32 = 48 * 1024;
 
 /// More parameters than any kernel has, so that a launch needs no allocation.
 const MAX_ARGS: usize = 48;
+
+/// More tensor maps than any kernel takes, likewise.
+const MAX_MAPS: usize = 4;
 
 /// A module with its one function.
 pub(super) struct Loaded {
@@ -215,15 +219,15 @@ impl GpuFunction {
         }
         let own = Space::Device(self.gpu.device().ordinal);
         for arg in args {
-            if let Arg::Buffer { name, address, space, .. } = arg
-                && *space != own
-                && *address != 0
-            {
+            let (Arg::Buffer { name, address, space, stream: made_for, .. }
+            | Arg::Tensor { name, address, space, stream: made_for, .. }) = arg
+            else {
+                continue;
+            };
+            if *space != own && *address != 0 {
                 return Err(Error::argument(kernel(), name, own, space));
             }
-            if let Arg::Buffer { name, stream: Some(made_for), .. } = arg
-                && *made_for != stream.cu_stream() as usize
-            {
+            if made_for.is_some_and(|made_for| made_for != stream.cu_stream() as usize) {
                 let expected = "a view made for the stream of the launch";
                 return Err(Error::argument(kernel(), name, expected, "one made for another stream"));
             }
@@ -236,6 +240,7 @@ impl GpuFunction {
                 let found = match arg {
                     Arg::Buffer { .. } => size_of::<u64>(),
                     Arg::Value { bytes, .. } => bytes.len(),
+                    Arg::Tensor { .. } => size_of::<TensorMap>(),
                 };
                 if found != expected {
                     return Err(Error::argument(
@@ -297,11 +302,23 @@ impl Function for GpuFunction {
             return Ok(());
         }
 
+        let mut maps = [TensorMap::EMPTY; MAX_MAPS];
+        let mut free_maps = maps.iter_mut();
         let mut parameters = [std::ptr::null_mut::<c_void>(); MAX_ARGS];
         for (parameter, arg) in parameters.iter_mut().zip(args) {
             *parameter = match arg {
                 Arg::Buffer { address, .. } => std::ptr::from_ref(address).cast_mut().cast(),
                 Arg::Value { bytes, .. } => bytes.as_ptr().cast_mut().cast(),
+                Arg::Tensor { name, address, bytes, tensor, .. } => {
+                    let kernel = self.loaded.instance.label();
+                    let Some(map) = free_maps.next() else {
+                        let expected = format!("one of at most {MAX_MAPS} tensor maps");
+                        return Err(Error::argument(kernel, name, expected, "one more"));
+                    };
+                    tensor.check(&kernel, name, *address, *bytes)?;
+                    *map = TensorMap::encode(*address, tensor)?;
+                    std::ptr::from_mut(map).cast()
+                }
             };
         }
         let mut attributes = [ignored(); 2];
@@ -333,7 +350,7 @@ impl Function for GpuFunction {
         };
         self.gpu.bind()?;
         // SAFETY: the function belongs to the current context, and so does the stream. `parameters` has a pointer to each
-        // argument's bytes, which live until the driver has copied them; that they are the kernel's parameters and that
+        // argument's bytes, `maps` among them, which live until the driver has copied them; that they are the kernel's parameters and that
         // the kernel stays within its buffers is this function's contract with its caller.
         let result = unsafe {
             sys::cuLaunchKernelEx(&raw, self.loaded.function, parameters.as_mut_ptr(), std::ptr::null_mut())

@@ -17,6 +17,7 @@ mod graph;
 mod launch_log;
 mod mapped;
 mod side_stream;
+mod tensor_map;
 mod timing;
 
 pub use call::failed;

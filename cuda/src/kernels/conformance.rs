@@ -42,7 +42,7 @@ macro_rules! kernel {
 
 mod hopper;
 
-pub use hopper::{BulkCopies, MbarrierRounds, StmatrixFragments, TensorMap, WgmmaProduct};
+pub use hopper::{BulkCopies, MbarrierRounds, StmatrixFragments, WgmmaProduct};
 
 /// Number of elements, or an error if the product is beyond a 32-bit count of threads.
 fn count(kernel: &str, argument: &'static str, factors: &[usize]) -> Result<u32, Error> {

@@ -53,13 +53,14 @@ const PREFILL_SM90A_CONSTANTS: &[Constant] = &[
     Constant { name: "PAGED", allowed: &[0, 1] },
     Constant { name: "SOFT_CAP", allowed: &[0, 1] },
     Constant { name: "CARRY", allowed: &[0, 1] },
+    Constant { name: "TMA", allowed: &[0, 1] },
 ];
 
 /// 128 rows of q, two tiles of 128 keys and two of 128 values, and what is kept beside them. 384 threads of 168 registers fill an SM;
 /// warpgroups then trade them.
 const fn prefill_sm90a_row(values: &'static [i64]) -> Row {
     let (qk_dim, v_dim) = (values[0] as u32, values[1] as u32);
-    Row { values, registers: 168, shared: 128 * (qk_dim * 2 + 4 * (qk_dim + v_dim)) + 1736, emulated: true }
+    Row { values, registers: 168, shared: 128 * (qk_dim * 2 + 4 * (qk_dim + v_dim)) + 1744, emulated: true }
 }
 
 const APPEND_CONSTANTS: &[Constant] = &[
@@ -117,10 +118,12 @@ pub(super) const KERNELS: &[Kernel] = &[
         arch: ArchClass::Hopper,
         threads: 384,
         rows: &[
-            prefill_sm90a_row(&[64, 64, dtype::F16, 0, 0, 0]),
-            prefill_sm90a_row(&[128, 128, dtype::BF16, 1, 0, 0]),
-            prefill_sm90a_row(&[128, 128, dtype::F16, 0, 0, 0]),
-            prefill_sm90a_row(&[128, 128, dtype::BF16, 0, 0, 1]),
+            prefill_sm90a_row(&[64, 64, dtype::F16, 0, 0, 0, 1]),
+            prefill_sm90a_row(&[128, 128, dtype::BF16, 1, 0, 0, 0]),
+            prefill_sm90a_row(&[128, 128, dtype::F16, 0, 0, 0, 0]),
+            prefill_sm90a_row(&[128, 128, dtype::F16, 0, 0, 0, 1]),
+            prefill_sm90a_row(&[128, 128, dtype::BF16, 0, 0, 1, 1]),
+            prefill_sm90a_row(&[128, 128, dtype::BF16, 1, 1, 0, 0]),
         ],
     },
     Kernel {

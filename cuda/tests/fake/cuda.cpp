@@ -331,6 +331,22 @@ Result cuLaunchKernelEx(const LaunchConfig* config, Function* function, void** p
     return enqueue(config->stream, line);
 }
 
+// ---- tensor maps: here the address, then bytes that mark a map ----
+
+Result cuTensorMapEncodeTiled(void* map, int type, unsigned rank, Address address, const uint64_t* extents,
+                              const uint64_t* strides, const unsigned* box, const unsigned* steps, int interleave, int swizzle,
+                              int promotion, int fill) {
+    TRY("cuTensorMapEncodeTiled");
+    if (reinterpret_cast<uintptr_t>(map) % 128 || address % 16 || rank != 2) return INVALID_VALUE;
+    memset(map, 0x5a, 128);
+    memcpy(map, &address, sizeof address);
+    note("cuTensorMapEncodeTiled type=" + number(type) + " extents=" + number(extents[0]) + "," + number(extents[1]) +
+         " stride=" + number(strides[0]) + " box=" + number(box[0]) + "," + number(box[1]) + " steps=" + number(steps[0]) + "," +
+         number(steps[1]) + " interleave=" + number(interleave) + " swizzle=" + number(swizzle) + " promotion=" +
+         number(promotion) + " fill=" + number(fill));
+    return OK;
+}
+
 // ---- memory ----
 
 Result cuMemAllocAsync(Address* address, size_t bytes, Stream* stream) {

@@ -245,7 +245,8 @@ impl<F: Function, E: Storage> RingStep<F, E> {
     /// # Errors
     /// [`Error::Cuda`] when it cannot be loaded.
     pub fn prepare<D: Device<Function = F>>(device: &D, plan: &RingStepPlan) -> Result<Self, Error> {
-        Ok(RingStep { kernel: kernels::Prefill::prepare(device, plan.variant)?, plan: plan.clone() })
+        let kernel = kernels::Prefill::prepare(device, plan.variant, &plan.params)?;
+        Ok(RingStep { kernel, plan: plan.clone() })
     }
 
     /// The plan.

@@ -5,7 +5,9 @@ use cuda::Error;
 use cuda::launch::{Arg, Device, Function, LaunchConfig};
 use cuda::memory::{View, ViewMut};
 use cuda::table::{Instance, Kernel};
+use cuda::tensor_map::TensorShape;
 use emulator::{EmulatedKernel, Emulator, Queue};
+use half::bf16;
 
 mod list {
     include!("../planted/list.rs");
@@ -45,6 +47,12 @@ pub(crate) fn write<T: Pod>(name: &'static str, data: &mut [T]) -> Arg<'static> 
     Arg::write(name, &mut view).detach()
 }
 
+/// A tensor map of 16-bit elements.
+pub(crate) fn tensor(name: &'static str, data: &[bf16], shape: TensorShape) -> Arg<'static> {
+    let view = View::host(data);
+    Arg::tensor(name, &view, shape).detach()
+}
+
 /// Numbers without a pattern.
 pub(crate) fn numbers(count: usize) -> Vec<u32> {
     (0..count as u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u32).collect()
@@ -61,7 +69,10 @@ impl Detach for Arg<'_> {
             Arg::Buffer { name, address, bytes, space, stream, access } => {
                 Arg::Buffer { name, address, bytes, space, stream, access }
             }
-            Arg::Value { .. } => unreachable!("only buffers are detached"),
+            Arg::Tensor { name, address, bytes, space, stream, tensor } => {
+                Arg::Tensor { name, address, bytes, space, stream, tensor }
+            }
+            Arg::Value { .. } => unreachable!("only memory is detached"),
         }
     }
 }

@@ -5,6 +5,7 @@ pub(super) mod cache;
 mod decode;
 mod merge_states;
 mod prefill;
+mod prefill_maps;
 
 pub use append::{Append, AppendArgs, AppendTables, Rotary};
 pub use decode::{
@@ -15,3 +16,4 @@ pub use prefill::{
     Prefill, PrefillArgs, PrefillKernel, PrefillPlan, PrefillPlanArgs, PrefillResult, PrefillVariant,
     max_tiles, prefill_valid_lens,
 };
+pub use prefill_maps::PrefillMaps;

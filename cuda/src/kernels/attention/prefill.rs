@@ -10,6 +10,7 @@ use crate::storage::Storage;
 use crate::table::{ArchClass, Instance};
 
 use super::cache::{CacheExtent, check_cache, check_scale, elements, table_len};
+use super::prefill_maps::PrefillMaps;
 
 const KEYS: usize = 64;
 
@@ -169,14 +170,17 @@ impl<F: Function> PrefillPlan<F> {
 /// Which of the kernels a [`Prefill`] is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum PrefillKernel {
-    /// `prefill_sm90a` on sm_90a for q, K and V of 64 or of 128 channels without a soft cap, which are the rows that it is
+    /// [`Wgmma`](Self::Wgmma) on sm_90a for q, K and V of 128 channels, or of 64 without a soft cap, which are the sizes that it is
     /// tested in; else `prefill`.
     #[default]
     Auto,
     /// `prefill`: mma.sync, any device.
     MmaSync,
-    /// `prefill_sm90a`: warpgroup products, sm_90a, 64 or 128 channels.
+    /// `prefill_sm90a`: warpgroup products, sm_90a, 64 or 128 channels. K and V come by tensor maps where
+    /// [`PrefillVariant::tensor_maps`] has them, else by cp.async.
     Wgmma,
+    /// The same, K and V by cp.async, which any cache allows.
+    WgmmaCopies,
 }
 
 /// What a [`Prefill`] kernel is compiled for.
@@ -204,11 +208,21 @@ impl PrefillVariant {
     pub fn check(&self, params: &PrefillParams) -> Result<(), Error> {
         let dtype = crate::table::dtype::BF16;
         match self.kernel {
-            PrefillKernel::Wgmma => self.instance("prefill_sm90a", dtype)?,
-            PrefillKernel::Auto | PrefillKernel::MmaSync => self.instance("prefill", dtype)?,
+            PrefillKernel::Wgmma | PrefillKernel::WgmmaCopies => self.wgmma_instance(dtype, false)?,
+            PrefillKernel::Auto | PrefillKernel::MmaSync => self.instance(dtype)?,
         };
         check_params("prefill", params)?;
         check_scale("prefill", params.scale)
+    }
+
+    /// How K and V lie as tensor maps, which `prefill_sm90a` loads them by on sm_90a.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] says why they come by cp.async instead: pages in the order of a block table, strides of a contiguous
+    /// cache at which heads lie neither side by side within a token nor whole tokens apart, or a soft cap, whose kernel has no
+    /// registers to spare.
+    pub fn tensor_maps(&self, params: &PrefillParams) -> Result<PrefillMaps, Error> {
+        PrefillMaps::new(self, params)
     }
 
     /// The kernel that this is on a device.
@@ -216,8 +230,10 @@ impl PrefillVariant {
         let kernel = match self.kernel {
             PrefillKernel::Auto
                 if ArchClass::Hopper.runs_on(device.arch())
-                    && matches!((self.qk_dim, self.v_dim), (64, 64) | (128, 128))
-                    && !self.soft_cap =>
+                    && matches!(
+                        (self.qk_dim, self.v_dim, self.soft_cap),
+                        (64, 64, false) | (128, 128, _)
+                    ) =>
             {
                 PrefillKernel::Wgmma
             }
@@ -227,18 +243,25 @@ impl PrefillVariant {
         PrefillVariant { kernel, ..self }
     }
 
-    fn instance(&self, kernel: &'static str, dtype: i64) -> Result<Instance, Error> {
-        Instance::new(
-            kernel,
-            &[
-                ("QK_DIM", self.qk_dim as i64),
-                ("V_DIM", self.v_dim as i64),
-                ("KV_DTYPE", dtype),
-                ("PAGED", i64::from(self.paged)),
-                ("SOFT_CAP", i64::from(self.soft_cap)),
-                ("CARRY", i64::from(self.carry)),
-            ],
-        )
+    fn constants(&self, dtype: i64) -> [(&'static str, i64); 6] {
+        [
+            ("QK_DIM", self.qk_dim as i64),
+            ("V_DIM", self.v_dim as i64),
+            ("KV_DTYPE", dtype),
+            ("PAGED", i64::from(self.paged)),
+            ("SOFT_CAP", i64::from(self.soft_cap)),
+            ("CARRY", i64::from(self.carry)),
+        ]
+    }
+
+    fn instance(&self, dtype: i64) -> Result<Instance, Error> {
+        Instance::new("prefill", &self.constants(dtype))
+    }
+
+    fn wgmma_instance(&self, dtype: i64, tma: bool) -> Result<Instance, Error> {
+        let [qk_dim, v_dim, kv_dtype, paged, soft_cap, carry] = self.constants(dtype);
+        let tma = ("TMA", i64::from(tma));
+        Instance::new("prefill_sm90a", &[qk_dim, v_dim, kv_dtype, paged, soft_cap, carry, tma])
     }
 
     /// Rows (query tokens × query heads of a KV head) that one block works on.
@@ -251,7 +274,7 @@ impl PrefillVariant {
     fn shared_bytes(&self, wgmma: bool) -> usize {
         let (seen, item) = (12 * self.rows() + 32, size_of::<PrefillTile>() + 32);
         let (slots, keys, rest) =
-            if wgmma { (2, 128, 9 * 8) } else { (1, KEYS, 2 * 2 * KEYS * size_of::<i64>()) };
+            if wgmma { (2, 128, 10 * 8) } else { (1, KEYS, 2 * 2 * KEYS * size_of::<i64>()) };
         let tiles = slots * keys * (self.qk_dim + self.v_dim) * 2;
         self.rows() * self.qk_dim * 2 + tiles + seen + item + 16 + rest
     }
@@ -264,6 +287,8 @@ pub struct Prefill<F, E> {
     variant: PrefillVariant,
     /// Most blocks, which stay: as many as run at a time.
     blocks: u32,
+    /// Whether K and V are tensor maps.
+    tma: bool,
     _element: PhantomData<E>,
 }
 
@@ -322,17 +347,29 @@ pub struct PrefillArgs<'a, E> {
 }
 
 impl<F: Function, E: Storage> Prefill<F, E> {
-    /// Compiles and loads the kernel for `variant`.
-    pub fn prepare<D: Device<Function = F>>(device: &D, variant: PrefillVariant) -> Result<Self, Error> {
+    /// Compiles and loads the kernel for `variant`, for launches with parameters of the same strides and heads.
+    pub fn prepare<D: Device<Function = F>>(
+        device: &D,
+        variant: PrefillVariant,
+        params: &PrefillParams,
+    ) -> Result<Self, Error> {
         // Without a number of SMs, a few: more tiles than blocks is what an emulator should meet.
         let variant = variant.on(device);
-        let (kernel, of_sm) = match variant.kernel {
-            PrefillKernel::Wgmma => ("prefill_sm90a", 1),
-            _ => ("prefill", 2),
+        let tma = variant.kernel == PrefillKernel::Wgmma && variant.tensor_maps(params).is_ok();
+        let (instance, of_sm) = match variant.kernel {
+            PrefillKernel::Wgmma | PrefillKernel::WgmmaCopies => (variant.wgmma_instance(E::DTYPE, tma)?, 1),
+            PrefillKernel::Auto | PrefillKernel::MmaSync => (variant.instance(E::DTYPE)?, 2),
         };
         let blocks = device.sm_count().map_or(3, |sms| of_sm * sms);
-        let instance = variant.instance(kernel, E::DTYPE)?;
-        Ok(Self { function: device.load(&instance)?, variant, blocks, _element: PhantomData })
+        Ok(Self { function: device.load(&instance)?, variant, blocks, tma, _element: PhantomData })
+    }
+
+    /// Which kernel this is: never [`PrefillKernel::Auto`], and [`PrefillKernel::Wgmma`] only by tensor maps.
+    pub fn kernel(&self) -> PrefillKernel {
+        match self.variant.kernel {
+            PrefillKernel::Wgmma if !self.tma => PrefillKernel::WgmmaCopies,
+            kernel => kernel,
+        }
     }
 
     /// Enqueues one prefill. The kernel checks the tiles and stays within q, the cache and the list whatever they hold; rows
@@ -344,7 +381,7 @@ impl<F: Function, E: Storage> Prefill<F, E> {
         const KERNEL: &str = "prefill";
         let params = args.params;
         let PrefillVariant { qk_dim, v_dim, paged, soft_cap, carry, kernel } = self.variant;
-        let wgmma = kernel == PrefillKernel::Wgmma;
+        let wgmma = matches!(kernel, PrefillKernel::Wgmma | PrefillKernel::WgmmaCopies);
         let threads = if wgmma { 384 } else { 128 };
         check_params(KERNEL, params)?;
         check_scale(KERNEL, params.scale)?;
@@ -382,15 +419,22 @@ impl<F: Function, E: Storage> Prefill<F, E> {
             None if per_head => return Err(Error::argument(KERNEL, "valid_len", "given", "missing")),
             None => {}
         }
-        let mut kernel_args = vec![
-            Arg::read("q", args.q),
-            Arg::read("k", args.k),
-            Arg::read("v", args.v),
+        let maps = if self.tma { Some(self.variant.tensor_maps(params)?) } else { None };
+        let mut kernel_args = vec![Arg::read("q", args.q)];
+        match &maps {
+            Some(PrefillMaps { k, v, heads }) => kernel_args.extend([
+                Arg::tensor("k", args.k, *k),
+                Arg::tensor("v", args.v, *v),
+                Arg::value("map_heads", heads),
+            ]),
+            None => kernel_args.extend([Arg::read("k", args.k), Arg::read("v", args.v)]),
+        }
+        kernel_args.extend([
             Arg::read_optional("block_table", args.block_table),
             Arg::read("tiles", args.tiles),
             Arg::read("tile_count", args.tile_count),
             Arg::read_optional("valid_len", args.valid_len),
-        ];
+        ]);
         match (&mut args.result, carry) {
             (PrefillResult::Output { out, lse }, false) => {
                 check_output::<E>((out_rows, v_dim), Some(out), Some(lse))?;
@@ -424,7 +468,7 @@ impl<F: Function, E: Storage> Prefill<F, E> {
         config.programmatic = args.programmatic;
         // SAFETY: the arguments are the kernel's parameters in order and type. The checks above made every buffer as long
         // as the kernel's index range; the kernel checks that tiles lie in q, the cache and the list, and clamps page ids to the
-        // pool.
+        // pool. Tensor maps end where their tensors do.
         unsafe { self.function.launch(queue, &config, &kernel_args) }
     }
 }

@@ -1,12 +1,12 @@
 //! The conformance kernels of sm_90a: stmatrix, mbarriers, bulk copies, TMA and wgmma.
 
-use bytemuck::{Pod, Zeroable};
-
 use super::count;
 use crate::Error;
 use crate::launch::{Arg, Device, Function, LaunchConfig};
 use crate::memory::{View, ViewMut};
+use crate::storage::Storage;
 use crate::table::Instance;
+use crate::tensor_map::TensorShape;
 
 kernel! {
     /// `stmatrix_fragments`: every form of `stmatrix`.
@@ -103,11 +103,6 @@ impl<F: Function> BulkCopies<F> {
     }
 }
 
-/// A tensor map as kernels take it: the driver's `CUtensorMap`, or the emulator's stand-in.
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-#[repr(C, align(64))]
-pub struct TensorMap(pub [u64; 16]);
-
 kernel! {
     /// `wgmma_product`: C = A·Bᵀ by TMA and wgmma.
     WgmmaProduct = "wgmma_product", "DTYPE": dtype: i64
@@ -120,22 +115,18 @@ impl<F: Function> WgmmaProduct<F> {
     pub const N64: u32 = 2;
 
     /// Enqueues the product of a `[m, k]` and b, `[n, k]` or with [`Self::RS`] `[k, n]`, into c `[m, n]`; m is a multiple of 64, n
-    /// of 128.
+    /// of 128. `E` is the type that the kernel was prepared for.
     ///
     /// # Errors
-    /// [`Error::Argument`] names an argument that is too short or misaligned, or an extent that is no such multiple.
-    ///
-    /// # Safety
-    /// The maps must have been encoded for this device, from tensors of 16-bit elements of these extents, in
-    /// boxes of 64 × 64 with the 128-byte swizzle, and the tensors must stay alive until the launch has run.
-    #[allow(clippy::too_many_arguments, reason = "one per extent and tensor")]
-    pub unsafe fn launch(
+    /// [`Error::Argument`] names an argument that is too short or misaligned, or an extent that is no such multiple or that no
+    /// tensor map can hold.
+    pub fn launch<E: Storage>(
         &self,
         queue: &F::Queue,
         (m, n, k): (usize, usize, usize),
         form: u32,
-        a_map: &TensorMap,
-        b_map: &TensorMap,
+        a: &View<'_, E>,
+        b: &View<'_, E>,
         c: &mut ViewMut<'_, f32>,
     ) -> Result<(), Error> {
         for (argument, extent, tile) in [("m", m, 64), ("n", n, 128)] {
@@ -151,10 +142,19 @@ impl<F: Function> WgmmaProduct<F> {
         count(Self::KERNEL, "c", &[m, n])?;
         count(Self::KERNEL, "k", &[k])?;
         c.check(Self::KERNEL, "c", m * n, 4)?;
+        let tensor = |rows: usize, columns: usize| TensorShape {
+            columns: columns as u64,
+            rows: rows as u64,
+            row_bytes: (columns * size_of::<E>()) as u64,
+            box_columns: 64,
+            box_rows: 64,
+            swizzle_128: true,
+        };
+        let of_b = if form & Self::RS != 0 { tensor(k, n) } else { tensor(n, k) };
         let (columns, depth) = (n as u32, k as u32);
         let args = [
-            Arg::value("a_map", a_map),
-            Arg::value("b_map", b_map),
+            Arg::tensor("a_map", a, tensor(m, k)),
+            Arg::tensor("b_map", b, of_b),
             Arg::write("c", c),
             Arg::value("n", &columns),
             Arg::value("k", &depth),
@@ -162,7 +162,7 @@ impl<F: Function> WgmmaProduct<F> {
         ];
         let config = LaunchConfig::new((columns / 128, m as u32 / 64), 160).shared(49184);
         // SAFETY: the arguments are the kernel's parameters, `c` is as long as the grid indexes it, shared memory holds two
-        // slots and four barriers, and the caller vouches for the maps.
+        // slots and four barriers, and boxes stay within the maps, which the launch checks against their memory.
         unsafe { self.function.launch(queue, &config, &args) }
     }
 }
