@@ -324,6 +324,63 @@ fn late_work_is_told_from_late_peers() {
     });
 }
 
+/// A block of another length than is expected is refused before it is copied, and its sender named.
+#[test]
+fn blocks_of_another_length_are_refused() {
+    with_fakes("blocks_of_another_length_are_refused", |fakes| {
+        let context = fakes.context();
+        fn run<D: DeviceTransport>(mut end: D, compute: Arc<CudaStream>) -> Error {
+            end.control().set_deadline(DEADLINE);
+            let (rank, tag) = (end.control().rank(), ring_tag(0));
+            let blocks = [(); 2].map(|()| compute.alloc_zeros(64).unwrap());
+            let [block, space] = blocks;
+            let len = if rank == 1 { 32 } else { 64 };
+            let send = Outgoing { to: 1 - rank, block: Arc::new(block), len };
+            let recv = Incoming { from: 1 - rank, space, len: 64 };
+            end.exchange(tag, send, recv, &compute).and_then(|ticket| end.wait(ticket)).map(drop).unwrap_err()
+        }
+        let stream = || context.new_stream().unwrap();
+        for (case, errors) in [
+            ("one GPU", local::run_on(one_gpu(&context, ends(2)), |end| run(end, stream()))),
+            ("NCCL", on_nccl(&context, ends(2), |_, nccl| run(nccl, stream()))),
+        ] {
+            for (rank, error) in errors.into_iter().enumerate() {
+                let fault = PeerFault::Garbage("32 bytes instead of 64".into());
+                assert_eq!(error, Error::Peer { rank, peer: 1, at: ring_tag(0), fault }, "{case}");
+            }
+        }
+    });
+}
+
+/// Who waits for a copy is not silent: whoever waits for that rank in turn names the one at the end of the chain.
+#[test]
+fn who_waits_for_a_copy_is_not_silent() {
+    with_fakes("who_waits_for_a_copy_is_not_silent", |fakes| {
+        let context = fakes.context();
+        let results = local::run_on(one_gpu(&context, ends(4)), |mut end| {
+            let rank = end.control().rank();
+            end.control().set_deadline(if rank == 3 { DEADLINE } else { 8 * DEADLINE });
+            let compute = context.new_stream().unwrap();
+            if rank == 1 {
+                fakes.stick(&compute);
+            }
+            let ticket = post(&mut end, 0, 0, &compute).unwrap();
+            // Rank 3 has its block, and waits for the next of rank 2, which waits for that of rank 1.
+            let waited = end.wait(ticket).map(drop);
+            assert_eq!(waited.is_ok(), rank == 3, "rank {rank}: {waited:?}");
+            let next = waited.and_then(|()| post(&mut end, 1, 0, &compute));
+            next.and_then(|ticket| end.wait(ticket)).map(drop).unwrap_err()
+        });
+        for (rank, error) in results.into_iter().enumerate() {
+            let stalled = matches!(
+                &error,
+                Error::Peer { peer: 1, at, fault: PeerFault::Stalled { .. }, .. } if *at == ring_tag(0)
+            );
+            assert!(stalled, "rank {rank}: {error}");
+        }
+    });
+}
+
 /// However many things a wait waits for: here for a peer that posts late, then for a copy that never ends.
 #[test]
 fn a_wait_has_one_deadline() {

@@ -48,6 +48,8 @@ pub struct Mpi {
     found: Vec<(usize, Fault)>,
     /// The one that all agree on.
     fault: Option<Fault>,
+    /// For whom this rank waits by other means than those of this transport, and where.
+    elsewhere: Option<(usize, Place)>,
     /// Whether notices cannot be received any more.
     deaf: bool,
     /// Notices under way.
@@ -131,6 +133,7 @@ impl Mpi {
             left: vec![false; ranks],
             found: Vec::new(),
             fault: None,
+            elsewhere: None,
             deaf: false,
             outbox: Vec::new(),
             next: 0,
@@ -263,9 +266,7 @@ impl Mpi {
             match request.test() {
                 Ok(None) => {}
                 Ok(Some(words)) => {
-                    if self.waiting[self.rank].take().is_some() {
-                        self.tell(&Notice::GoesOn { from: self.rank });
-                    }
+                    self.goes_on();
                     return Ok(words);
                 }
                 Err(failed) if failed.is_truncation() => {
@@ -291,13 +292,7 @@ impl Mpi {
                 let fault = PeerFault::Stalled { waited_ms: waited.as_millis() as u64 };
                 return Err(self.fail(culprit, place, fault));
             }
-            let asks = waited >= near;
-            let says = self.waiting[self.rank].map(|waiting| waiting.asks);
-            if (asks && says != Some(true)) || (says.is_none() && self.is_asked()) {
-                self.waiting[self.rank] = Some(Waiting { for_rank: peer, place, asks });
-                let Place { at, exchange } = place;
-                self.tell(&Notice::Waits { from: self.rank, for_rank: peer, at, exchange, asks });
-            }
+            self.say_for_whom(peer, place, waited >= near);
             // Ranks may share a core.
             turns = turns.saturating_add(1);
             match turns {
@@ -307,9 +302,22 @@ impl Mpi {
         }
     }
 
-    /// Whether a rank wants to know who waits for whom.
-    fn is_asked(&self) -> bool {
-        self.waiting.iter().flatten().any(|waiting| waiting.asks)
+    /// Tells all others for whom this rank waits, once, if it asks the same of them or is asked.
+    fn say_for_whom(&mut self, for_rank: usize, place: Place, asks: bool) {
+        let is_asked = self.waiting.iter().flatten().any(|waiting| waiting.asks);
+        let says = self.waiting[self.rank].map(|waiting| waiting.asks);
+        if (asks && says != Some(true)) || (says.is_none() && is_asked) {
+            self.waiting[self.rank] = Some(Waiting { for_rank, place, asks });
+            let (from, Place { at, exchange }) = (self.rank, place);
+            self.tell(&Notice::Waits { from, for_rank, at, exchange, asks });
+        }
+    }
+
+    /// Tells all others that this rank waits no more, if they think so.
+    fn goes_on(&mut self) {
+        if self.waiting[self.rank].take().is_some() {
+            self.tell(&Notice::GoesOn { from: self.rank });
+        }
     }
 
     /// Who is silent: the end of the chain of ranks that wait for each other, and where it is waited for; `peer` itself when they
@@ -413,7 +421,16 @@ impl Transport for Mpi {
 
     fn check(&mut self) -> Result<(), Error> {
         // Where a rank is, between operations, is the barrier that it has not come to.
-        self.hear(self.here(BETWEEN))
+        self.hear(self.here(BETWEEN))?;
+        if let Some((peer, place)) = self.elsewhere {
+            self.say_for_whom(peer, place, false);
+        }
+        Ok(())
+    }
+
+    fn waits_for(&mut self, peer: Option<usize>, at: Tag) {
+        self.goes_on();
+        self.elsewhere = peer.map(|peer| (peer, self.here(at)));
     }
 
     fn is_gone(&mut self, peer: usize) -> bool {

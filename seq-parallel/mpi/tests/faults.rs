@@ -191,9 +191,11 @@ fn who_leaves_is_gone() {
         let rank = end.rank();
         if rank == 1 {
             drop(end);
-            return;
+            // Its process is still there.
+            return std::thread::sleep(DEADLINE);
         }
         let result = end.all_gather_v(&[rank as u8], &[1; RANKS]);
+        assert!(end.is_gone(1));
         match result {
             Err(Error::Peer { peer: 1, fault: PeerFault::Gone, at, .. }) => report(folder, rank, at),
             other => panic!("rank {rank}: {other:?}"),
@@ -243,6 +245,37 @@ fn who_has_just_begun_to_wait_is_not_silent() {
         };
         match result.unwrap_err() {
             Error::Peer { peer: 2, at, fault: PeerFault::Stalled { .. }, .. } => report(folder, rank, at),
+            other => panic!("rank {rank}: {other}"),
+        }
+    });
+}
+
+/// Nor is one that waits for rank 2 by other means, as for a copy between devices, and says so.
+#[test]
+fn who_waits_by_other_means_is_not_silent() {
+    recorded("who_waits_by_other_means_is_not_silent", 2, 0, |folder| {
+        let mut end = start(None);
+        let (rank, at) = (end.rank(), Tag::new(Operation::PassQ, 3));
+        let error = match rank {
+            1 => {
+                end.waits_for(Some(2), at);
+                loop {
+                    match end.check() {
+                        Ok(()) => std::thread::sleep(Duration::from_millis(1)),
+                        Err(error) => break error,
+                    }
+                }
+            }
+            2 => {
+                std::thread::sleep(3 * DEADLINE);
+                return hears(&mut end);
+            }
+            _ => exchange(&mut end, 8, 3 - rank, 1).unwrap_err(),
+        };
+        match error {
+            Error::Peer { peer: 2, at: found, fault: PeerFault::Stalled { .. }, .. } if found == at => {
+                report(folder, rank, at);
+            }
             other => panic!("rank {rank}: {other}"),
         }
     });

@@ -115,8 +115,11 @@ pub(super) fn check_exchange<X: Transport>(
     Ok(())
 }
 
-/// Asks until there is an answer, within the deadline since `start`; the rank that `late` names is accused then. A rank that has
-/// failed meanwhile ends it.
+/// Between looks at who is late, of whoever waits for long.
+const LOOK: Duration = Duration::from_millis(1);
+
+/// Asks until there is an answer, within the deadline since `start`; the rank that `late` names is accused then, and those who wait for
+/// this rank meanwhile know that it waits for that one. A rank that has failed ends it.
 pub(super) fn poll<X: Transport, T>(
     control: &mut X,
     start: Instant,
@@ -124,14 +127,26 @@ pub(super) fn poll<X: Transport, T>(
     late: impl Fn() -> usize,
     mut ask: impl FnMut(&mut X) -> Result<Option<T>, Error>,
 ) -> Result<T, Error> {
+    let (rank, mut look, mut said) = (control.rank(), LOOK, None);
     loop {
         control.check()?;
         if let Some(answer) = ask(control)? {
+            if said.is_some() {
+                control.waits_for(None, tag);
+            }
             return Ok(answer);
         }
         let waited = start.elapsed();
         if waited >= control.deadline() {
             return Err(control.accuse(late(), tag, stalled(waited)));
+        }
+        if waited >= look {
+            look = waited + LOOK;
+            let waits_for = Some(late()).filter(|peer| *peer != rank);
+            if waits_for != said {
+                control.waits_for(waits_for, tag);
+                said = waits_for;
+            }
         }
         match waited.as_micros() {
             0..50 => std::thread::yield_now(),

@@ -136,6 +136,8 @@ fn barrier(transport: &mut dyn Transport) {
     let last_came = times.chunks_exact(2).map(|times| times[0]).max();
     let first_left = times.chunks_exact(2).map(|times| times[1]).min();
     assert!(last_came <= first_left, "rank {rank} of {ranks}: {times:?}");
+    let gone: Vec<usize> = (0..ranks).filter(|&peer| peer != rank && transport.is_gone(peer)).collect();
+    assert!(gone.is_empty(), "rank {rank} of {ranks}: {gone:?} are still here");
 }
 
 fn subgroups(transport: &mut dyn Transport) {

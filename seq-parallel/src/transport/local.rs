@@ -314,6 +314,13 @@ impl Transport for Local {
         state.generation != self.generation || state.gone.get(peer).is_some_and(|gone| *gone)
     }
 
+    fn waits_for(&mut self, peer: Option<usize>, at: Tag) {
+        let mut state = self.shared.lock();
+        if state.generation == self.generation {
+            state.waiting[self.rank] = peer.map(|peer| (peer, at));
+        }
+    }
+
     fn accuse(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error {
         let mut state = self.shared.lock();
         self.fail(&mut state, peer, at, fault)

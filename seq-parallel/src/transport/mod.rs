@@ -71,6 +71,11 @@ macro_rules! forward {
             self.$($write)+.is_gone(peer)
         }
     };
+    (@waits_for $read:tt ($($write:tt)+)) => {
+        fn waits_for(&mut self, peer: Option<usize>, at: $crate::transport::Tag) {
+            self.$($write)+.waits_for(peer, at);
+        }
+    };
     (@accuse $read:tt ($($write:tt)+)) => {
         fn accuse(&mut self, peer: usize, at: $crate::transport::Tag, fault: $crate::PeerFault) -> $crate::Error {
             self.$($write)+.accuse(peer, at, fault)
@@ -251,6 +256,10 @@ pub trait Transport: Send {
     /// Whether a rank is known to have left, in order or not; what it sent before may still be on its way. For whoever needs every rank
     /// and waits for something else.
     fn is_gone(&mut self, peer: usize) -> bool;
+
+    /// Says for whom this rank waits by other means than [`wait`](Self::wait), or that it does no more: whoever is silent is found at the
+    /// end of the chain of those who wait.
+    fn waits_for(&mut self, peer: Option<usize>, at: Tag);
 
     /// Makes it known to all that rank `peer` has failed, unless a failure is known already, and gives the known one.
     fn accuse(&mut self, peer: usize, at: Tag, fault: PeerFault) -> Error;

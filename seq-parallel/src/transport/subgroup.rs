@@ -65,6 +65,10 @@ impl<X: Transport + ?Sized> Transport for Subgroup<'_, X> {
         self.inner.accuse(self.members[peer], at, fault)
     }
 
+    fn waits_for(&mut self, peer: Option<usize>, at: Tag) {
+        self.inner.waits_for(peer.and_then(|peer| self.members.get(peer).copied()), at);
+    }
+
     fn is_gone(&mut self, peer: usize) -> bool {
         self.members.get(peer).is_some_and(|&member| self.inner.is_gone(member))
     }
