@@ -88,7 +88,7 @@ struct HybridGemmTraffic {
     uint64_t hbm_tiles;
     /* Bytes of weights from HBM. */
     uint64_t hbm_weight_bytes;
-    /* Bytes of weights that a copy engine wrote to HBM before they were read there; the link has carried them too. */
+    /* Bytes of weights that a copy engine wrote to HBM, of the link's: booked by the launch behind each copy, whatever it reads. */
     uint64_t staged_bytes;
     /* Bytes of activations. */
     uint64_t activation_bytes;
@@ -110,7 +110,7 @@ struct HybridGemmParams {
     int64_t out_stride;
     /* Elements between two rows of the residual. */
     int64_t residual_stride;
-    /* Bytes of a packed column. */
+    /* Bytes from a packed column to the next. */
     uint64_t column_bytes;
     /* f32 of partial sums that the workspace has. */
     uint64_t partial_len;
@@ -118,6 +118,8 @@ struct HybridGemmParams {
     uint64_t host_bytes;
     /* Bytes of all experts' columns in HBM. */
     uint64_t hbm_bytes;
+    /* Bytes that a copy engine has brought from host memory for this launch, whose weights in HBM they are; 0 for others. */
+    uint64_t staged_bytes;
     /* Rows of X and O: the schedule's tokens are at most as many. */
     uint32_t max_tokens;
     /* Output features. */
@@ -144,8 +146,8 @@ struct HybridGemmParams {
     uint32_t activation;
     /* Experts of a grouped product; 0 for a single one. */
     uint32_t experts;
-    /* Whether the weights in HBM are a slab that a copy engine has just brought from host memory. */
-    uint32_t hbm_staged;
+    /* 0. */
+    uint32_t padding;
 };
 
 #endif

@@ -10,7 +10,7 @@ pub const HEADER_DIGESTS: &[(&str, &str)] = &[
     ("hack_append_params.h", "0cf237835d324da496bad60f99fce8340db80df7522d0f16f948896b33bd9f4c"),
     ("hack_decode_params.h", "e12f4ad7aca8ed0caec2bd17dc3dda2690f7691835804a3593ba6ea4d05f660d"),
     ("hack_prefill_params.h", "17f9dff541e61bf3193a769f6b05e07dc40753096f7e6d9519c383383b18352e"),
-    ("hybrid_gemm_params.h", "f8119041a3dce2d5fa338090e2cb8292fd5fa50b2903774f3cbd8901832afa4b"),
+    ("hybrid_gemm_params.h", "dd3e4282bafee598bd43124ac02438c9b1fd346b56e7367ac05f65fc5f99b867"),
     ("merge_states_params.h", "a1ca4ca86a37067ead0a7fdbb4a70c68ff2be74458bddc317fa12c2d18667ee8"),
     ("pack_params.h", "71bdac650f73e5af2c1b6597525ec402a30260efeeccac62f11793faab91c4c4"),
     ("prefill_params.h", "4711692d4d02c34e47bbd523e61a960b6031b52270e1ff13f1fdc1d4ac59ac09"),
@@ -706,7 +706,7 @@ pub struct HybridGemmTraffic {
     pub hbm_tiles: u64,
     #[doc = " Bytes of weights from HBM."]
     pub hbm_weight_bytes: u64,
-    #[doc = " Bytes of weights that a copy engine wrote to HBM before they were read there; the link has carried them too."]
+    #[doc = " Bytes of weights that a copy engine wrote to HBM, of the link's: booked by the launch behind each copy, whatever it reads."]
     pub staged_bytes: u64,
     #[doc = " Bytes of activations."]
     pub activation_bytes: u64,
@@ -754,7 +754,7 @@ pub struct HybridGemmParams {
     pub out_stride: i64,
     #[doc = " Elements between two rows of the residual."]
     pub residual_stride: i64,
-    #[doc = " Bytes of a packed column."]
+    #[doc = " Bytes from a packed column to the next."]
     pub column_bytes: u64,
     #[doc = " f32 of partial sums that the workspace has."]
     pub partial_len: u64,
@@ -762,6 +762,8 @@ pub struct HybridGemmParams {
     pub host_bytes: u64,
     #[doc = " Bytes of all experts' columns in HBM."]
     pub hbm_bytes: u64,
+    #[doc = " Bytes that a copy engine has brought from host memory for this launch, whose weights in HBM they are; 0 for others."]
+    pub staged_bytes: u64,
     #[doc = " Rows of X and O: the schedule's tokens are at most as many."]
     pub max_tokens: u32,
     #[doc = " Output features."]
@@ -788,12 +790,12 @@ pub struct HybridGemmParams {
     pub activation: u32,
     #[doc = " Experts of a grouped product; 0 for a single one."]
     pub experts: u32,
-    #[doc = " Whether the weights in HBM are a slab that a copy engine has just brought from host memory."]
-    pub hbm_staged: u32,
+    #[doc = " 0."]
+    pub padding: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of HybridGemmParams"][::core::mem::size_of::<HybridGemmParams>() - 112usize];
+    ["Size of HybridGemmParams"][::core::mem::size_of::<HybridGemmParams>() - 120usize];
     ["Alignment of HybridGemmParams"][::core::mem::align_of::<HybridGemmParams>() - 8usize];
     ["Offset of field: HybridGemmParams::x_stride"]
         [::core::mem::offset_of!(HybridGemmParams, x_stride) - 0usize];
@@ -809,32 +811,34 @@ const _: () = {
         [::core::mem::offset_of!(HybridGemmParams, host_bytes) - 40usize];
     ["Offset of field: HybridGemmParams::hbm_bytes"]
         [::core::mem::offset_of!(HybridGemmParams, hbm_bytes) - 48usize];
+    ["Offset of field: HybridGemmParams::staged_bytes"]
+        [::core::mem::offset_of!(HybridGemmParams, staged_bytes) - 56usize];
     ["Offset of field: HybridGemmParams::max_tokens"]
-        [::core::mem::offset_of!(HybridGemmParams, max_tokens) - 56usize];
-    ["Offset of field: HybridGemmParams::n"][::core::mem::offset_of!(HybridGemmParams, n) - 60usize];
-    ["Offset of field: HybridGemmParams::k"][::core::mem::offset_of!(HybridGemmParams, k) - 64usize];
+        [::core::mem::offset_of!(HybridGemmParams, max_tokens) - 64usize];
+    ["Offset of field: HybridGemmParams::n"][::core::mem::offset_of!(HybridGemmParams, n) - 68usize];
+    ["Offset of field: HybridGemmParams::k"][::core::mem::offset_of!(HybridGemmParams, k) - 72usize];
     ["Offset of field: HybridGemmParams::tile_slabs"]
-        [::core::mem::offset_of!(HybridGemmParams, tile_slabs) - 68usize];
+        [::core::mem::offset_of!(HybridGemmParams, tile_slabs) - 76usize];
     ["Offset of field: HybridGemmParams::host_columns"]
-        [::core::mem::offset_of!(HybridGemmParams, host_columns) - 72usize];
+        [::core::mem::offset_of!(HybridGemmParams, host_columns) - 80usize];
     ["Offset of field: HybridGemmParams::hbm_first"]
-        [::core::mem::offset_of!(HybridGemmParams, hbm_first) - 76usize];
+        [::core::mem::offset_of!(HybridGemmParams, hbm_first) - 84usize];
     ["Offset of field: HybridGemmParams::hbm_columns"]
-        [::core::mem::offset_of!(HybridGemmParams, hbm_columns) - 80usize];
+        [::core::mem::offset_of!(HybridGemmParams, hbm_columns) - 88usize];
     ["Offset of field: HybridGemmParams::host_row_major"]
-        [::core::mem::offset_of!(HybridGemmParams, host_row_major) - 84usize];
+        [::core::mem::offset_of!(HybridGemmParams, host_row_major) - 92usize];
     ["Offset of field: HybridGemmParams::hbm_row_major"]
-        [::core::mem::offset_of!(HybridGemmParams, hbm_row_major) - 88usize];
+        [::core::mem::offset_of!(HybridGemmParams, hbm_row_major) - 96usize];
     ["Offset of field: HybridGemmParams::k_splits"]
-        [::core::mem::offset_of!(HybridGemmParams, k_splits) - 92usize];
+        [::core::mem::offset_of!(HybridGemmParams, k_splits) - 100usize];
     ["Offset of field: HybridGemmParams::out_dtype"]
-        [::core::mem::offset_of!(HybridGemmParams, out_dtype) - 96usize];
+        [::core::mem::offset_of!(HybridGemmParams, out_dtype) - 104usize];
     ["Offset of field: HybridGemmParams::activation"]
-        [::core::mem::offset_of!(HybridGemmParams, activation) - 100usize];
+        [::core::mem::offset_of!(HybridGemmParams, activation) - 108usize];
     ["Offset of field: HybridGemmParams::experts"]
-        [::core::mem::offset_of!(HybridGemmParams, experts) - 104usize];
-    ["Offset of field: HybridGemmParams::hbm_staged"]
-        [::core::mem::offset_of!(HybridGemmParams, hbm_staged) - 108usize];
+        [::core::mem::offset_of!(HybridGemmParams, experts) - 112usize];
+    ["Offset of field: HybridGemmParams::padding"]
+        [::core::mem::offset_of!(HybridGemmParams, padding) - 116usize];
 };
 #[doc = " Shape of one merge of partial attention states."]
 #[repr(C)]

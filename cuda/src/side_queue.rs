@@ -12,7 +12,7 @@ use crate::memory::{View, ViewMut};
 /// 3. [`before`](Self::before): the kernels that come now wait for that copy.
 ///
 /// Once `before` was called for the last copy, the main queue has everything of this one behind it: it is joined, as the capture
-/// of a graph demands.
+/// of a graph demands. Whoever stops in the middle calls [`join`](Self::join), which does the same wherever the two are.
 pub trait SideQueue {
     /// The queue that kernels run on.
     type Main: ?Sized;
@@ -46,6 +46,13 @@ pub trait SideQueue {
     /// # Errors
     /// As [`after`](Self::after), and [`Error::Argument`] for a slot that there is not.
     fn before(&mut self, main: &Self::Main, slot: usize) -> Result<(), Error>;
+
+    /// What is enqueued on `main` from now on waits for everything of this queue: its copies, and what they wait for, even where no
+    /// copy has followed [`after`](Self::after).
+    ///
+    /// # Errors
+    /// As [`after`](Self::after).
+    fn join(&mut self, main: &Self::Main) -> Result<(), Error>;
 }
 
 /// What both back ends check of a copy.

@@ -121,14 +121,21 @@ impl CostModel<'_> {
     pub fn traffic(&self, launch: &Launch) -> Traffic {
         let (schedule, placement, tiling) = (&launch.schedule, self.placement, self.placement.tiling());
         let tokens = schedule.tokens as u64;
+        let tiles = |columns: &std::ops::Range<usize>| (columns.len() * schedule.k_tiles) as u64;
+        let staged_bytes = placement.column_bytes(launch.staged.clone());
+        // Slabs are copied before anybody knows how many tokens there are.
+        let staged = Traffic {
+            link_tiles: tiles(&launch.staged),
+            link_bytes: staged_bytes,
+            staged_bytes,
+            ..Traffic::default()
+        };
         if tokens == 0 {
-            return Traffic::default();
+            return staged;
         }
         let [os, ws, hbm] = columns(schedule);
         let columns = os.start..hbm.end;
         let (panels, groups) = (schedule.panels() as u64, schedule.panel_groups() as u64);
-        let tiles = |columns: &std::ops::Range<usize>| (columns.len() * schedule.k_tiles) as u64;
-        let staged = placement.column_bytes(launch.staged.clone());
         let partials = match schedule.sums_in_registers() {
             true => 0,
             false => {
@@ -137,11 +144,11 @@ impl CostModel<'_> {
         };
         let rows = tiling.n().min(columns.end * TILE_ROWS) - columns.start * TILE_ROWS;
         Traffic {
-            link_tiles: tiles(&os) * groups + tiles(&ws) + tiles(&launch.staged),
-            link_bytes: placement.column_bytes(os) * groups + placement.column_bytes(ws.clone()) + staged,
+            link_tiles: tiles(&os) * groups + tiles(&ws) + staged.link_tiles,
+            link_bytes: placement.column_bytes(os) * groups + placement.column_bytes(ws.clone()) + staged_bytes,
             hbm_tiles: tiles(&hbm) * panels,
             hbm_weight_bytes: placement.column_bytes(hbm) * panels,
-            staged_bytes: staged,
+            staged_bytes,
             activation_bytes: columns.len() as u64 * tokens * (tiling.k() * self.operands.x.size()) as u64,
             partial_bytes: partials,
             output_bytes: tokens * self.operands.output_bytes(rows),

@@ -18,8 +18,8 @@ pub struct Traffic {
     pub hbm_tiles: u64,
     /// Bytes of weights from HBM.
     pub hbm_weight_bytes: u64,
-    /// Bytes of weights that a copy engine wrote to HBM before the kernel read them there, counted when the kernel does: slabs that a
-    /// call without tokens or with a bad schedule leaves unread are copied all the same, and are not in it.
+    /// Bytes of weights that a copy engine wrote to HBM, of the link's: slab by slab, each counted when its copy is done, by the launch
+    /// behind it. Slabs that a call without tokens or with a bad schedule leaves unread are copied all the same, and are in it.
     pub staged_bytes: u64,
     /// Bytes of activations X.
     pub activation_bytes: u64,

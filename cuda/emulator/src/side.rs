@@ -111,6 +111,18 @@ impl SideQueue for SideCopies {
         self.slots[slot].read_from = Some(main.statistics().launches);
         Ok(())
     }
+
+    fn join(&mut self, main: &Queue) -> Result<(), Error> {
+        for copy in self.late.drain(..) {
+            // SAFETY: as in `before`.
+            unsafe { copy.run() };
+        }
+        // A slot whose reader has not been launched gets none any more.
+        let launches = main.statistics().launches;
+        let unread = |slot: &&mut Slot| slot.read_from.is_none_or(|before| before >= launches);
+        self.slots.iter_mut().filter(unread).for_each(|slot| *slot = Slot::default());
+        Ok(())
+    }
 }
 
 impl Copy {

@@ -75,10 +75,16 @@ struct GemmEpilogue {
         return columns * (params.out_dtype == DTYPE_F32 ? 4 : 2) * (residual != nullptr ? 2 : 1);
     }
 
-    // O of a launch whose schedule is not valid: zeros, element by element, dealt to `threads` threads.
+    // O of a launch whose schedule is not valid: zeros in the launch's own columns, element by element, dealt to `threads` threads.
+    // Those of another slab are another launch's.
     DEVICE void store_zeros(const HybridGemmParams& params, uint64_t thread, uint64_t threads) const {
-        const uint32_t columns = params.activation == HYBRID_SWIGLU ? params.n / 2 : params.n;
+        const bool gated = params.activation == HYBRID_SWIGLU;
+        const uint32_t outputs = gated ? HYBRID_TILE_ROWS / 2 : HYBRID_TILE_ROWS;
+        const uint32_t columns = gated ? params.n / 2 : params.n;
         for (uint64_t i = thread; i < static_cast<uint64_t>(params.max_tokens) * columns; i += threads) {
+            const uint32_t tile = i % columns / outputs;
+            const bool own = params.experts > 0 || tile < params.host_columns || tile - params.hbm_first < params.hbm_columns;
+            if (!own) continue;
             const uint64_t at = i / columns * params.out_stride + i % columns;
             if (params.out_dtype == DTYPE_F32) {
                 static_cast<float*>(out)[at] = 0;

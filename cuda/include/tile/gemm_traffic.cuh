@@ -1,4 +1,5 @@
-// The receipt of hybrid GEMM: what a block asked for, counted where it asks, in shared memory by one thread.
+// The receipt of hybrid GEMM: what a block asked for, counted where it asks, in shared memory by one thread; and the slab that a
+// copy engine has brought for a launch, booked by the launch.
 #pragma once
 
 #include "core.cuh"
@@ -17,18 +18,13 @@ struct BlockTraffic {
         started_ns = global_timer_ns();
     }
 
-    // `staged`: the weights in HBM are a slab, whose tiles have crossed the link once, whatever number of panels reads them.
-    DEVICE void weights(const TileStep& step, bool starts_tile, uint32_t bytes, bool staged) {
-        const bool link = step.fetch == TileFetch::LINK;
-        if (!link) {
-            counts.hbm_tiles += starts_tile;
-            counts.hbm_weight_bytes += bytes;
-        }
-        staged = staged && !link && step.first_token == 0;
-        if (staged) counts.staged_bytes += bytes;
-        if (link || staged) {
+    DEVICE void weights(const TileStep& step, bool starts_tile, uint32_t bytes) {
+        if (step.fetch == TileFetch::LINK) {
             counts.link_tiles += starts_tile;
             counts.link_bytes += bytes;
+        } else {
+            counts.hbm_tiles += starts_tile;
+            counts.hbm_weight_bytes += bytes;
         }
     }
 
@@ -43,3 +39,12 @@ struct BlockTraffic {
         }
     }
 };
+
+// Books the slab that a copy engine has brought for this launch: it has crossed the link, whether its tiles are read or not, for
+// want of tokens or because the schedule is refused. One thread of the launch calls.
+DEVICE void book_copy(HybridGemmTraffic* total, const HybridGemmParams& params, uint32_t k_tiles) {
+    if (total == nullptr || params.staged_bytes == 0) return;
+    atomic_add_acq_rel_u64(&total->link_tiles, static_cast<uint64_t>(params.hbm_columns) * k_tiles);
+    atomic_add_acq_rel_u64(&total->link_bytes, params.staged_bytes);
+    atomic_add_acq_rel_u64(&total->staged_bytes, params.staged_bytes);
+}

@@ -29,19 +29,19 @@ struct TileStep {
     TileFinish finish;
 };
 
-// What is wrong with a schedule: a FaultCode, FAULT_NONE if every column of it has somebody to compute it, within the
-// weights, the grid and the workspace.
+// The first column of a single product's launch.
+DEVICE uint32_t first_column_of(const HybridGemmParams& params) { return params.host_columns > 0 ? 0 : params.hbm_first; }
+
+// What is wrong with a schedule: a FaultCode, FAULT_NONE if the columns are the launch's, no more and no fewer, and every one
+// has somebody to compute it, within the grid and the workspace.
 DEVICE uint32_t schedule_fault(const HybridGemmSchedule& s, const HybridGemmParams& params, uint32_t panel, uint32_t k_tiles,
                                uint32_t blocks) {
     if (s.tokens > params.max_tokens) return FAULT_BAD_LENGTH;
     if (s.panel != panel || s.k_tiles != k_tiles || s.cluster != 1) return FAULT_BAD_INDEX;
     if (static_cast<uint64_t>(s.os_blocks) + s.ws_blocks + s.hbm_blocks > blocks) return FAULT_BAD_RANGE;
     if (params.experts > 0) return FAULT_NONE;  // columns are the experts': tile/gemm_products.cuh
-    const uint64_t host_end = static_cast<uint64_t>(s.first_column) + s.os_columns + s.ws_columns;
-    const uint64_t end = host_end + s.hbm_columns;
-    if ((s.os_columns > 0 || s.ws_columns > 0) && host_end > params.host_columns) return FAULT_BAD_RANGE;
-    if (s.hbm_columns > 0
-        && (host_end < params.hbm_first || end > static_cast<uint64_t>(params.hbm_first) + params.hbm_columns)) {
+    if (s.first_column != first_column_of(params) || static_cast<uint64_t>(s.os_columns) + s.ws_columns != params.host_columns
+        || s.hbm_columns != params.hbm_columns) {
         return FAULT_BAD_RANGE;
     }
     if ((s.os_columns > 0 && s.os_blocks == 0) || (s.ws_columns > 0 && s.ws_blocks == 0)

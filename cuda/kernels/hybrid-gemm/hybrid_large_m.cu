@@ -80,7 +80,10 @@ hybrid_large_m(const Element* x, const unsigned char* host, const unsigned char*
 
     const HybridGemmSchedule plan = *schedule;
     const uint32_t fault = schedule_fault(plan, params, PANEL, k_tiles, gridDim.x);
-    if (fault != FAULT_NONE && blockIdx.x == 0 && threadIdx.x == 0) report_fault(status, fault, 0);
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        book_copy(traffic, params, k_tiles);
+        if (fault != FAULT_NONE) report_fault(status, fault, first_column_of(params));
+    }
     if (fault != FAULT_NONE || (params.experts > 0 && group_faulty(plan, params, experts, offsets, status, THREADS))) {
         const GemmEpilogue epilogue{scales, bias, residual, out};
         epilogue.store_zeros(params, blockIdx.x * THREADS + threadIdx.x, gridDim.x * THREADS);
@@ -127,7 +130,7 @@ hybrid_large_m(const Element* x, const unsigned char* host, const unsigned char*
                 const uint32_t bytes =
                     stage_slab<THREADS, FORMAT, Element>(slot, slot + HYBRID_SLAB_BYTES, source, params, step.column, step.k_tile,
                                                          ahead.chunk / Weight::X_CHUNKS, policy);
-                if (counts) counter.weights(step, ahead.chunk == 0, bytes, params.hbm_staged != 0);
+                if (counts) counter.weights(step, ahead.chunk == 0, bytes);
             }
             if (counts && ahead.chunk == 0) {
                 const uint32_t inputs = params.tile_slabs * Weight::INPUTS, left = params.k - step.k_tile * inputs;

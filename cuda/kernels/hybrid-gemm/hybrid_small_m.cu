@@ -10,7 +10,8 @@
 //              (tile/gemm_products.cuh), scales then [experts, n]; null for a single product
 // traffic      what was moved is added to it; may be null
 // status       FAULT_BAD_LENGTH (tokens), FAULT_BAD_INDEX (panel, K tiles, cluster, an expert's weights), FAULT_BAD_RANGE
-//              (columns, blocks, an expert's rows): O is then zero
+//              (columns, blocks, an expert's rows), with the launch's first column, or the expert: O is then zero in the
+//              launch's columns
 //
 // A block takes its items of the schedule, each 64 output features for a panel of tokens, one after another, slab by slab
 // through one ring that does not drain in between. Weights are the tensor cores' side of 16, tokens that of 8. With
@@ -90,7 +91,10 @@ hybrid_small_m(const Element* x, const unsigned char* host, const unsigned char*
     const HybridGemmSchedule plan = *schedule;
     const uint32_t fault = schedule_fault(plan, params, HYBRID_SMALL_PANEL, k_tiles, gridDim.x);
     const uint32_t block_index = blockIdx.y * gridDim.x + blockIdx.x;
-    if (fault != FAULT_NONE && block_index == 0 && threadIdx.x == 0) report_fault(status, fault, 0);
+    if (block_index == 0 && threadIdx.x == 0) {
+        book_copy(traffic, params, k_tiles);
+        if (fault != FAULT_NONE) report_fault(status, fault, first_column_of(params));
+    }
     if (fault != FAULT_NONE || (params.experts > 0 && group_faulty(plan, params, experts, offsets, status, THREADS))) {
         const GemmEpilogue epilogue{scales, bias, residual, out};
         epilogue.store_zeros(params, block_index * THREADS + threadIdx.x, gridDim.x * gridDim.y * THREADS);
@@ -141,7 +145,7 @@ hybrid_small_m(const Element* x, const unsigned char* host, const unsigned char*
                                                                         step.k_tile, ahead.slab, policy);
             if (counts) {
                 HybridGemmTraffic& count = tail.traffic.counts;
-                tail.traffic.weights(step, ahead.slab == 0, bytes, params.hbm_staged != 0);
+                tail.traffic.weights(step, ahead.slab == 0, bytes);
                 if (ahead.slab == 0) {
                     const uint64_t products = static_cast<uint64_t>(step.tokens) * inputs_of(step.k_tile);
                     count.activation_bytes += products * sizeof(Element);

@@ -22,6 +22,8 @@ pub struct SideStream {
     readers: CudaEvent,
     /// The last copy of each slot.
     filled: Vec<CudaEvent>,
+    /// The end of a call that stopped in the middle.
+    end: CudaEvent,
 }
 
 impl SideStream {
@@ -34,7 +36,7 @@ impl SideStream {
         // cudarc's default has no timing, which makes waiting cheaper.
         let event = || gpu.context().new_event(None).map_err(failed("cuEventCreate"));
         let filled = (0..slots).map(|_| event()).collect::<Result<_, _>>()?;
-        Ok(SideStream { gpu: gpu.clone(), readers: event()?, stream, filled })
+        Ok(SideStream { gpu: gpu.clone(), readers: event()?, end: event()?, stream, filled })
     }
 
     fn check_main(&self, main: &CudaStream) -> Result<(), Error> {
@@ -93,5 +95,11 @@ impl SideQueue for SideStream {
             .get(slot)
             .ok_or_else(|| Error::argument("copy", "slot", format_args!("below {slots}"), slot))?;
         main.wait(filled).map_err(failed("cuStreamWaitEvent"))
+    }
+
+    fn join(&mut self, main: &CudaStream) -> Result<(), Error> {
+        self.check_main(main)?;
+        self.end.record(&self.stream).map_err(failed("cuEventRecord"))?;
+        main.wait(&self.end).map_err(failed("cuStreamWaitEvent"))
     }
 }

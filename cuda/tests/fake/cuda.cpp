@@ -4,7 +4,8 @@
 // Handles carry their context, so that a call with the wrong context current fails as it would on a GPU.
 //
 // With FAKE_CUDA_ORDER=1 it also keeps and writes down the order between streams: what each stream and event is called, records
-// and waits, and, in a capture, which node comes after which, so that a stream that is not joined fails it.
+// and waits, what it allocates and frees, and, in a capture, which node comes after which, so that a stream that is not joined
+// fails it, one that has captured nothing included.
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
@@ -48,7 +49,7 @@ struct Function {
 };
 struct Stream;
 struct Graph {
-    std::vector<std::string> nodes;
+    std::vector<std::string> nodes;  // without text where another stream joins the capture
     bool broken;
     std::vector<std::set<size_t>> before;  // of each node, the nodes right before it
     std::vector<Stream*> streams;
@@ -354,12 +355,14 @@ Result cuMemAllocAsync(Address* address, size_t bytes, Stream* stream) {
     if (bytes == 0) return INVALID_VALUE;
     // An allocation is no part of a captured step.
     if (stream && stream->capturing) stream->capturing->broken = true;
+    if (keeps_order()) note("cuMemAllocAsync " + number(bytes) + " stream=" + name_of(stream));
     void* memory = aligned_alloc(256, (bytes + 255) / 256 * 256);
     memset(memory, 0xff, bytes);
     *address = reinterpret_cast<Address>(memory);
     return OK;
 }
-Result cuMemFreeAsync(Address address, Stream*) {
+Result cuMemFreeAsync(Address address, Stream* stream) {
+    if (keeps_order()) note("cuMemFreeAsync " + number(address) + " stream=" + name_of(stream));
     free(reinterpret_cast<void*>(address));
     return OK;
 }
@@ -472,8 +475,11 @@ Result cuStreamWaitEvent(Stream* stream, Event* event, unsigned) {
     if (stream->capturing && stream->capturing != graph) return CAPTURE_MERGE;
     if (!stream->capturing) {
         stream->capturing = graph;
-        stream->last.clear();
+        graph->before.push_back(event->last);
+        stream->last = {graph->nodes.size()};
+        graph->nodes.push_back("");
         graph->streams.push_back(stream);
+        return OK;
     }
     stream->last.insert(event->last.begin(), event->last.end());
     return OK;
@@ -562,13 +568,16 @@ Result cuGraphInstantiateWithFlags(Graph** executable, Graph* graph, unsigned lo
 }
 Result cuGraphLaunch(Graph* executable, Stream* stream) {
     TRY("cuGraphLaunch");
-    for (const std::string& node : executable->nodes)
+    for (const std::string& node : executable->nodes) {
+        if (node.empty()) continue;
         if (Result result = enqueue(stream, "replayed " + node)) return result;
+    }
     return OK;
 }
 Result cuGraphGetNodes(Graph* graph, void* nodes, size_t* count) {
     if (nodes) return INVALID_VALUE;
-    *count = graph->nodes.size();
+    *count = 0;
+    for (const std::string& node : graph->nodes) *count += !node.empty();
     return OK;
 }
 Result cuGraphExecDestroy(Graph* executable) {

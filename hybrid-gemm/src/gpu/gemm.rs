@@ -15,7 +15,7 @@ use super::Plan;
 use super::staging::Slabs;
 use crate::epilogue::Activation;
 use crate::pack::{Tiling, slab_elements};
-use crate::weights::Layout;
+use crate::weights::{Layout, Placement};
 use crate::{DType, Error, GemmConfig};
 
 /// Where the columns of a matrix lie, as the device sees them.
@@ -29,6 +29,27 @@ pub struct DeviceWeights<'a> {
     /// Scale of each output feature `[n]` in formats that have one:
     /// [`Weights::channel_scales`](crate::Weights::channel_scales).
     pub scales: Option<&'a View<'a, f32>>,
+    /// How the columns are placed: that of one matrix, or of every expert. What a plan was not made for is refused.
+    pub placements: &'a [Placement],
+}
+
+impl DeviceWeights<'_> {
+    /// Refuses weights that lie otherwise than planned: their views might be long enough all the same.
+    pub(super) fn check(&self, planned: &[Placement]) -> Result<(), Error> {
+        if self.placements.len() != planned.len() {
+            let expected = format!("{} placed as planned", planned.len());
+            return Err(Error::argument("weights", expected, self.placements.len()));
+        }
+        match self.placements.iter().zip(planned).position(|(found, planned)| found != planned) {
+            None => Ok(()),
+            Some(index) => {
+                let [expected, found] =
+                    [planned[index], self.placements[index]].map(|placement| placement.to_string());
+                let of = if planned.len() > 1 { format!("expert {index}: ") } else { String::new() };
+                Err(Error::argument("weights", expected, of + &found))
+            }
+        }
+    }
 }
 
 /// Distances between rows, in elements.
@@ -42,13 +63,13 @@ pub struct Strides {
     pub residual: usize,
 }
 
-/// Arguments of [`Gemm::run`].
+/// Arguments of [`Gemm::run`], or, without weights, of [`ResidentGemm::run`](super::ResidentGemm::run).
 #[derive(Debug)]
-pub struct GemmArgs<'a, X, O> {
+pub struct GemmArgs<'a, X, O, W = DeviceWeights<'a>> {
     /// X `[max_tokens, k]`; rows past the schedule's tokens are not read. 16-byte aligned rows are read faster.
     pub x: &'a View<'a, X>,
     /// W.
-    pub weights: DeviceWeights<'a>,
+    pub weights: W,
     /// Bias `[n]`, where the plan has one.
     pub bias: Option<&'a View<'a, f32>>,
     /// Residual `[max_tokens, out_columns]`, where the plan has one.
@@ -63,6 +84,13 @@ pub struct GemmArgs<'a, X, O> {
     pub traffic: Option<ViewMut<'a, HybridGemmTraffic>>,
     /// Status word: what is wrong with the schedule.
     pub status: ViewMut<'a, u64>,
+}
+
+impl<'a, X, O> GemmArgs<'a, X, O, ()> {
+    pub(super) fn with_weights(self, weights: DeviceWeights<'a>) -> GemmArgs<'a, X, O> {
+        let GemmArgs { x, weights: (), bias, residual, out, strides, schedule, traffic, status } = self;
+        GemmArgs { x, weights, bias, residual, out, strides, schedule, traffic, status }
+    }
 }
 
 /// A prepared product. `X` is the storage type of activations and of unquantised weights.
@@ -135,8 +163,8 @@ impl<F: Function, X: Storage> Gemm<F, X> {
     /// Enqueues O = epilogue(X·Wᵀ) and returns.
     ///
     /// # Errors
-    /// [`Error::Argument`] for operands that the plan has not, or has, and for a staged plan, which needs
-    /// [`run_staged`](Self::run_staged); [`Error::Cuda`] names an argument or workspace that does not fit.
+    /// [`Error::Argument`] for operands that the plan has not, or has, weights that are placed otherwise, and for a staged plan, which
+    /// needs [`run_staged`](Self::run_staged); [`Error::Cuda`] names an argument or workspace that does not fit.
     pub fn run<O: Storage>(
         &self,
         queue: &F::Queue,
@@ -174,6 +202,7 @@ impl<F: Function, X: Storage> Gemm<F, X> {
 
     /// The parameters of a call, whose operands are those of the plan.
     pub(super) fn params_of<O>(&self, args: &GemmArgs<'_, X, O>) -> Result<HybridGemmParams, Error> {
+        args.weights.check(std::slice::from_ref(self.plan.placement()))?;
         let epilogue = self.plan.config().epilogue;
         for (argument, planned, given) in [
             ("bias", epilogue.bias, args.bias.is_some()),

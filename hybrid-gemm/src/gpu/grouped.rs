@@ -8,7 +8,7 @@ use cuda::storage::Storage;
 use cuda::workspace::{Carver, Layout, Region};
 
 use super::gemm::{Kernel, shape_params};
-use super::plan::{is_large, traffic, weight_format};
+use super::plan::{check_chunks, is_large, traffic, weight_format};
 use super::{DeviceWeights, Strides};
 use crate::plan::{LARGE_PANEL, SMALL_PANEL};
 use crate::weights::{Layout as WeightLayout, Placement};
@@ -50,6 +50,7 @@ impl GroupedPlan {
             }
             (false, _) => (SMALL_PANEL, GemmConfig { alpha: Alpha::Fixed(1.0), ..config }),
         };
+        check_chunks(format, &tiling, config.max_tokens.div_ceil(panel))?;
         let group = grouped::GroupedPlan::with_panel(experts, config, panel)?;
         let mut layout = Layout::new();
         let partials = layout.scratch(if large { group.workspace_len() } else { 0 })?;
@@ -194,13 +195,15 @@ impl<F: Function, X: Storage> GroupedGemm<F, X> {
     /// Enqueues O = epilogue(X·Wᵀ) with each row's expert, and returns.
     ///
     /// # Errors
-    /// [`Error::Cuda`] names an argument or workspace that does not fit.
+    /// [`Error::Argument`] for experts that are placed otherwise than planned; [`Error::Cuda`] names an argument or workspace that
+    /// does not fit.
     pub fn run<O: Storage>(
         &self,
         queue: &F::Queue,
         args: GroupedArgs<'_, X, O>,
         workspace: ViewMut<'_, u8>,
     ) -> Result<(), Error> {
+        args.weights.check(self.plan.group.experts())?;
         let mut params = self.params;
         if let Some(strides) = args.strides {
             params.x_stride = strides.x as i64;

@@ -1,6 +1,6 @@
 //! Grid, schedules and workspace of products on a GPU.
 
-use cuda::kernels::hybrid_gemm::{WeightFormat, large_m_supports};
+use cuda::kernels::hybrid_gemm::{MOST_CHUNKS, WeightFormat, large_m_supports};
 use cuda::params::{HYBRID_LARGE_PANEL, HYBRID_SMALL_PANEL, HybridGemmSchedule, HybridGemmTraffic};
 use cuda::workspace::{ALIGNMENT, Layout, Region};
 
@@ -78,6 +78,7 @@ impl Plan {
         let (config, placement) = (considered.config().clone(), *considered.placement());
         let (tiling, tokens, budget) = (placement.tiling(), config.max_tokens, considered.sm_budget());
         let large = considered.panel() == LARGE_PANEL;
+        check_chunks(format, tiling, tokens.div_ceil(considered.panel()))?;
         let staged = matches!(path, Path::Staged { .. });
         let k_splits = match config.summation {
             Summation::Fast if tokens <= SMALL_PANEL && !staged => k_splits(&placement, tokens, budget),
@@ -317,6 +318,17 @@ pub(super) fn weight_format(tiling: &Tiling, x: DType) -> Result<WeightFormat, E
         (Format::Float(_), _) => Ok(WeightFormat::Float),
         (Format::Int8, _) => Ok(WeightFormat::Int8),
         (Format::Int4 { group }, _) => Ok(WeightFormat::Int4 { group }),
+    }
+}
+
+/// Refuses products whose chunks of activations a block might not be able to count.
+pub(super) fn check_chunks(format: WeightFormat, tiling: &Tiling, panels: usize) -> Result<(), Error> {
+    match format.chunks([tiling.n(), tiling.k()], panels) {
+        chunks if chunks > MOST_CHUNKS => {
+            let expected = format!("at most {MOST_CHUNKS} chunks of 64 × 64 weights times panels of tokens");
+            Err(Error::argument("max_tokens", expected, chunks))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -1,24 +1,39 @@
 //! Weights where a GPU reads them.
+//!
+//! A call borrows weights until it is enqueued, not until it has run. They may be dropped all the same: giving up either part waits
+//! for everything enqueued in the context, on whatever stream.
 
 use std::sync::Arc;
 
 use cuda::cudarc::driver::{CudaSlice, CudaStream};
-use cuda::driver::{Gpu, Mapped, MappedKind};
-use cuda::memory::View;
+use cuda::driver::{Gpu, GpuFunction, Mapped, MappedKind, SideStream};
+use cuda::memory::{View, ViewMut};
+use cuda::storage::Storage;
 
-use super::DeviceWeights;
-use crate::weights::Layout;
+use super::{DeviceWeights, Gemm, GemmArgs, Plan};
 use crate::weights::gpu::pin;
+use crate::weights::{Layout, Placement};
 use crate::{Error, Weights};
 
-/// A matrix on both sides of the link: the host part pinned, the rest copied to HBM. Giving up the pinned part
-/// waits for whoever reads it; what lies in HBM is freed in the order of the stream that it was copied on.
+/// Memory in HBM that is freed when nothing runs any more. The events that slices keep would order its end as well, but callers
+/// turn them off to capture graphs.
+#[derive(Debug)]
+struct Kept<T>(CudaSlice<T>);
+
+impl<T> Drop for Kept<T> {
+    fn drop(&mut self) {
+        let context = self.0.context();
+        context.record_err(context.synchronize());
+    }
+}
+
+/// A matrix on both sides of the link: the host part pinned, the rest copied to HBM. Dropping it waits for whoever reads it.
 #[derive(Debug)]
 pub struct ResidentWeights {
     weights: Weights,
     ordinal: usize,
-    hbm: CudaSlice<u8>,
-    scales: CudaSlice<f32>,
+    hbm: Kept<u8>,
+    scales: Kept<f32>,
 }
 
 impl ResidentWeights {
@@ -35,8 +50,8 @@ impl ResidentWeights {
             Ok(_) => weights.clone(),
             Err(_) => pin(gpu, weights)?,
         };
-        let hbm = to_device(stream, weights.hbm_bytes())?;
-        let scales = to_device(stream, weights.channel_scales())?;
+        let hbm = Kept(to_device(stream, weights.hbm_bytes())?);
+        let scales = Kept(to_device(stream, weights.channel_scales())?);
         Ok(Self { ordinal, hbm, scales, weights })
     }
 
@@ -66,24 +81,77 @@ impl ResidentWeights {
                 Some(unsafe { View::from_mapped(address, bytes, self.ordinal) })
             }
         };
-        let hbm = (placement.hbm_columns() > 0).then(|| View::device(&self.hbm, stream));
+        let hbm = (placement.hbm_columns() > 0).then(|| View::device(&self.hbm.0, stream));
         let scaled = placement.tiling().format().has_channel_scale();
-        let scales = scaled.then(|| View::device(&self.scales, stream));
-        run(DeviceWeights { host: host.as_ref(), hbm: hbm.as_ref(), scales: scales.as_ref() })
+        let scales = scaled.then(|| View::device(&self.scales.0, stream));
+        let placements = std::slice::from_ref(placement);
+        run(DeviceWeights { host: host.as_ref(), hbm: hbm.as_ref(), scales: scales.as_ref(), placements })
+    }
+}
+
+/// A prepared product and its weights, which it keeps alive.
+#[derive(Debug, Clone)]
+pub struct ResidentGemm<X> {
+    gemm: Gemm<GpuFunction, X>,
+    weights: Arc<ResidentWeights>,
+}
+
+impl<X: Storage> ResidentGemm<X> {
+    /// Compiles and loads. May block.
+    ///
+    /// # Errors
+    /// As [`Gemm::prepare`]; [`Error::Argument`] for weights that are placed otherwise than planned.
+    pub fn prepare(gpu: &Gpu, plan: &Plan, weights: Arc<ResidentWeights>) -> Result<Self, Error> {
+        let (planned, found) = (plan.placement(), weights.weights().placement());
+        if planned != found {
+            return Err(Error::argument("weights", planned, found));
+        }
+        Ok(ResidentGemm { gemm: Gemm::prepare(gpu, plan)?, weights })
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        self.gemm.plan()
+    }
+
+    /// The weights.
+    pub fn weights(&self) -> &Arc<ResidentWeights> {
+        &self.weights
+    }
+
+    /// As [`Gemm::run_staged`] for a staged plan, which needs the side stream, and as [`Gemm::run`] for others, which need none.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn run<O: Storage>(
+        &self,
+        stream: &CudaStream,
+        side: Option<&mut SideStream>,
+        args: GemmArgs<'_, X, O, ()>,
+        workspace: ViewMut<'_, u8>,
+    ) -> Result<(), Error> {
+        self.weights.with(stream, |weights| {
+            let args = args.with_weights(weights);
+            match side {
+                Some(side) => self.gemm.run_staged(stream, side, args, workspace),
+                None => self.gemm.run(stream, args, workspace),
+            }
+        })
     }
 }
 
 /// The weights of experts on both sides of the link, as [`GroupedPlan::table`](super::GroupedPlan::table) has them: the host
-/// parts in pinned memory one behind the other, the other parts in HBM. Giving them up is as with [`ResidentWeights`].
+/// parts in pinned memory one behind the other, the other parts in HBM. Dropping them waits for whoever reads them.
 #[derive(Debug)]
 pub struct ResidentExperts {
+    placements: Vec<Placement>,
     host: Option<Mapped<u8>>,
-    hbm: Option<CudaSlice<u8>>,
-    scales: Option<CudaSlice<f32>>,
+    hbm: Option<Kept<u8>>,
+    scales: Option<Kept<f32>>,
 }
 
 impl ResidentExperts {
-    /// Brings the experts of a plan, in its order, to their places. Blocks.
+    /// Brings the experts of a plan, in its order, to their places. Blocks. Plans of others refuse them when they run.
     ///
     /// # Errors
     /// [`Error::Argument`] for weights that are not packed; [`Error::Cuda`] when there is no memory to pin, or none on the device.
@@ -108,9 +176,10 @@ impl ResidentExperts {
         let hbm = experts.iter().map(Weights::hbm_bytes).collect::<Vec<_>>().concat();
         let scales = experts.iter().map(Weights::channel_scales).collect::<Vec<_>>().concat();
         Ok(ResidentExperts {
+            placements: experts.iter().map(|expert| *expert.placement()).collect(),
             host,
-            hbm: if hbm.is_empty() { None } else { Some(to_device(stream, &hbm)?) },
-            scales: if scales.is_empty() { None } else { Some(to_device(stream, &scales)?) },
+            hbm: if hbm.is_empty() { None } else { Some(Kept(to_device(stream, &hbm)?)) },
+            scales: if scales.is_empty() { None } else { Some(Kept(to_device(stream, &scales)?)) },
         })
     }
 
@@ -124,9 +193,10 @@ impl ResidentExperts {
         run: impl FnOnce(DeviceWeights<'_>) -> Result<R, Error>,
     ) -> Result<R, Error> {
         let host = self.host.as_ref().map(Mapped::view);
-        let hbm = self.hbm.as_ref().map(|hbm| View::device(hbm, stream));
-        let scales = self.scales.as_ref().map(|scales| View::device(scales, stream));
-        run(DeviceWeights { host: host.as_ref(), hbm: hbm.as_ref(), scales: scales.as_ref() })
+        let hbm = self.hbm.as_ref().map(|hbm| View::device(&hbm.0, stream));
+        let scales = self.scales.as_ref().map(|scales| View::device(&scales.0, stream));
+        let placements = &self.placements;
+        run(DeviceWeights { host: host.as_ref(), hbm: hbm.as_ref(), scales: scales.as_ref(), placements })
     }
 }
 

@@ -51,7 +51,7 @@ impl Slabs {
         self.launches.iter().take_while(|launch| launch.copied.is_none()).count()
     }
 
-    /// Bytes of a slab in the host part.
+    /// Place of a slab in the host part, in bytes.
     fn bytes(&self, slab: usize) -> Option<&Range<usize>> {
         self.launches.get(self.resident() + slab)?.copied.as_ref()
     }
@@ -89,7 +89,7 @@ impl<S: SideQueue> Ring<'_, S> {
         Ok(())
     }
 
-    /// A slab for the launches on `main` that come now.
+    /// A slab for the launches on `main` that come now: as many bytes as were copied.
     fn take(&mut self, main: &S::Main, slab: usize) -> Result<View<'_, u8>, Error> {
         self.side.before(main, slab % self.slots)?;
         let (place, _) =
@@ -102,7 +102,9 @@ impl<F: Function, X: Storage> Gemm<F, X> {
     /// As [`run`](Self::run), for a staged plan: a copy engine brings slabs of the host part by `side`. All copies are behind
     /// `queue` when this returns, so that the two can be captured together. For other plans it is `run`, and `side` rests.
     ///
-    /// The slabs are copied whatever the schedules say; receipts count what kernels took of them, each byte once.
+    /// The slabs are copied whatever the schedules say, and each launch books its own in the receipt: without tokens too, and where it
+    /// refuses its schedule, when its columns of O alone are zero. Of a call that fails here, copies may be under way that are in no
+    /// receipt; `queue` waits for them.
     ///
     /// # Errors
     /// As [`run`](Self::run), and [`Error::Argument`] for a side queue of fewer marks than [`Plan::slots`], or a host part that
@@ -138,9 +140,9 @@ impl<F: Function, X: Storage> Gemm<F, X> {
             Ring { side, slabs: &self.slabs, host, bytes, slots, slot_bytes: plan.slot_bytes(), copied: 0 };
 
         let resident = self.slabs.resident();
+        // Nothing is copied over what an earlier call still reads. From here on the two queues are forked.
+        ring.side.after(queue)?;
         let mut enqueue = |ring: &mut Ring<'_, S>| -> Result<(), Error> {
-            // Nothing is copied over what an earlier call still reads.
-            ring.side.after(queue)?;
             for _ in 0..slots {
                 ring.copy_next()?;
             }
@@ -154,7 +156,7 @@ impl<F: Function, X: Storage> Gemm<F, X> {
                         hbm_first: launch.columns.start as u32,
                         hbm_columns: launch.columns.len() as u32,
                         hbm_row_major: if staged { params.host_row_major } else { 0 },
-                        hbm_staged: u32::from(staged),
+                        staged_bytes: slab.as_ref().map_or(0, |slab| slab.len() as u64),
                         ..params
                     };
                     let launched = HybridGemmArgs {
@@ -184,10 +186,11 @@ impl<F: Function, X: Storage> Gemm<F, X> {
             Ok(())
         };
         let enqueued = enqueue(&mut ring);
-        if enqueued.is_err() && ring.copied > 0 {
-            // Whatever failed: no copy may outlive the call unseen.
-            ring.side.before(queue, (ring.copied - 1) % slots)?;
+        match enqueued {
+            // The last launch waits for the last copy.
+            Ok(()) => Ok(()),
+            // Whatever failed, and wherever: no copy may outlive the call unseen, and no fork stay open. The first error counts.
+            Err(_) => enqueued.and(ring.side.join(queue).map_err(Error::from)),
         }
-        enqueued
     }
 }

@@ -14,6 +14,15 @@ pub struct Placement {
     host_layout: Layout,
 }
 
+impl std::fmt::Display for Placement {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let tiling = &self.tiling;
+        write!(f, "[{}, {}] of {} in tiles of {}", tiling.n(), tiling.k(), tiling.format(), tiling.tile_k())?;
+        let rows = if self.host_layout == Layout::Packed { "" } else { ", row by row" };
+        write!(f, ", {} of {} columns in host memory{rows}", self.host_columns, tiling.column_tiles())
+    }
+}
+
 impl Placement {
     /// A packed matrix.
     ///

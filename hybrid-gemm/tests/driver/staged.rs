@@ -1,5 +1,7 @@
 //! Slabs: no copy overtakes the launch that reads the slot, no launch overtakes the copy of its slab.
 
+use std::sync::Arc;
+
 use cuda::cudarc::driver::CudaStream;
 use cuda::driver::{Gpu, Graph, SideStream};
 use cuda::memory::{Space, View, ViewMut};
@@ -7,7 +9,7 @@ use cuda::side_queue::SideQueue;
 use cuda::status::StatusWord;
 use cuda::workspace::Workspace;
 use half::bf16;
-use hybrid_gemm::gpu::{DeviceSchedule, Gemm, GemmArgs, Plan, ResidentWeights};
+use hybrid_gemm::gpu::{DeviceSchedule, Gemm, GemmArgs, Plan, ResidentGemm, ResidentWeights};
 use hybrid_gemm::{
     DType, DeviceProfile, Error, Format, GemmConfig, Path, PathChoice, Residency, RowMajor, Weights,
 };
@@ -38,7 +40,7 @@ pub(crate) struct Bench {
     pub(crate) plan: Plan,
     pub(crate) weights: ResidentWeights,
     gemm: Gemm<cuda::driver::GpuFunction, bf16>,
-    main: std::sync::Arc<CudaStream>,
+    main: Arc<CudaStream>,
     side: SideStream,
     schedule: DeviceSchedule,
     workspace: Workspace,
@@ -49,6 +51,10 @@ pub(crate) struct Bench {
 
 impl Bench {
     fn new(fake: &FakeDriver, residency: Residency) -> Self {
+        Bench::on_path(fake, residency, Path::Staged { slab_columns: 1 })
+    }
+
+    fn on_path(fake: &FakeDriver, residency: Residency, path: Path) -> Self {
         // Pointers, and the parameters.
         let mut sizes = vec![8; 14];
         sizes.push(size_of::<cuda::params::HybridGemmParams>());
@@ -59,9 +65,7 @@ impl Bench {
         let gpu = Gpu::new(&context).unwrap();
         let [main, copies] = [(); 2].map(|()| context.new_stream().unwrap());
         let weights = weights(residency);
-        let plan =
-            Plan::new(*weights.placement(), config(PathChoice::Only(Path::Staged { slab_columns: 1 })))
-                .unwrap();
+        let plan = Plan::new(*weights.placement(), config(PathChoice::Only(path))).unwrap();
         let bench = Bench {
             weights: ResidentWeights::new(&gpu, &main, &weights).unwrap(),
             gemm: Gemm::prepare(&gpu, &plan).unwrap(),
@@ -225,6 +229,56 @@ fn a_call_that_fails_leaves_no_copy_behind() {
             Ok::<(), Error>(())
         });
         assert_eq!(captured.expect("joined all the same").nodes().unwrap(), bench.plan.slots());
+        // The first copy fails, when the side stream has nothing of its own yet: it is part of the capture all the same.
+        fake.fail("cuLaunchKernelEx", 0);
+        fake.fail("cuMemcpyAsync", 2);
+        let captured = Graph::capture(&gpu, &main, |_| {
+            let error = bench.run().expect_err("no copy");
+            assert!(error.to_string().contains("cuMemcpyAsync"), "the first error, not what followed: {error}");
+            Ok::<(), Error>(())
+        });
+        assert_eq!(captured.expect("joined before the first copy").nodes().unwrap(), 0);
+    });
+}
+
+/// The stand-in would have noticed a side stream that waits for the main one and is left alone; `join` is what brings it back.
+#[test]
+fn a_fork_without_copies_is_joined_too() {
+    with_driver("staged::a_fork_without_copies_is_joined_too", ORDERED, |fake| {
+        let mut bench = Bench::new(fake, Residency::Host);
+        let (gpu, main) = (bench.gpu.clone(), bench.main.clone());
+        let forked = Graph::capture(&gpu, &main, |stream| bench.side.after(stream));
+        assert_eq!(forked.unwrap_err(), cuda::Error::Driver { call: "cuStreamEndCapture", code: 904 });
+        let joined = Graph::capture(&gpu, &main, |stream| {
+            bench.side.after(stream)?;
+            bench.side.join(stream)
+        });
+        assert_eq!(joined.expect("joined").nodes().unwrap(), 0);
+        let elsewhere = fake.context(1).new_stream().unwrap();
+        assert!(bench.side.join(&elsewhere).is_err(), "a stream of another context");
+    });
+}
+
+/// `run` enqueues: nothing is allocated, freed, waited for or read, of a direct product and of a staged one.
+#[test]
+fn calls_enqueue_and_nothing_else() {
+    with_driver("staged::calls_enqueue_and_nothing_else", ORDERED, |fake| {
+        for (path, launches, copies) in [
+            (Path::Direct { alpha: 1.0 }, 1, 0),
+            (Path::Staged { slab_columns: 1 }, 1 + 6, 6),
+        ] {
+            let mut bench = Bench::on_path(fake, Residency::HbmFraction(0.25), path);
+            for call in 0..2 {
+                bench.run().unwrap();
+                let log = fake.log();
+                let count = |call: &str| log.iter().filter(|line| line.starts_with(call)).count();
+                let enqueued = [count("cuLaunchKernelEx"), count("cuMemcpyAsync")];
+                assert_eq!(enqueued, [launches, copies], "{path}, call {call}: {log:#?}");
+                let marks = count("cuEventRecord ") + count("cuStreamWaitEvent ");
+                assert_eq!(marks > 0, copies > 0, "{path}, call {call}: {log:#?}");
+                assert_eq!(log.len(), launches + copies + marks, "{path}, call {call}: {log:#?}");
+            }
+        }
     });
 }
 
@@ -302,5 +356,56 @@ fn a_plan_is_dropped_behind_what_it_enqueued() {
                 log.iter().position(|line| line == freed).unwrap_or_else(|| panic!("no {freed}: {log:?}"));
             assert_eq!(log[at - 1], "cuCtxSynchronize", "{freed} waits: {log:?}");
         }
+        // Weights in HBM alone: no event of the slice says when the kernels are done, nor does anything else of the bench wait for
+        // them before they are freed.
+        let mut bench = Bench::on_path(fake, Residency::Hbm, Path::Direct { alpha: 1.0 });
+        bench.run().unwrap();
+        let hbm = operations(&fake.log())[0].parameter(2);
+        drop(bench);
+        let log = fake.log();
+        let freed = format!("cuMemFreeAsync {hbm} ");
+        let at = log.iter().position(|line| line.starts_with(&freed)).expect("the weights are freed");
+        assert!(log[..at].iter().any(|line| line == "cuCtxSynchronize"), "the weights wait: {log:#?}");
+        assert!(!log[..at].iter().any(|line| line == "cuModuleUnload"), "the wait is their own: {log:#?}");
+    });
+}
+
+/// A product that has its weights keeps them until it goes itself, and takes those of its plan alone.
+#[test]
+fn a_product_keeps_its_weights() {
+    with_driver("staged::a_product_keeps_its_weights", ORDERED, |fake| {
+        let Bench { gpu, plan, weights, main, mut side, schedule, mut workspace, x, mut out, mut status, gemm } =
+            Bench::new(fake, Residency::HbmFraction(0.5));
+        drop(gemm);
+        let other = Bench::new(fake, Residency::HbmFraction(0.25)).plan;
+        let weights = Arc::new(weights);
+        let error = ResidentGemm::<bf16>::prepare(&gpu, &other, weights.clone()).unwrap_err().to_string();
+        assert!(error.contains("`weights`") && error.contains("4 of 8 columns in host memory"), "{error}");
+        let gemm = ResidentGemm::<bf16>::prepare(&gpu, &plan, weights).unwrap();
+        let mut run = |side: Option<&mut SideStream>| {
+            let args = GemmArgs {
+                x: &View::device(&x, &main),
+                weights: (),
+                bias: None,
+                residual: None,
+                out: ViewMut::device(&mut out, &main),
+                strides: None,
+                schedule: &schedule.view(&main),
+                traffic: None,
+                status: status.view_mut(&main),
+            };
+            gemm.run(&main, side, args, workspace.view_mut(&main))
+        };
+        assert!(run(None).unwrap_err().to_string().contains("run_staged"));
+        fake.log();
+        run(Some(&mut side)).unwrap();
+        let log = fake.log();
+        assert_eq!(log.iter().filter(|line| line.starts_with("cuMemcpyAsync")).count(), 4, "{log:#?}");
+        assert!(!log.iter().any(|line| line.starts_with("cuMemFree")), "the weights are there: {log:#?}");
+        drop(gemm);
+        let log = fake.log();
+        let waited = log.iter().position(|line| line == "cuCtxSynchronize").expect("a wait");
+        let freed = log.iter().position(|line| line.starts_with("cuMemFree")).expect("the last owner is gone");
+        assert!(waited < freed, "{log:#?}");
     });
 }

@@ -116,12 +116,14 @@ fn bad_schedules_are_named<R: Rig>(rig: &R) {
     let operands = operands(8, [200, 80], Residency::HbmFraction(0.5));
     let plan = Plan::new(*operands.weights.placement(), fit(rig, f32_out(8, 4))).expect("a plan");
     let good = plan.schedule(6).expect("a schedule");
-    let mistakes: [Mistake; 9] = [
+    let mistakes: [Mistake; 11] = [
         ("more tokens than rows", |s| s.tokens = 9, params::FAULT_BAD_LENGTH),
         ("no blocks for a role", |s| s.hbm_blocks = 0, params::FAULT_BAD_RANGE),
         ("more blocks than the grid", |s| s.hbm_blocks += 1, params::FAULT_BAD_RANGE),
         ("more host columns than there are", |s| s.os_columns += 1, params::FAULT_BAD_RANGE),
         ("more columns than there are", |s| s.hbm_columns += 1, params::FAULT_BAD_RANGE),
+        ("a column less in HBM", |s| s.hbm_columns -= 1, params::FAULT_BAD_RANGE),
+        ("another first column", |s| s.first_column = 1, params::FAULT_BAD_RANGE),
         ("columns past 2³²", |s| s.hbm_columns = u32::MAX, params::FAULT_BAD_RANGE),
         ("another panel", |s| s.panel = 256, params::FAULT_BAD_INDEX),
         ("other K tiles", |s| s.k_tiles += 1, params::FAULT_BAD_INDEX),
@@ -232,6 +234,24 @@ fn plans_without_kernels_say_so() {
     }
     let plan = Plan::new(placement(bf16), f32_out(8, 4)).expect("a plan");
     assert!(plan.schedule(9).expect_err("too many").to_string().contains("at most 8"));
+}
+
+/// Blocks count chunks in 32 bits. Plans refuse what might not fit: here just below the bound and at it.
+#[test]
+fn chunks_fit_32_bits() {
+    // 2¹⁵ columns of 2⁸ chunks, in 2⁸ panels: 2³¹ in all.
+    let tiling = Tiling::new(1 << 21, 1 << 14, Format::Float(DType::BF16)).expect("a tiling");
+    let placement = hybrid_gemm::Placement::packed(tiling, Residency::Hbm).expect("a placement");
+    for (tokens, possible) in [(256 << 8, false), (256 * 255, true)] {
+        let config = GemmConfig { path: PathChoice::Direct, ..f32_out(tokens, 132) };
+        let single = Plan::new(placement, config.clone()).map(|_| ());
+        let experts = hybrid_gemm::gpu::GroupedPlan::new(vec![placement; 2], config).map(|_| ());
+        for planned in [single, experts] {
+            assert_eq!(planned.is_ok(), possible, "{tokens} tokens: {planned:?}");
+            let Err(error) = planned else { continue };
+            assert!(error.to_string().contains("chunks"), "{tokens} tokens: {error}");
+        }
+    }
 }
 
 /// Times of roles are those of a block that had work.

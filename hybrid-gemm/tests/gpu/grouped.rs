@@ -79,6 +79,7 @@ fn run<R: Rig, X: Storage + Element, O: Storage + Element>(
     let traffic = RefCell::new(rig.zeroed::<HybridGemmTraffic>(1));
     let status = RefCell::new(rig.zeroed::<u64>(1));
     let workspace = RefCell::new(rig.workspace(plan.workspace()));
+    let placements: Vec<Placement> = experts.iter().map(|expert| *expert.placement()).collect();
     let enqueue = || {
         let (host, hbm, scales) = (rig.view(&host), rig.view(&hbm), rig.view(&scales));
         let (mut out, mut traffic) = (out.borrow_mut(), traffic.borrow_mut());
@@ -90,6 +91,7 @@ fn run<R: Rig, X: Storage + Element, O: Storage + Element>(
                 host: Some(&host),
                 hbm: Some(&hbm),
                 scales: has_scales.then_some(&scales),
+                placements: &placements,
             },
             table: &rig.view(&table),
             offsets: &rig.view(&offsets),
@@ -296,6 +298,29 @@ fn routes_change_between_replays<R: Rig>(rig: &R) {
     let outcomes = run::<R, bf16, f32>(rig, &plan, &experts, &x, &calls, true).expect("replays");
     for (rows, outcome) in routes.iter().zip(&outcomes) {
         verify(&format!("replay of {rows:?} on {}", rig.name()), &plan, &experts, &x, rows, outcome);
+    }
+}
+
+/// Experts of one total size whose places are others than the plan's: every view would be long enough.
+#[test]
+fn experts_of_another_plan_are_refused() {
+    emulator::emulator_or_skip!();
+    let rig = EmulatorRig::new(Order::Forward);
+    let tiling = Tiling::new(144, 80, Format::Float(DType::BF16)).expect("a tiling");
+    let experts = experts::<bf16>(3, tiling);
+    let plan = plan(&rig, &experts, (8, DType::BF16), Alpha::Auto, EpilogueSpec::plain(DType::F32));
+    let x: Vec<bf16> = random(95, 8 * tiling.k());
+    let swapped = [experts[1].clone(), experts[0].clone(), experts[2].clone()];
+    for (case, experts, named) in [
+        ("two swapped", &swapped[..], "found expert 0: "),
+        ("one too few", &experts[..2], "expected 3 placed as planned, found 2"),
+    ] {
+        let count = experts.len();
+        let call = Call { offsets: offsets(&[3, 0, 2][..count]), table: plan.table()[..count].to_vec() };
+        let refused = run::<_, bf16, f32>(&rig, &plan, experts, &x, &[call], false);
+        let Err(error) = refused else { panic!("{case}: taken") };
+        let error = error.to_string();
+        assert!(error.contains("`weights`") && error.contains(named), "{case}: {error}");
     }
 }
 

@@ -134,6 +134,7 @@ pub(crate) fn call_each_on<R: Rig, X: Storage + Element, O: Storage + Element>(
                 host: (!weights.host_bytes().is_empty()).then_some(host),
                 hbm: (!weights.hbm_bytes().is_empty()).then_some(&hbm_view),
                 scales: (!weights.channel_scales().is_empty()).then_some(&scales_view),
+                placements: std::slice::from_ref(operands.weights.placement()),
             },
             bias: bias.as_ref(),
             residual: residual.as_ref(),

@@ -1,10 +1,13 @@
 //! Slabs that a copy engine brings, in the emulator as early as copies can be and as late as they may be.
 
+use cuda::params;
 use cuda::storage::Storage;
 use emulator::rig::{EmulatorRig, Rig, gpu_or_skip};
 use emulator::{CopyTime, Order, SideCopies};
 use half::{bf16, f16};
+use hybrid_gemm::epilogue::Activation;
 use hybrid_gemm::gpu::Plan;
+use hybrid_gemm::pack::TILE_ROWS;
 use hybrid_gemm::{
     Alpha, DType, Element, EpilogueSpec, Format, GemmConfig, GemmPlan, MappedFile, Path, PathChoice,
     Residency, Tiling, Weights, simulate::simulate,
@@ -15,7 +18,11 @@ use safetensors::tensor::TensorView;
 use crate::common::{device, random};
 use crate::product::{Operands, call_each, check, fit, verify, weights};
 
-emulator::device_test!(slabs_give_the_same_bits, checkpoints_are_staged_row_by_row);
+emulator::device_test!(
+    slabs_give_the_same_bits,
+    checkpoints_are_staged_row_by_row,
+    a_bad_schedule_costs_its_own_columns,
+);
 
 fn config<X: Element>(max_tokens: usize, path: Path) -> GemmConfig {
     let epilogue = EpilogueSpec::plain(DType::F32);
@@ -97,6 +104,52 @@ fn checkpoints_are_staged_row_by_row<R: Rig>(rig: &R) {
     same_bits(rig, (16, 11), &operands, 1);
 }
 
+/// A launch that refuses its schedule clears its columns and no others, says which, and books its slab, which was copied all the
+/// same: in both kernels, with gates too, for the columns in HBM, the first slab and one that is not full.
+fn a_bad_schedule_costs_its_own_columns<R: Rig>(rig: &R) {
+    let plain = EpilogueSpec::plain(DType::F32);
+    let gated = EpilogueSpec { activation: Activation::SwiGlu, ..plain };
+    for (max_tokens, tokens, n, epilogue) in [(8, 5, 400, gated), (70, 66, 330, plain)] {
+        let tiling = Tiling::new(n, 72, Format::Float(DType::BF16)).expect("a tiling");
+        let weights = weights::<bf16>(67, tiling, Residency::HbmFraction(0.2));
+        let operands = Operands::<bf16, f32>::new(68, max_tokens, weights, epilogue);
+        let placement = *operands.weights.placement();
+        let config = GemmConfig { epilogue, ..config::<bf16>(max_tokens, Path::Staged { slab_columns: 2 }) };
+        let plan = Plan::new(placement, fit(rig, config)).expect("a plan");
+        let good = plan.schedules(tokens).expect("schedules");
+        let mut calls = vec![good.clone()];
+        for launch in 0..good.len() {
+            let mut schedules = good.clone();
+            match launch % 2 {
+                0 => schedules[launch].tokens = max_tokens as u32 + 1,
+                _ => schedules[launch].hbm_columns -= 1,
+            }
+            calls.push(schedules);
+        }
+        let outcomes = call_each(rig, &plan, &operands, &calls, false).expect("launches");
+        let case = format!("{tokens} of {max_tokens} tokens on {}", rig.name());
+        verify(&case, &plan, &operands, tokens, &outcomes[0]);
+        let (columns, outputs) = (epilogue.out_columns(n), epilogue.out_columns(TILE_ROWS));
+        for (launch, outcome) in outcomes[1..].iter().enumerate() {
+            let case = format!("{case}, launch {launch}");
+            let own = &good[launch];
+            let fault = outcome.fault.unwrap_or_else(|| panic!("{case}: not refused"));
+            let code = if launch % 2 == 0 { params::FAULT_BAD_LENGTH } else { params::FAULT_BAD_RANGE };
+            assert_eq!((fault.code, fault.index), (code, own.first_column), "{case}");
+            let first = own.first_column as usize * outputs;
+            let cleared = first..(first + own.hbm_columns as usize * outputs).min(columns);
+            for (index, (found, good)) in outcome.out.iter().zip(&outcomes[0].out).enumerate() {
+                let expected = if cleared.contains(&(index % columns)) { 0.0f32.to_bits() } else { good.to_bits() };
+                assert_eq!(found.to_bits(), expected, "{case}: row {}, column {}", index / columns, index % columns);
+            }
+            let [found, all] = [outcome.traffic, outcomes[0].traffic];
+            assert_eq!((found.link_bytes, found.link_tiles), (all.link_bytes, all.link_tiles), "{case}");
+            assert_eq!(found.staged_bytes, placement.host_bytes(), "{case}: 1.00 × W");
+            assert!(found.flops < all.flops && found.hbm_weight_bytes < all.hbm_weight_bytes, "{case}");
+        }
+    }
+}
+
 /// A captured graph with its copies follows the schedules in device memory.
 fn replays_follow_the_schedules<R: Rig>(rig: &R) {
     let tiling = Tiling::new(330, 136, Format::Float(DType::BF16)).expect("a tiling");
@@ -109,7 +162,11 @@ fn replays_follow_the_schedules<R: Rig>(rig: &R) {
     let calls = steps.map(|tokens| plan.schedules(tokens).expect("schedules"));
     let outcomes = call_each(rig, &plan, &operands, &calls, true).expect("replays");
     for (tokens, outcome) in steps.into_iter().zip(&outcomes) {
-        verify(&format!("replay of {tokens} tokens on {}", rig.name()), &plan, &operands, tokens, outcome);
+        let case = format!("replay of {tokens} tokens on {}", rig.name());
+        verify(&case, &plan, &operands, tokens, outcome);
+        // The copies are part of the graph: without tokens too, and the receipt says so.
+        let (traffic, bytes) = (&outcome.traffic, operands.weights.placement().host_bytes());
+        assert_eq!((traffic.link_bytes, traffic.staged_bytes), (bytes, bytes), "{case}: 1.00 × W");
     }
 }
 

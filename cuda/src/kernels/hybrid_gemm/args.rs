@@ -13,6 +13,8 @@ use crate::storage::Storage;
 const ROWS: usize = HYBRID_TILE_ROWS as usize;
 /// Inputs of a chunk of activations.
 const CHUNK_INPUTS: usize = 64;
+/// Most chunks of activations of a product, over all its columns and panels: a block counts its own in 32 bits.
+pub const MOST_CHUNKS: usize = i32::MAX as usize;
 
 /// How weights are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -45,6 +47,12 @@ impl WeightFormat {
             WeightFormat::Int8 => 128,
             WeightFormat::Int4 { .. } => 256,
         }
+    }
+
+    /// Chunks of activations that a product with weights `[n, k]` multiplies, every column with every panel: at most [`MOST_CHUNKS`].
+    pub fn chunks(self, [n, k]: [usize; 2], panels: usize) -> usize {
+        let slabs = k.div_ceil(self.slab_inputs());
+        elements(&[n.div_ceil(ROWS), slabs, self.slab_inputs() / CHUNK_INPUTS, panels])
     }
 
     /// Bytes of a slab's scales.
@@ -144,14 +152,16 @@ pub(super) fn launch<F: Function, X: Storage, O: Storage>(
             return wrong(argument, "at least 1".into(), 0);
         }
     }
-    // Steps of a block, and the chunks of activations that they are made of, are counted in 32 bits.
-    let steps = elements(&[columns, slabs, format.slab_inputs() / CHUNK_INPUTS, tokens.div_ceil(panel)]);
-    if steps > i32::MAX as usize {
-        return wrong("n", format!("at most {} chunks of 64 inputs times panels", i32::MAX), steps as u64);
+    let chunks = format.chunks([n, k], tokens.div_ceil(panel));
+    if chunks > MOST_CHUNKS {
+        return wrong("n", format!("at most {MOST_CHUNKS} chunks of 64 inputs times panels"), chunks as u64);
     }
     let column_bytes = slabs * (HYBRID_SLAB_BYTES as usize + format.scale_bytes());
-    if params.column_bytes != column_bytes as u64 {
-        return wrong("column_bytes", column_bytes.to_string(), params.column_bytes);
+    if params.column_bytes < column_bytes as u64 || !params.column_bytes.is_multiple_of(16) {
+        return wrong("column_bytes", format!("a multiple of 16 from {column_bytes} on"), params.column_bytes);
+    }
+    if host_columns > 0 && params.hbm_columns > 0 && hbm_first != host_columns {
+        return wrong("hbm_first", format!("{host_columns}, behind the columns in host memory"), hbm_first as u64);
     }
     if host_columns > columns || hbm_end > columns {
         return wrong("columns", format!("at most {columns}"), host_columns.max(hbm_end) as u64);
@@ -180,10 +190,12 @@ pub(super) fn launch<F: Function, X: Storage, O: Storage>(
     let out_columns = if gated { n / 2 } else { n };
     let element = size_of::<X>() as u64;
     args.x.check(kernel, "x", matrix_len(kernel, "x_stride", tokens, k, params.x_stride)?, element)?;
+    let column_stride = usize::try_from(params.column_bytes).unwrap_or(usize::MAX);
     // An expert's place within its part is checked by the kernel.
     let part = |row_major: u32, first: usize, end: usize, bytes: u64| match row_major {
         _ if experts > 0 => (usize::try_from(bytes).unwrap_or(usize::MAX), 16),
-        0 => (elements(&[end - first, column_bytes]), 16),
+        0 if end == first => (0, 16),
+        0 => (elements(&[end - first - 1, column_stride]).saturating_add(column_bytes), 16),
         _ => (elements(&[(end * ROWS).min(n).saturating_sub(first * ROWS), k, size_of::<X>()]), element),
     };
     for (argument, view, (len, alignment)) in [
