@@ -145,7 +145,9 @@ impl CostModel<'_> {
         let rows = tiling.n().min(columns.end * TILE_ROWS) - columns.start * TILE_ROWS;
         Traffic {
             link_tiles: tiles(&os) * groups + tiles(&ws) + staged.link_tiles,
-            link_bytes: placement.column_bytes(os) * groups + placement.column_bytes(ws.clone()) + staged_bytes,
+            link_bytes: placement.column_bytes(os) * groups
+                + placement.column_bytes(ws.clone())
+                + staged_bytes,
             hbm_tiles: tiles(&hbm) * panels,
             hbm_weight_bytes: placement.column_bytes(hbm) * panels,
             staged_bytes,

@@ -234,7 +234,10 @@ fn a_call_that_fails_leaves_no_copy_behind() {
         fake.fail("cuMemcpyAsync", 2);
         let captured = Graph::capture(&gpu, &main, |_| {
             let error = bench.run().expect_err("no copy");
-            assert!(error.to_string().contains("cuMemcpyAsync"), "the first error, not what followed: {error}");
+            assert!(
+                error.to_string().contains("cuMemcpyAsync"),
+                "the first error, not what followed: {error}"
+            );
             Ok::<(), Error>(())
         });
         assert_eq!(captured.expect("joined before the first copy").nodes().unwrap(), 0);
@@ -263,10 +266,9 @@ fn a_fork_without_copies_is_joined_too() {
 #[test]
 fn calls_enqueue_and_nothing_else() {
     with_driver("staged::calls_enqueue_and_nothing_else", ORDERED, |fake| {
-        for (path, launches, copies) in [
-            (Path::Direct { alpha: 1.0 }, 1, 0),
-            (Path::Staged { slab_columns: 1 }, 1 + 6, 6),
-        ] {
+        for (path, launches, copies) in
+            [(Path::Direct { alpha: 1.0 }, 1, 0), (Path::Staged { slab_columns: 1 }, 1 + 6, 6)]
+        {
             let mut bench = Bench::on_path(fake, Residency::HbmFraction(0.25), path);
             for call in 0..2 {
                 bench.run().unwrap();
@@ -374,8 +376,19 @@ fn a_plan_is_dropped_behind_what_it_enqueued() {
 #[test]
 fn a_product_keeps_its_weights() {
     with_driver("staged::a_product_keeps_its_weights", ORDERED, |fake| {
-        let Bench { gpu, plan, weights, main, mut side, schedule, mut workspace, x, mut out, mut status, gemm } =
-            Bench::new(fake, Residency::HbmFraction(0.5));
+        let Bench {
+            gpu,
+            plan,
+            weights,
+            main,
+            mut side,
+            schedule,
+            mut workspace,
+            x,
+            mut out,
+            mut status,
+            gemm,
+        } = Bench::new(fake, Residency::HbmFraction(0.5));
         drop(gemm);
         let other = Bench::new(fake, Residency::HbmFraction(0.25)).plan;
         let weights = Arc::new(weights);
@@ -405,7 +418,8 @@ fn a_product_keeps_its_weights() {
         drop(gemm);
         let log = fake.log();
         let waited = log.iter().position(|line| line == "cuCtxSynchronize").expect("a wait");
-        let freed = log.iter().position(|line| line.starts_with("cuMemFree")).expect("the last owner is gone");
+        let freed =
+            log.iter().position(|line| line.starts_with("cuMemFree")).expect("the last owner is gone");
         assert!(waited < freed, "{log:#?}");
     });
 }

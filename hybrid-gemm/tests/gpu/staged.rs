@@ -139,8 +139,15 @@ fn a_bad_schedule_costs_its_own_columns<R: Rig>(rig: &R) {
             let first = own.first_column as usize * outputs;
             let cleared = first..(first + own.hbm_columns as usize * outputs).min(columns);
             for (index, (found, good)) in outcome.out.iter().zip(&outcomes[0].out).enumerate() {
-                let expected = if cleared.contains(&(index % columns)) { 0.0f32.to_bits() } else { good.to_bits() };
-                assert_eq!(found.to_bits(), expected, "{case}: row {}, column {}", index / columns, index % columns);
+                let expected =
+                    if cleared.contains(&(index % columns)) { 0.0f32.to_bits() } else { good.to_bits() };
+                assert_eq!(
+                    found.to_bits(),
+                    expected,
+                    "{case}: row {}, column {}",
+                    index / columns,
+                    index % columns
+                );
             }
             let [found, all] = [outcome.traffic, outcomes[0].traffic];
             assert_eq!((found.link_bytes, found.link_tiles), (all.link_bytes, all.link_tiles), "{case}");

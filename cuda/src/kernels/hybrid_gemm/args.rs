@@ -158,10 +158,18 @@ pub(super) fn launch<F: Function, X: Storage, O: Storage>(
     }
     let column_bytes = slabs * (HYBRID_SLAB_BYTES as usize + format.scale_bytes());
     if params.column_bytes < column_bytes as u64 || !params.column_bytes.is_multiple_of(16) {
-        return wrong("column_bytes", format!("a multiple of 16 from {column_bytes} on"), params.column_bytes);
+        return wrong(
+            "column_bytes",
+            format!("a multiple of 16 from {column_bytes} on"),
+            params.column_bytes,
+        );
     }
     if host_columns > 0 && params.hbm_columns > 0 && hbm_first != host_columns {
-        return wrong("hbm_first", format!("{host_columns}, behind the columns in host memory"), hbm_first as u64);
+        return wrong(
+            "hbm_first",
+            format!("{host_columns}, behind the columns in host memory"),
+            hbm_first as u64,
+        );
     }
     if host_columns > columns || hbm_end > columns {
         return wrong("columns", format!("at most {columns}"), host_columns.max(hbm_end) as u64);
