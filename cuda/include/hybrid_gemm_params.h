@@ -146,8 +146,8 @@ struct HybridGemmParams {
     uint32_t activation;
     /* Experts of a grouped product; 0 for a single one. */
     uint32_t experts;
-    /* 0. */
-    uint32_t padding;
+    /* Tiles of those staged bytes. */
+    uint32_t staged_tiles;
 };
 
 #endif

@@ -10,7 +10,7 @@ pub const HEADER_DIGESTS: &[(&str, &str)] = &[
     ("hack_append_params.h", "0cf237835d324da496bad60f99fce8340db80df7522d0f16f948896b33bd9f4c"),
     ("hack_decode_params.h", "e12f4ad7aca8ed0caec2bd17dc3dda2690f7691835804a3593ba6ea4d05f660d"),
     ("hack_prefill_params.h", "17f9dff541e61bf3193a769f6b05e07dc40753096f7e6d9519c383383b18352e"),
-    ("hybrid_gemm_params.h", "dd3e4282bafee598bd43124ac02438c9b1fd346b56e7367ac05f65fc5f99b867"),
+    ("hybrid_gemm_params.h", "1fde7a1fb3e83505ce0c0d89fd4e986ee0a8d845b02bc76dd653662063d75795"),
     ("merge_states_params.h", "a1ca4ca86a37067ead0a7fdbb4a70c68ff2be74458bddc317fa12c2d18667ee8"),
     ("pack_params.h", "71bdac650f73e5af2c1b6597525ec402a30260efeeccac62f11793faab91c4c4"),
     ("prefill_params.h", "4711692d4d02c34e47bbd523e61a960b6031b52270e1ff13f1fdc1d4ac59ac09"),
@@ -790,8 +790,8 @@ pub struct HybridGemmParams {
     pub activation: u32,
     #[doc = " Experts of a grouped product; 0 for a single one."]
     pub experts: u32,
-    #[doc = " 0."]
-    pub padding: u32,
+    #[doc = " Tiles of those staged bytes."]
+    pub staged_tiles: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -837,8 +837,8 @@ const _: () = {
         [::core::mem::offset_of!(HybridGemmParams, activation) - 108usize];
     ["Offset of field: HybridGemmParams::experts"]
         [::core::mem::offset_of!(HybridGemmParams, experts) - 112usize];
-    ["Offset of field: HybridGemmParams::padding"]
-        [::core::mem::offset_of!(HybridGemmParams, padding) - 116usize];
+    ["Offset of field: HybridGemmParams::staged_tiles"]
+        [::core::mem::offset_of!(HybridGemmParams, staged_tiles) - 116usize];
 };
 #[doc = " Shape of one merge of partial attention states."]
 #[repr(C)]

@@ -6,8 +6,10 @@
 //!
 //! The makespan rule is robust to that: it estimates the rates that the product really gets, bytes over the time in which the
 //! link (or HBM) had something of this product to carry, and sets alpha where both would finish together at those rates. A device
-//! does not tell these times; it tells how long the blocks of each role worked, and the third rule, [`Rule::Together`], moves alpha
-//! until the two roles take equally long, whoever else uses link or HBM.
+//! does not tell these times; it tells how long the blocks of each role worked. Output-stationary blocks wait for the link, and
+//! weight-stationary ones for HBM, so their times stand for the two ([`Observation::of_call`]): where one role takes longer, what it
+//! waits for counts as slower, and alpha moves until both take equally long. The third rule, [`Rule::Together`], goes there by steps,
+//! without a model of the bytes.
 //!
 //! On a device alpha is a number in device memory that the blocks read, so a captured graph follows without being captured anew.
 
@@ -23,9 +25,9 @@ pub struct Observation {
     pub link_bytes: f64,
     /// Bytes behind L2.
     pub hbm_bytes: f64,
-    /// Seconds in which at least one transfer over the link was under way.
+    /// Seconds in which at least one transfer over the link was under way, or what stands for them; 0 where nothing does.
     pub link_busy_s: f64,
-    /// Seconds in which at least one of HBM was.
+    /// The same for HBM.
     pub hbm_busy_s: f64,
     /// Seconds that a block of the output-stationary and of the weight-stationary role worked; 0 for a role without blocks.
     pub role_s: [f64; 2],
@@ -33,15 +35,14 @@ pub struct Observation {
 
 impl Observation {
     /// From what a device tells of a call: its duration, its receipt with the times of the roles, and what its prediction says of
-    /// L2. That is all that [`Rule::Utilisation`] and [`Rule::Together`] ask for; link and HBM count as busy all the time, so that
-    /// [`Rule::Makespan`], which needs their own times, stays where it is.
+    /// L2. The times of the roles stand for those of link and HBM, so every rule can be fed: [`Rule::Makespan`] wants a margin then.
     pub fn of_call(time_s: f64, role_s: [f64; 2], counted: &Traffic, predicted: &Prediction) -> Self {
         Observation {
             time_s,
             link_bytes: counted.link_bytes as f64,
             hbm_bytes: predicted.hbm_bytes as f64,
-            link_busy_s: time_s,
-            hbm_busy_s: time_s,
+            link_busy_s: role_s[0],
+            hbm_busy_s: role_s[1],
             role_s,
         }
     }
@@ -60,7 +61,11 @@ pub enum Rule {
         dwell: u32,
     },
     /// Estimate the rates, finish together.
-    Makespan,
+    Makespan {
+        /// How far alpha stays from 0 and 1, where a role has no blocks and so no time: 0 for whoever has times of link and HBM
+        /// themselves.
+        margin: f64,
+    },
     /// Compare the times of the two roles, take a step. Their blocks have equal columns, so where the link is the slower the
     /// output-stationary ones, which read more over it, take longer, and where HBM is, the weight-stationary ones. That holds where
     /// blocks have several columns each.
@@ -80,6 +85,11 @@ impl Rule {
         Rule::Utilisation { tau: 0.1, step: 1.0 / 16.0, dwell: 4 }
     }
 
+    /// The makespan rule for a device, that tells times of roles: off the ends by 1/16.
+    pub const fn makespan() -> Self {
+        Rule::Makespan { margin: 1.0 / 16.0 }
+    }
+
     /// Roles that finish together: within 10 %, in steps of 1/16, two calls between two moves.
     pub const fn together() -> Self {
         Rule::Together { tolerance: 0.1, step: 1.0 / 16.0, dwell: 2 }
@@ -88,7 +98,10 @@ impl Rule {
     /// Refuses steps past the middle, which leave no alpha between them, and what is tolerated below nothing.
     fn check(self) -> Result<(), Error> {
         let (tolerated, step, most) = match self {
-            Rule::Makespan => return Ok(()),
+            Rule::Makespan { margin } if (0.0..0.5).contains(&margin) => return Ok(()),
+            Rule::Makespan { margin } => {
+                return Err(Error::argument("margin", "at least 0, below 0.5", margin));
+            }
             Rule::Utilisation { tau, step, .. } => (("tau", tau), step, 1.0),
             Rule::Together { tolerance, step, .. } => (("tolerance", tolerance), step, 0.5),
         };
@@ -206,11 +219,16 @@ impl Controller {
                 // Times with another alpha are others.
                 self.averages = None;
             }
-            Rule::Makespan => {
+            Rule::Makespan { margin } => {
                 let rates = [call.link_bytes / call.link_busy_s, call.hbm_bytes / call.hbm_busy_s];
-                let Some([link, hbm]) = self.average(rates) else { return };
+                let within = |alpha: f64| alpha.clamp(margin, 1.0 - margin);
+                let Some([link, hbm]) = self.average(rates) else {
+                    // Off the end, where both roles have times.
+                    self.alpha = within(self.alpha);
+                    return;
+                };
                 let link = self.link_budget.map_or(link, |budget| link.min(budget));
-                self.alpha = self.terms.balance(link, hbm);
+                self.alpha = within(self.terms.balance(link, hbm));
             }
         }
     }

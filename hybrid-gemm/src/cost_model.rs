@@ -1,8 +1,9 @@
 //! Traffic and time of a path, in closed form: which path to take, and how to set alpha.
 //!
-//! `T = max(link bytes / B_c, HBM bytes / B_h, flops / F) + launch`, per path, with the bytes below. M tokens, W bytes of weights
-//! in host memory, P tokens of a panel, R = ceil(M / P), c blocks of a cluster, T_k K tiles, e the bytes of an element, A_x how
-//! often X is read from HBM because L2 cannot hold it.
+//! `T = max(link bytes / B_c, HBM bytes / B_h, flops / F) + launch`, per path, with the bytes below. B_c is what the path gets of the
+//! link: direct paths the rate at which blocks read it, staged ones that of a copy engine, which over PCIe is the faster. M tokens,
+//! W bytes of weights in host memory, P tokens of a panel, R = ceil(M / P), c blocks of a cluster, T_k K tiles, e the bytes of an
+//! element, A_x how often X is read from HBM because L2 cannot hold it.
 //!
 //! | path | link | HBM |
 //! |---|---|---|
@@ -106,7 +107,9 @@ impl CostModel<'_> {
     pub fn predict(&self, launches: &[Launch]) -> Prediction {
         let traffic: Traffic = launches.iter().map(|launch| self.traffic(launch)).sum();
         let hbm_bytes = self.hbm_bytes(launches, &traffic);
-        let link_s = traffic.link_bytes as f64 / self.device.link_bytes_per_s;
+        let [read, copied] = [traffic.link_bytes - traffic.staged_bytes, traffic.staged_bytes];
+        let link_s =
+            read as f64 / self.device.link_reads_per_s + copied as f64 / self.device.link_copies_per_s;
         let hbm_s = hbm_bytes as f64 / self.device.hbm_bytes_per_s;
         let math_s: f64 = launches.iter().map(|launch| self.math_s(&launch.schedule)).sum();
         let (slowest, bound) = slowest(link_s, hbm_s, math_s);
@@ -209,7 +212,7 @@ impl CostModel<'_> {
     /// The alpha at which link and HBM finish together, from the predictions of the two pure dataflows.
     pub fn balanced_alpha(&self, output_stationary: &Prediction, weight_stationary: &Prediction) -> f64 {
         let terms = AlphaTerms::between(output_stationary, weight_stationary);
-        terms.balance(self.device.link_bytes_per_s, self.device.hbm_bytes_per_s)
+        terms.balance(self.device.link_reads_per_s, self.device.hbm_bytes_per_s)
     }
 }
 
@@ -280,15 +283,16 @@ impl AlphaTerms {
     }
 }
 
-/// Tokens above which the math of a product takes longer than the transfer of its weights: e_w F / (2 B_c).
+/// Tokens above which the math of a product takes longer than the transfer of its weights by the faster way over the link:
+/// e_w F / (2 B_c).
 pub fn break_even_tokens(format: Format, device: &DeviceProfile) -> f64 {
-    format.bits() as f64 / 8.0 * device.flops_per_s / (2.0 * device.link_bytes_per_s)
+    format.bits() as f64 / 8.0 * device.flops_per_s / (2.0 * device.fastest_link())
 }
 
-/// The fraction f* of weights in HBM at which link and HBM finish together, where both are free to choose and M is small:
-/// B_h / (B_h + B_c).
+/// The fraction f* of weights in HBM at which link and HBM finish together, where both are free to choose and M is small, so that
+/// blocks read both: B_h / (B_h + B_c).
 pub fn free_hbm_fraction(device: &DeviceProfile) -> f64 {
-    device.hbm_bytes_per_s / (device.hbm_bytes_per_s + device.link_bytes_per_s)
+    device.hbm_bytes_per_s / (device.hbm_bytes_per_s + device.link_reads_per_s)
 }
 
 /// The largest share of a compute-bound matrix that can lie in host memory at no cost: min(1, 2 M B_c / (e_w F)).

@@ -12,8 +12,10 @@ pub struct DeviceProfile {
     pub name: String,
     /// SMs.
     pub sm_count: usize,
-    /// Host link to the device, in bytes per second.
-    pub link_bytes_per_s: f64,
+    /// Host link as blocks read over it, in place, in bytes per second: what direct paths get.
+    pub link_reads_per_s: f64,
+    /// Host link as a copy engine uses it, in bytes per second: what staged paths get.
+    pub link_copies_per_s: f64,
     /// HBM reads, in bytes per second.
     pub hbm_bytes_per_s: f64,
     /// Dense products in bf16 or f16, in additions and multiplications per second.
@@ -48,12 +50,14 @@ impl MigSlice {
 }
 
 impl DeviceProfile {
-    /// H200 SXM behind PCIe 5.0 x16: link 50 GB/s, HBM 4.2 TB/s, 700 TFLOP/s of bf16.
+    /// H200 SXM behind PCIe 5.0 x16: reads of blocks 35 GB/s (as published of H100, H20 and H800), copies 48 GB/s, HBM 4.2 TB/s,
+    /// 700 TFLOP/s of bf16.
     pub fn h200() -> Self {
         DeviceProfile {
             name: "H200 (PCIe)".into(),
             sm_count: 132,
-            link_bytes_per_s: 50e9,
+            link_reads_per_s: 35e9,
+            link_copies_per_s: 48e9,
             hbm_bytes_per_s: 4.2e12,
             flops_per_s: 700e12,
             l2_bytes: 50e6,
@@ -63,14 +67,14 @@ impl DeviceProfile {
         }
     }
 
-    /// GH200 with 96 GB of HBM3, over NVLink-C2C: link 375 GB/s, HBM 3.4 TB/s, 700 TFLOP/s of bf16.
+    /// GH200 with 96 GB of HBM3, over NVLink-C2C: link 375 GB/s, HBM 3.4 TB/s, 700 TFLOP/s of bf16. Reads of blocks and copies are
+    /// within a few percent of each other there.
     pub fn gh200() -> Self {
         DeviceProfile {
             name: "GH200".into(),
-            link_bytes_per_s: 375e9,
             hbm_bytes_per_s: 3.4e12,
             link_latency_s: 0.7e-6,
-            ..DeviceProfile::h200()
+            ..DeviceProfile::h200().with_link(375e9)
         }
     }
 
@@ -80,12 +84,11 @@ impl DeviceProfile {
         DeviceProfile {
             name: "GB200".into(),
             sm_count: 148,
-            link_bytes_per_s: 200e9,
             hbm_bytes_per_s: 8e12,
             flops_per_s: 1.6e15,
             l2_bytes: 126e6,
             link_latency_s: 0.6e-6,
-            ..DeviceProfile::h200()
+            ..DeviceProfile::h200().with_link(200e9)
         }
     }
 
@@ -109,14 +112,15 @@ impl DeviceProfile {
         [DeviceProfile::h200(), gh200].into_iter().chain(slices).collect()
     }
 
-    /// Rates from measured ceilings; what is not given is as in [`h200`](Self::h200).
+    /// Rates from measured ceilings, those of the link for reads of blocks and for copies; what is not given is as in
+    /// [`h200`](Self::h200).
     ///
     /// # Errors
     /// [`Error::Argument`] for a rate that is not a positive number, or no SMs.
     pub fn custom(
         name: impl Into<String>,
         sm_count: usize,
-        link_bytes_per_s: f64,
+        [link_reads_per_s, link_copies_per_s]: [f64; 2],
         hbm_bytes_per_s: f64,
         flops_per_s: f64,
     ) -> Result<Self, Error> {
@@ -124,7 +128,8 @@ impl DeviceProfile {
         let profile = DeviceProfile {
             name: name.into(),
             sm_count,
-            link_bytes_per_s,
+            link_reads_per_s,
+            link_copies_per_s,
             hbm_bytes_per_s,
             flops_per_s,
             ..base
@@ -133,9 +138,23 @@ impl DeviceProfile {
         Ok(profile)
     }
 
-    /// The same device with another rate of the host link, such as a share of it.
-    pub fn with_link(&self, link_bytes_per_s: f64) -> Self {
-        DeviceProfile { link_bytes_per_s, ..self.clone() }
+    /// The same device with another rate of the host link, whoever uses it.
+    pub fn with_link(&self, bytes_per_s: f64) -> Self {
+        DeviceProfile { link_reads_per_s: bytes_per_s, link_copies_per_s: bytes_per_s, ..self.clone() }
+    }
+
+    /// The same device with a share of its host link.
+    pub fn with_link_share(&self, share: f64) -> Self {
+        DeviceProfile {
+            link_reads_per_s: share * self.link_reads_per_s,
+            link_copies_per_s: share * self.link_copies_per_s,
+            ..self.clone()
+        }
+    }
+
+    /// The faster of the two ways over the host link, in bytes per second.
+    pub fn fastest_link(&self) -> f64 {
+        self.link_reads_per_s.max(self.link_copies_per_s)
     }
 
     /// Checks that every rate is a positive number.
@@ -144,7 +163,8 @@ impl DeviceProfile {
     /// [`Error::Argument`] names the one that is not.
     pub fn check(&self) -> Result<(), Error> {
         for (argument, rate) in [
-            ("link_bytes_per_s", self.link_bytes_per_s),
+            ("link_reads_per_s", self.link_reads_per_s),
+            ("link_copies_per_s", self.link_copies_per_s),
             ("hbm_bytes_per_s", self.hbm_bytes_per_s),
             ("flops_per_s", self.flops_per_s),
         ] {
@@ -168,9 +188,9 @@ impl DeviceProfile {
         }
     }
 
-    /// Bytes to keep in flight so that the link never idles: twice its rate times its latency (Little's law, with room for
-    /// tiles that wait for a slot).
+    /// Bytes that blocks keep in flight so that their reads never idle: twice the link's rate times its latency (Little's law, with
+    /// room for tiles that wait for a slot).
     pub fn link_bytes_in_flight(&self) -> f64 {
-        2.0 * self.link_bytes_per_s * self.link_latency_s
+        2.0 * self.link_reads_per_s * self.link_latency_s
     }
 }

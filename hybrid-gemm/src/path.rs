@@ -216,7 +216,7 @@ impl LinkLoad {
         let busy = (device.link_bytes_in_flight() / (TILES_IN_FLIGHT * tile)).ceil() as usize;
         let share = sm_budget as f64 * host as f64 / (host + hbm) as f64;
         let math_s = self.flops as f64 / device.flops_per_s;
-        let link_s = self.host_bytes as f64 / device.link_bytes_per_s;
+        let link_s = self.host_bytes as f64 / device.link_reads_per_s;
         let math = (device.sm_count as f64 * LINK_MATH_ROOM * math_s / link_s).min(share);
         // Alpha moves in sixteenths where the columns' share of blocks allows.
         let steps = if needed > 1 { share.min(16.0) as usize } else { 1 };

@@ -63,7 +63,7 @@ pub fn simulate_launches(model: &CostModel<'_>, launches: &[Launch]) -> Simulati
     for launch in launches {
         let staged = model.placement.column_bytes(launch.staged.clone());
         if staged > 0 {
-            let copy_s = staged as f64 / model.device.link_bytes_per_s;
+            let copy_s = staged as f64 / model.device.link_copies_per_s;
             copied_s += copy_s;
             total.link_busy_s += copy_s;
             total.hbm_bytes += staged as f64;
@@ -205,7 +205,7 @@ impl<'a> Run<'a> {
             model,
             schedule,
             x_share,
-            link: Shared::new(model.device.link_bytes_per_s),
+            link: Shared::new(model.device.link_reads_per_s),
             hbm: Shared::new(model.device.hbm_bytes_per_s),
             blocks: (0..schedule.blocks()).map(block).collect(),
             timers: BinaryHeap::new(),

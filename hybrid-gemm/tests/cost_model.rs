@@ -5,6 +5,7 @@ mod common;
 use hybrid_gemm::cost_model::{
     AlphaTerms, break_even_tokens, free_hbm_fraction, free_host_share, link_demand,
 };
+use hybrid_gemm::simulate::simulate;
 use hybrid_gemm::{
     Alpha, Bound, DType, DeviceProfile, Error, Format, GemmConfig, GemmPlan, MigSlice, Path, PathChoice,
     Placement, Residency, Tiling,
@@ -83,13 +84,13 @@ fn break_even_points() {
     let gh200 = DeviceProfile::gh200();
     let int4 = Format::Int4 { group: 128 };
     for (case, found, expected) in [
-        ("H200", break_even_tokens(BF16, &h200), 14_000.0),
+        ("H200", break_even_tokens(BF16, &h200), 14_583.0),
         ("H200 at 35 GB/s", break_even_tokens(BF16, &h200.with_link(35e9)), 20_000.0),
         ("GH200", break_even_tokens(BF16, &gh200), 1_867.0),
-        ("H200, int4", break_even_tokens(int4, &h200), 3_500.0),
-        ("share of H200 at 4096 tokens", 1000.0 * free_host_share(BF16, &h200, 4096), 292.6),
+        ("H200, int4", break_even_tokens(int4, &h200), 3_646.0),
+        ("share of H200 at 4096 tokens", 1000.0 * free_host_share(BF16, &h200, 4096), 280.9),
         ("share of GH200 at 4096 tokens", free_host_share(BF16, &gh200, 4096), 1.0),
-        ("gain of H200", 1e3 / free_hbm_fraction(&h200), 1011.9),
+        ("gain of H200", 1e3 / free_hbm_fraction(&h200), 1008.3),
         ("gain of GH200", 1e3 / free_hbm_fraction(&gh200), 1110.3),
         ("gain of 1g", 1e3 / free_hbm_fraction(&gh200.slice(MigSlice::OneG)), 1882.4),
         ("demand", link_demand(16_000_000_000, 0.05), 320e9),
@@ -107,9 +108,11 @@ fn picks() {
         ..GemmConfig::new(8192, DType::BF16, DeviceProfile::gh200())
     };
     let layer = placement(28672, 4096, 0.0);
-    // One panel: each weight is read once on any path.
+    // One panel: each weight crosses once on any path, over PCIe faster by a copy engine, over C2C as fast in place.
     let one = plan(layer, 64, DeviceProfile::h200());
-    assert_eq!(one.choose(64).unwrap().0, Path::Direct { alpha: 1.0 });
+    assert!(matches!(one.choose(64).unwrap().0, Path::Staged { .. }), "{}", one.explain(64));
+    let two = plan(layer, 64, DeviceProfile::gh200());
+    assert_eq!(two.choose(64).unwrap().0, Path::Direct { alpha: 1.0 });
     let prediction = one.predict(8).unwrap();
     assert_eq!((prediction.bound, prediction.traffic.link_bytes), (Bound::Link, layer.host_bytes()));
     // PCIe is the narrowest: read once, whatever HBM has to carry.
@@ -134,6 +137,38 @@ fn picks() {
     assert_eq!(hbm.workspace_len(512), 0);
 }
 
+/// Direct paths are held against what blocks read over the link, staged ones against what a copy engine brings; whichever is
+/// faster is taken.
+#[test]
+fn each_path_has_its_own_rate_of_the_link() {
+    let layer = placement(28672, 4096, 0.0);
+    let bytes = layer.host_bytes() as f64;
+    for (reads, copies, staged) in [(35e9, 54e9, true), (54e9, 35e9, false)] {
+        let device = DeviceProfile::custom("", 132, [reads, copies], 4.2e12, 700e12).unwrap();
+        let plan = plan(layer, 16, device.clone());
+        let [direct, slabs] = [Path::Direct { alpha: 1.0 }, Path::Staged { slab_columns: 32 }].map(|path| {
+            let launches = plan.launches_of(path, 16).unwrap();
+            (plan.model().predict(&launches), simulate(&plan, path, 16).unwrap())
+        });
+        for ((predicted, simulated), rate) in [(direct, reads), (slabs, copies)] {
+            let link_s = bytes / rate;
+            assert!(
+                (predicted.link_s - link_s).abs() < 1e-9 * link_s,
+                "{} s, not {link_s}",
+                predicted.link_s
+            );
+            let ratio = simulated.time_s / link_s;
+            assert!(ratio > 1.0 && ratio < 1.03, "simulated {} s, the link {link_s}", simulated.time_s);
+            assert_eq!(simulated.traffic, predicted.traffic);
+        }
+        let taken = plan.choose(16).unwrap().0;
+        assert_eq!(matches!(taken, Path::Staged { .. }), staged, "{reads} and {copies}: {taken}");
+        assert_eq!(device.fastest_link(), 54e9);
+        let half = device.with_link_share(0.5);
+        assert_eq!([half.link_reads_per_s, half.link_copies_per_s], [0.5 * reads, 0.5 * copies]);
+    }
+}
+
 /// A split is as slow as the slower side, and no slower.
 #[test]
 fn split_residency() {
@@ -144,8 +179,12 @@ fn split_residency() {
         (DeviceProfile::gh200(), 0.9),
     ] {
         let layer = placement(28672, 4096, fraction);
-        let prediction = plan(layer, 16, device.clone()).predict(16).unwrap();
-        let link = layer.host_bytes() as f64 / device.link_bytes_per_s;
+        let (path, prediction) = plan(layer, 16, device.clone()).choose(16).unwrap();
+        let rate = match path {
+            Path::Staged { .. } => device.link_copies_per_s,
+            _ => device.link_reads_per_s,
+        };
+        let link = layer.host_bytes() as f64 / rate;
         let hbm = layer.hbm_bytes() as f64 / device.hbm_bytes_per_s;
         let found = prediction.time_s - device.launch_s;
         assert!(
@@ -219,20 +258,18 @@ fn profiles() {
         let profile = gh200.slice(slice);
         profile.check().unwrap();
         assert_eq!((profile.sm_count, profile.hbm_bytes_per_s), (sms, hbm), "{}", profile.name);
-        assert_eq!(
-            profile.link_bytes_per_s, gh200.link_bytes_per_s,
-            "{}: the link is shared whole",
-            profile.name
-        );
+        let link = |profile: &DeviceProfile| [profile.link_reads_per_s, profile.link_copies_per_s];
+        assert_eq!(link(&profile), link(&gh200), "{}: the link is shared whole", profile.name);
     }
     DeviceProfile::gb200().check().unwrap();
     assert_eq!(break_even_tokens(BF16, &DeviceProfile::gb200()).round(), 8000.0);
-    assert!(DeviceProfile::custom("here", 132, 48e9, 4.3e12, 780e12).is_ok());
+    assert!(DeviceProfile::custom("here", 132, [37e9, 54e9], 4.3e12, 780e12).is_ok());
     for (named, profile) in [
-        ("sm_count", DeviceProfile::custom("", 0, 1.0, 1.0, 1.0)),
-        ("link_bytes_per_s", DeviceProfile::custom("", 1, f64::NAN, 1.0, 1.0)),
-        ("hbm_bytes_per_s", DeviceProfile::custom("", 1, 1.0, -1.0, 1.0)),
-        ("flops_per_s", DeviceProfile::custom("", 1, 1.0, 1.0, f64::INFINITY)),
+        ("sm_count", DeviceProfile::custom("", 0, [1.0, 1.0], 1.0, 1.0)),
+        ("link_reads_per_s", DeviceProfile::custom("", 1, [f64::NAN, 1.0], 1.0, 1.0)),
+        ("link_copies_per_s", DeviceProfile::custom("", 1, [1.0, 0.0], 1.0, 1.0)),
+        ("hbm_bytes_per_s", DeviceProfile::custom("", 1, [1.0, 1.0], -1.0, 1.0)),
+        ("flops_per_s", DeviceProfile::custom("", 1, [1.0, 1.0], 1.0, f64::INFINITY)),
     ] {
         assert!(profile.unwrap_err().to_string().contains(named), "{named}");
     }

@@ -333,7 +333,7 @@ fn refusals_name_the_argument() {
                 GemmConfig { device: DeviceProfile::gh200().with_link(0.0), ..base.clone() },
             )
             .map(drop),
-            "link_bytes_per_s",
+            "link_reads_per_s",
         ),
     ] {
         let error = result.expect_err(case).to_string();

@@ -27,6 +27,9 @@ impl Order {
         Order::Random(3),
         Order::Random(4),
     ];
+
+    /// The orders for tests of what does not hang on the order of threads, such as schedules, places and formats.
+    pub const FEW: [Order; 2] = [Order::Reverse, Order::Random(1)];
 }
 
 /// A queue that runs each launch at once.

@@ -45,10 +45,15 @@ pub trait Rig {
     fn upload<T: Pod>(&self, host: &[T]) -> Self::Buffer<T>;
     /// Copies `host` to memory of the host that the device reads in place, for arguments that are to cross the link.
     fn pin<T: Pod>(&self, host: &[T]) -> Self::Buffer<T>;
-    /// Overwrites part of a buffer of [`upload`](Self::upload), from element `at` on, in the order of the queue.
+    /// Memory of `len` zeros like that of [`pin`](Self::pin), or why there is none. In the emulator it takes memory only where it is
+    /// written.
+    fn try_pinned<T: Pod>(&self, len: usize) -> Result<Self::Buffer<T>, String>;
+    /// Overwrites part of a buffer from element `at` on, in the order of the queue.
     fn write<T: Pod>(&self, buffer: &mut Self::Buffer<T>, at: usize, host: &[T]);
     /// Waits for the queue and copies a buffer back.
     fn download<T: Pod>(&self, buffer: &Self::Buffer<T>) -> Vec<T>;
+    /// The same for `len` elements from element `at` on, of a buffer that is not pinned.
+    fn read<T: Pod>(&self, buffer: &Self::Buffer<T>, at: usize, len: usize) -> Vec<T>;
     /// A buffer as a kernel argument that is read.
     fn view<'a, T: Pod>(&self, buffer: &'a Self::Buffer<T>) -> View<'a, T>;
     /// A buffer as a kernel argument that is written.
@@ -126,12 +131,20 @@ impl Rig for EmulatorRig {
         host.to_vec()
     }
 
+    fn try_pinned<T: Pod>(&self, len: usize) -> Result<Vec<T>, String> {
+        self.try_zeroed(len)
+    }
+
     fn write<T: Pod>(&self, buffer: &mut Vec<T>, at: usize, host: &[T]) {
         buffer[at..at + host.len()].copy_from_slice(host);
     }
 
     fn download<T: Pod>(&self, buffer: &Vec<T>) -> Vec<T> {
         buffer.clone()
+    }
+
+    fn read<T: Pod>(&self, buffer: &Vec<T>, at: usize, len: usize) -> Vec<T> {
+        buffer[at..at + len].to_vec()
     }
 
     fn try_zeroed<T: Pod>(&self, len: usize) -> Result<Vec<T>, String> {
@@ -255,16 +268,27 @@ impl Rig for GpuRig {
     }
 
     fn pin<T: Pod>(&self, host: &[T]) -> GpuBuffer<T> {
-        let mut pinned =
-            Mapped::<u8>::zeroed(&self.gpu, size_of_val(host), MappedKind::Cached).expect("pinned memory");
-        pinned.write().expect("nothing runs that uses it").copy_from_slice(bytemuck::cast_slice(host));
+        let mut buffer = self.try_pinned(host.len()).expect("pinned memory");
+        self.write(&mut buffer, 0, host);
+        buffer
+    }
+
+    fn try_pinned<T: Pod>(&self, len: usize) -> Result<GpuBuffer<T>, String> {
+        let pinned = Mapped::<u8>::zeroed(&self.gpu, len * size_of::<T>(), MappedKind::Cached)
+            .map_err(|error| format!("no pinned memory for {len} elements: {error}"))?;
         let address = pinned.view().address();
-        GpuBuffer { pinned: Some(pinned), address, len: host.len(), ..self.zeroed(0) }
+        Ok(GpuBuffer { pinned: Some(pinned), address, len, ..self.zeroed(0) })
     }
 
     fn write<T: Pod>(&self, buffer: &mut GpuBuffer<T>, at: usize, host: &[T]) {
         assert!(at + host.len() <= buffer.len, "{} elements at {at} of {}", host.len(), buffer.len);
-        let mut place = buffer.bytes.slice_mut(at * size_of::<T>()..(at + host.len()) * size_of::<T>());
+        let place = at * size_of::<T>()..(at + host.len()) * size_of::<T>();
+        if let Some(pinned) = &mut buffer.pinned {
+            // Waits for everything, so it is in order.
+            let bytes = pinned.write().expect("the queue ran without a fault");
+            return bytes[place].copy_from_slice(bytemuck::cast_slice(host));
+        }
+        let mut place = buffer.bytes.slice_mut(place);
         self.stream.memcpy_htod(bytemuck::cast_slice::<T, u8>(host), &mut place).expect("copy to the device");
     }
 
@@ -297,6 +321,15 @@ impl Rig for GpuRig {
         let mut host = vec![T::zeroed(); buffer.len];
         let size = buffer.len * size_of::<T>();
         bytemuck::cast_slice_mut::<T, u8>(&mut host).copy_from_slice(&bytes[..size]);
+        host
+    }
+
+    fn read<T: Pod>(&self, buffer: &GpuBuffer<T>, at: usize, len: usize) -> Vec<T> {
+        let place = buffer.bytes.slice(at * size_of::<T>()..(at + len) * size_of::<T>());
+        let bytes = self.stream.clone_dtoh(&place).expect("copy from the device");
+        self.stream.synchronize().expect("the queue ran without a fault");
+        let mut host = vec![T::zeroed(); len];
+        bytemuck::cast_slice_mut::<T, u8>(&mut host).copy_from_slice(&bytes);
         host
     }
 
@@ -375,15 +408,19 @@ pub fn zeroed_or_skip<R: Rig, T: Pod>(rig: &R, len: usize, test: &str) -> Option
     }
 }
 
-/// Makes an `emulator` and a `gpu` test of one generic body `fn name<R: Rig>(rig: &R)`.
+/// Makes an `emulator` and a `gpu` test of one generic body `fn name<R: Rig>(rig: &R)`; with orders in front, `ORDERS; name, …`, the
+/// emulator goes through those instead of all.
 #[macro_export]
 macro_rules! device_test {
-    ($($name:ident),+ $(,)?) => {$(
+    ($($name:ident),+ $(,)?) => {
+        $crate::device_test!($crate::Order::ALL; $($name),+);
+    };
+    ($orders:expr; $($name:ident),+ $(,)?) => {$(
         mod $name {
             #[test]
             fn emulator() {
                 $crate::emulator_or_skip!();
-                for order in $crate::Order::ALL {
+                for order in $orders {
                     super::$name(&$crate::rig::EmulatorRig::new(order));
                 }
             }

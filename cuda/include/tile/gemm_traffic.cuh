@@ -12,9 +12,14 @@ struct BlockTraffic {
     HybridGemmTraffic counts;
     uint64_t started_ns;
 
-    // By the thread that counts.
-    DEVICE void clear() {
+    // By the thread that counts. The `first` one of the launch books the slab that a copy engine has brought for it: that has
+    // crossed the link, whether its tiles are read or not, for want of tokens or because the schedule is refused.
+    DEVICE void clear(const HybridGemmParams& params, bool first) {
         counts = HybridGemmTraffic{};
+        if (first && params.staged_bytes > 0) {
+            counts.link_tiles = params.staged_tiles;
+            counts.link_bytes = counts.staged_bytes = params.staged_bytes;
+        }
         started_ns = global_timer_ns();
     }
 
@@ -39,12 +44,3 @@ struct BlockTraffic {
         }
     }
 };
-
-// Books the slab that a copy engine has brought for this launch: it has crossed the link, whether its tiles are read or not, for
-// want of tokens or because the schedule is refused. One thread of the launch calls.
-DEVICE void book_copy(HybridGemmTraffic* total, const HybridGemmParams& params, uint32_t k_tiles) {
-    if (total == nullptr || params.staged_bytes == 0) return;
-    atomic_add_acq_rel_u64(&total->link_tiles, static_cast<uint64_t>(params.hbm_columns) * k_tiles);
-    atomic_add_acq_rel_u64(&total->link_bytes, params.staged_bytes);
-    atomic_add_acq_rel_u64(&total->staged_bytes, params.staged_bytes);
-}

@@ -80,17 +80,15 @@ hybrid_large_m(const Element* x, const unsigned char* host, const unsigned char*
 
     const HybridGemmSchedule plan = *schedule;
     const uint32_t fault = schedule_fault(plan, params, PANEL, k_tiles, gridDim.x);
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
-        book_copy(traffic, params, k_tiles);
-        if (fault != FAULT_NONE) report_fault(status, fault, first_column_of(params));
-    }
-    if (fault != FAULT_NONE || (params.experts > 0 && group_faulty(plan, params, experts, offsets, status, THREADS))) {
+    const bool counts = threadIdx.x == 0, first = counts && blockIdx.x == 0;
+    if (counts) counter.clear(params, first);
+    if (fault != FAULT_NONE && first) report_fault(status, fault, first_column_of(params));
+    const bool refused =
+        fault != FAULT_NONE || (params.experts > 0 && group_faulty(plan, params, experts, offsets, status, THREADS));
+    if (refused) {
         const GemmEpilogue epilogue{scales, bias, residual, out};
         epilogue.store_zeros(params, blockIdx.x * THREADS + threadIdx.x, gridDim.x * THREADS);
-        return;
     }
-    const bool counts = threadIdx.x == 0;
-    if (counts) counter.clear();
     const bool x_aligned = multiple_of_16(x, params.x_stride * static_cast<int64_t>(sizeof(Element)));
     const auto slabs_of = [&](uint32_t k_tile) {
         const uint32_t left = slabs - k_tile * params.tile_slabs;
@@ -105,7 +103,7 @@ hybrid_large_m(const Element* x, const unsigned char* host, const unsigned char*
 
     GemmProducts products(tail.product, plan, params, experts, offsets);
 #pragma unroll 1
-    while (products.advance()) {
+    while (!refused && products.advance()) {
         const GemmProduct& product = products.now;
         const TileWalk walk(product.schedule, blockIdx.x);
         const uint32_t items = walk.own_items();

@@ -91,22 +91,20 @@ hybrid_small_m(const Element* x, const unsigned char* host, const unsigned char*
     const HybridGemmSchedule plan = *schedule;
     const uint32_t fault = schedule_fault(plan, params, HYBRID_SMALL_PANEL, k_tiles, gridDim.x);
     const uint32_t block_index = blockIdx.y * gridDim.x + blockIdx.x;
-    if (block_index == 0 && threadIdx.x == 0) {
-        book_copy(traffic, params, k_tiles);
-        if (fault != FAULT_NONE) report_fault(status, fault, first_column_of(params));
-    }
-    if (fault != FAULT_NONE || (params.experts > 0 && group_faulty(plan, params, experts, offsets, status, THREADS))) {
+    const bool counts = threadIdx.x == 0, first = counts && block_index == 0;
+    if (counts) tail.traffic.clear(params, first);
+    if (fault != FAULT_NONE && first) report_fault(status, fault, first_column_of(params));
+    const bool refused =
+        fault != FAULT_NONE || (params.experts > 0 && group_faulty(plan, params, experts, offsets, status, THREADS));
+    if (refused) {
         const GemmEpilogue epilogue{scales, bias, residual, out};
         epilogue.store_zeros(params, block_index * THREADS + threadIdx.x, gridDim.x * gridDim.y * THREADS);
-        return;
     }
     const uint32_t split = blockIdx.y;
     const uint32_t first_tile = split * k_tiles / params.k_splits, end_tile = (split + 1) * k_tiles / params.k_splits;
     const uint32_t first_slab = first_tile * params.tile_slabs;
     const uint32_t end_slab = end_tile * params.tile_slabs < slabs ? end_tile * params.tile_slabs : slabs;
     const uint32_t row0 = warp_index() * 16;
-    const bool counts = threadIdx.x == 0;
-    if (counts) tail.traffic.clear();
     const bool x_aligned = multiple_of_16(x, params.x_stride * static_cast<int64_t>(sizeof(Element)));
     const auto slabs_of = [&](uint32_t k_tile) {
         const uint32_t left = slabs - k_tile * params.tile_slabs;
@@ -123,7 +121,7 @@ hybrid_small_m(const Element* x, const unsigned char* host, const unsigned char*
 
     GemmProducts products(tail.product, plan, params, experts, offsets);
 #pragma unroll 1
-    while (products.advance()) {
+    while (!refused && products.advance()) {
         const GemmProduct& product = products.now;
         const TileWalk walk(product.schedule, blockIdx.x);
         const uint32_t items = walk.own_items();

@@ -158,9 +158,9 @@ impl AlphaControl {
     /// Controls calls of `tokens` tokens, from `alpha` on: the paper begins with 0, the frugal end for the link.
     ///
     /// # Errors
-    /// [`Error::Argument`] for an alpha outside 0..=1; [`Error::NoPath`] for a plan without both dataflows, and for
-    /// [`Rule::Together`] where there are no more columns in host memory than blocks for them: each block has one then, whatever
-    /// alpha is, and their times say nothing.
+    /// [`Error::Argument`] for an alpha outside 0..=1; [`Error::NoPath`] for a plan without both dataflows, and for rules that look at
+    /// the times of roles, [`Rule::Together`] and [`Rule::Makespan`] with a margin, where there are no more columns in host memory than
+    /// blocks for them: each block has one then, whatever alpha is, and their times say nothing.
     pub fn new(plan: &Plan, rule: Rule, tokens: usize, alpha: f64) -> Result<Self, Error> {
         let gemm = plan.gemm();
         let pure = |alpha| {
@@ -175,7 +175,12 @@ impl AlphaControl {
         let schedule = both[0].schedule;
         let (columns, blocks) =
             (schedule.os_columns + schedule.ws_columns, schedule.os_blocks + schedule.ws_blocks);
-        if matches!(rule, Rule::Together { .. }) && columns <= blocks {
+        let by_roles = match rule {
+            Rule::Together { .. } => true,
+            Rule::Makespan { margin } => margin > 0.0,
+            Rule::Utilisation { .. } => false,
+        };
+        if by_roles && columns <= blocks {
             let why = format!(
                 "roles have no times to compare: {columns} columns in host memory for {blocks} blocks"
             );
@@ -184,7 +189,7 @@ impl AlphaControl {
         let terms = AlphaTerms::between(&pure(1.0)?, &pure(0.0)?);
         let device = &plan.config().device;
         let controller =
-            Controller::new(rule, terms, device.link_bytes_per_s, device.hbm_bytes_per_s, alpha)?;
+            Controller::new(rule, terms, device.link_reads_per_s, device.hbm_bytes_per_s, alpha)?;
         let mut plan = plan.clone();
         plan.set_alpha(Alpha::Fixed(alpha))?;
         Ok(AlphaControl { plan, controller, tokens })

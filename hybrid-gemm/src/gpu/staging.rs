@@ -139,7 +139,7 @@ impl<F: Function, X: Storage> Gemm<F, X> {
         let mut ring =
             Ring { side, slabs: &self.slabs, host, bytes, slots, slot_bytes: plan.slot_bytes(), copied: 0 };
 
-        let resident = self.slabs.resident();
+        let (resident, k_tiles) = (self.slabs.resident(), plan.placement().tiling().k_tiles());
         // Nothing is copied over what an earlier call still reads. From here on the two queues are forked.
         ring.side.after(queue)?;
         let mut enqueue = |ring: &mut Ring<'_, S>| -> Result<(), Error> {
@@ -157,6 +157,7 @@ impl<F: Function, X: Storage> Gemm<F, X> {
                         hbm_columns: launch.columns.len() as u32,
                         hbm_row_major: if staged { params.host_row_major } else { 0 },
                         staged_bytes: slab.as_ref().map_or(0, |slab| slab.len() as u64),
+                        staged_tiles: if staged { (launch.columns.len() * k_tiles) as u32 } else { 0 },
                         ..params
                     };
                     let launched = HybridGemmArgs {

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 
 use bytemuck::Zeroable;
-use cuda::params::{self, HybridGemmExpert, HybridGemmTraffic};
+use cuda::params::{self, HybridGemmExpert, HybridGemmSchedule, HybridGemmTraffic};
 use cuda::status::Fault;
 use cuda::storage::Storage;
 use emulator::Order;
@@ -19,12 +19,8 @@ use hybrid_gemm::{
 use crate::common::{compare, device, random};
 use crate::product::{fit, weights};
 
-emulator::device_test!(
-    experts_are_a_loop_of_products,
-    partial_sums_of_experts,
-    formats_of_experts,
-    bad_experts_are_named,
-);
+emulator::device_test!(formats_of_experts, bad_experts_are_named);
+emulator::device_test!(emulator::Order::FEW; experts_are_a_loop_of_products, partial_sums_of_experts);
 
 /// Experts whose weights lie in host memory, in HBM and in both, one after another.
 fn experts<X: Element>(count: usize, tiling: Tiling) -> Vec<Weights> {
@@ -48,9 +44,23 @@ struct Outcome<O> {
 }
 
 /// What a call finds in device memory.
-struct Call {
+struct Call<'a> {
     offsets: Vec<u32>,
     table: Vec<HybridGemmExpert>,
+    schedule: HybridGemmSchedule,
+    /// Other contents of the weights, placed alike.
+    experts: Option<&'a [Weights]>,
+}
+
+impl Call<'_> {
+    fn new(plan: &GroupedPlan, rows: &[usize]) -> Self {
+        Call { offsets: offsets(rows), table: plan.table(), schedule: plan.schedule(), experts: None }
+    }
+}
+
+/// Parts of all experts, one behind the other.
+fn parts(experts: &[Weights], bytes: fn(&Weights) -> &[u8]) -> Vec<u8> {
+    experts.iter().flat_map(bytes).copied().collect()
 }
 
 /// One recorded launch, or launch after launch, with other values in device memory each.
@@ -59,19 +69,19 @@ fn run<R: Rig, X: Storage + Element, O: Storage + Element>(
     plan: &GroupedPlan,
     experts: &[Weights],
     x: &[X],
-    calls: &[Call],
+    calls: &[Call<'_>],
     recorded: bool,
 ) -> Result<Vec<Outcome<O>>, Error> {
     let gemm = GroupedGemm::<_, X>::prepare(rig.device(), plan)?;
     let config = plan.group().config();
     let tiling = experts[0].placement().tiling();
     let columns = config.epilogue.out_columns(tiling.n());
-    let all = |bytes: fn(&Weights) -> &[u8]| experts.iter().flat_map(bytes).copied().collect::<Vec<u8>>();
-    let (host, hbm) = (rig.pin(&all(Weights::host_bytes)), rig.upload(&all(Weights::hbm_bytes)));
+    let host = RefCell::new(rig.pin(&parts(experts, Weights::host_bytes)));
+    let hbm = RefCell::new(rig.upload(&parts(experts, Weights::hbm_bytes)));
     let scales: Vec<f32> = experts.iter().flat_map(Weights::channel_scales).copied().collect();
     let (has_scales, scales) = (!scales.is_empty(), rig.upload(&scales));
     let x = rig.upload(x);
-    let schedule = rig.upload(&[plan.schedule()]);
+    let schedule = RefCell::new(rig.zeroed::<HybridGemmSchedule>(1));
     let table = RefCell::new(rig.zeroed::<HybridGemmExpert>(experts.len()));
     let offsets = RefCell::new(rig.zeroed::<u32>(experts.len() + 1));
     let out = RefCell::new(rig.poisoned::<O>(config.max_tokens * columns));
@@ -81,6 +91,7 @@ fn run<R: Rig, X: Storage + Element, O: Storage + Element>(
     let workspace = RefCell::new(rig.workspace(plan.workspace()));
     let placements: Vec<Placement> = experts.iter().map(|expert| *expert.placement()).collect();
     let enqueue = || {
+        let (host, hbm, schedule) = (host.borrow(), hbm.borrow(), schedule.borrow());
         let (host, hbm, scales) = (rig.view(&host), rig.view(&hbm), rig.view(&scales));
         let (mut out, mut traffic) = (out.borrow_mut(), traffic.borrow_mut());
         let (mut status, mut workspace) = (status.borrow_mut(), workspace.borrow_mut());
@@ -108,6 +119,11 @@ fn run<R: Rig, X: Storage + Element, O: Storage + Element>(
     for call in calls {
         rig.write(&mut offsets.borrow_mut(), 0, &call.offsets);
         rig.write(&mut table.borrow_mut(), 0, &call.table);
+        rig.write(&mut schedule.borrow_mut(), 0, &[call.schedule]);
+        if let Some(experts) = call.experts {
+            rig.write(&mut host.borrow_mut(), 0, &parts(experts, Weights::host_bytes));
+            rig.write(&mut hbm.borrow_mut(), 0, &parts(experts, Weights::hbm_bytes));
+        }
         rig.write(&mut out.borrow_mut(), 0, &poison);
         rig.write(&mut traffic.borrow_mut(), 0, &[HybridGemmTraffic::zeroed()]);
         rig.write(&mut status.borrow_mut(), 0, &[0]);
@@ -202,8 +218,7 @@ fn experts_are_a_loop_of_products<R: Rig>(rig: &R) {
     ] {
         let plan = plan(rig, &experts, (max_tokens, DType::BF16), alpha, plain);
         let x: Vec<bf16> = random(90, max_tokens * tiling.k());
-        let calls: Vec<_> =
-            cases.iter().map(|(_, rows)| Call { offsets: offsets(rows), table: plan.table() }).collect();
+        let calls: Vec<_> = cases.iter().map(|(_, rows)| Call::new(&plan, rows)).collect();
         let outcomes = run::<R, bf16, f32>(rig, &plan, &experts, &x, &calls, false).expect("launches");
         for ((case, rows), outcome) in cases.iter().zip(&outcomes) {
             let case = format!("{case} of {max_tokens}, {alpha:?}, on {}, seeds 80 to 90", rig.name());
@@ -222,7 +237,7 @@ fn partial_sums_of_experts<R: Rig>(rig: &R) {
     for alpha in [0.0, 0.5] {
         let plain = EpilogueSpec::plain(DType::F32);
         let plan = plan(rig, &experts, (tokens, DType::BF16), Alpha::Fixed(alpha), plain);
-        let calls = [Call { offsets: offsets(&rows), table: plan.table() }];
+        let calls = [Call::new(&plan, &rows)];
         let outcome = &run::<R, bf16, f32>(rig, &plan, &experts, &x, &calls, false).expect("a launch")[0];
         let case = format!("alpha {alpha}, on {}, seeds 84 to 94", rig.name());
         verify(&case, &plan, &experts, &x, &rows, outcome);
@@ -236,7 +251,7 @@ fn format<R: Rig, X: Storage + Element>(rig: &R, format: Format, [n, k]: [usize;
     let rows = [6, 0, 7];
     let plan = plan(rig, &experts, (16, <X as Element>::DTYPE), Alpha::Auto, epilogue);
     let x: Vec<X> = random(91, 16 * k);
-    let calls = [Call { offsets: offsets(&rows), table: plan.table() }];
+    let calls = [Call::new(&plan, &rows)];
     let outcomes = run::<R, X, f16>(rig, &plan, &experts, &x, &calls, false).expect("a launch");
     let case = format!("[{n}, {k}] of {format} on {}, seeds 80 to 91", rig.name());
     verify(&case, &plan, &experts, &x, &rows, &outcomes[0]);
@@ -257,7 +272,7 @@ fn bad_experts_are_named<R: Rig>(rig: &R) {
     let experts = experts::<bf16>(3, tiling);
     let plan = plan(rig, &experts, (8, DType::BF16), Alpha::Auto, EpilogueSpec::plain(DType::F32));
     let x: Vec<bf16> = random(92, 8 * tiling.k());
-    type Mistake = (&'static str, fn(&mut Call), params::FaultCode, u32);
+    type Mistake = (&'static str, fn(&mut Call<'_>), params::FaultCode, u32);
     let mistakes: [Mistake; 6] = [
         ("falling offsets", |call| call.offsets[1] = 5, params::FAULT_BAD_RANGE, 1),
         ("offsets past the rows", |call| call.offsets[3] = 9, params::FAULT_BAD_RANGE, 2),
@@ -267,8 +282,8 @@ fn bad_experts_are_named<R: Rig>(rig: &R) {
         ("more columns than there are", |call| call.table[0].host_columns = 9, params::FAULT_BAD_INDEX, 0),
     ];
     let rows = [3, 0, 2];
-    let good = || Call { offsets: offsets(&rows), table: plan.table() };
-    let calls: Vec<Call> = mistakes
+    let good = || Call::new(&plan, &rows);
+    let calls: Vec<Call<'_>> = mistakes
         .iter()
         .map(|(_, change, _, _)| {
             let mut call = good();
@@ -287,17 +302,40 @@ fn bad_experts_are_named<R: Rig>(rig: &R) {
     verify("after bad experts", &plan, &experts, &x, &rows, &outcomes[mistakes.len()]);
 }
 
-/// One recorded launch follows routes that change in device memory.
-fn routes_change_between_replays<R: Rig>(rig: &R) {
+/// One recorded launch of either kernel follows routes, alpha and weights that change in memory between replays.
+fn everything_changes_between_replays<R: Rig>(rig: &R) {
     let tiling = Tiling::new(144, 136, Format::Float(DType::BF16)).expect("a tiling");
-    let experts = experts::<bf16>(4, tiling);
-    let plan = plan(rig, &experts, (8, DType::BF16), Alpha::Auto, EpilogueSpec::plain(DType::F32));
-    let x: Vec<bf16> = random(93, 8 * tiling.k());
-    let routes = [[2, 2, 2, 2], [0, 0, 8, 0], [0, 0, 0, 0], [1, 0, 0, 5]];
-    let calls = routes.map(|rows| Call { offsets: offsets(&rows), table: plan.table() });
-    let outcomes = run::<R, bf16, f32>(rig, &plan, &experts, &x, &calls, true).expect("replays");
-    for (rows, outcome) in routes.iter().zip(&outcomes) {
-        verify(&format!("replay of {rows:?} on {}", rig.name()), &plan, &experts, &x, rows, outcome);
+    let residencies = [Residency::Host, Residency::HbmFraction(0.4), Residency::Hbm, Residency::Host];
+    let sets = [80, 90].map(|seed| -> Vec<Weights> {
+        (seed..).zip(residencies).map(|(seed, residency)| weights::<bf16>(seed, tiling, residency)).collect()
+    });
+    let plain = EpilogueSpec::plain(DType::F32);
+    for (most, alphas, routes) in [
+        (8, vec![Alpha::Fixed(1.0)], [[2, 2, 2, 2], [0, 0, 8, 0], [0, 0, 0, 0], [1, 0, 0, 5]]),
+        (
+            70,
+            [0.0, 0.5, 1.0].map(Alpha::Fixed).to_vec(),
+            [[3, 0, 2, 65], [0, 70, 0, 0], [0, 0, 0, 0], [17, 1, 30, 9]],
+        ),
+    ] {
+        let mut plan = plan(rig, &sets[0], (most, DType::BF16), Alpha::Auto, plain);
+        assert_eq!(plan.is_large(), most == 70);
+        let x: Vec<bf16> = random(93, most * tiling.k());
+        let replays = (rig.stress_launches() / 5).min(200);
+        let mut used = Vec::new();
+        let calls: Vec<Call<'_>> = (0..replays)
+            .map(|index| {
+                let (alpha, set) = (alphas[index % alphas.len()], (index / 2 + index / 7) % 2);
+                plan.set_alpha(alpha).expect("an alpha");
+                used.push((plan.clone(), set, routes[index % 4]));
+                Call { experts: Some(&sets[set]), ..Call::new(&plan, &routes[index % 4]) }
+            })
+            .collect();
+        let outcomes = run::<R, bf16, f32>(rig, &plan, &sets[0], &x, &calls, true).expect("replays");
+        for (index, ((plan, set, rows), outcome)) in used.iter().zip(&outcomes).enumerate() {
+            let case = format!("replay {index} of {rows:?}, set {set}, on {}", rig.name());
+            verify(&case, plan, &sets[*set], &x, rows, outcome);
+        }
     }
 }
 
@@ -316,7 +354,8 @@ fn experts_of_another_plan_are_refused() {
         ("one too few", &experts[..2], "expected 3 placed as planned, found 2"),
     ] {
         let count = experts.len();
-        let call = Call { offsets: offsets(&[3, 0, 2][..count]), table: plan.table()[..count].to_vec() };
+        let table = plan.table()[..count].to_vec();
+        let call = Call { table, ..Call::new(&plan, &[3, 0, 2][..count]) };
         let refused = run::<_, bf16, f32>(&rig, &plan, experts, &x, &[call], false);
         let Err(error) = refused else { panic!("{case}: taken") };
         let error = error.to_string();
@@ -331,14 +370,14 @@ mod replay {
     fn emulator() {
         emulator::emulator_or_skip!();
         for order in Order::ALL {
-            routes_change_between_replays(&EmulatorRig::new(order));
+            everything_changes_between_replays(&EmulatorRig::new(order));
         }
     }
 
     #[test]
     fn gpu() {
         if let Some(rig) = gpu_or_skip("grouped::replay") {
-            routes_change_between_replays(&rig.on_own_stream().expect("a stream of its own"));
+            everything_changes_between_replays(&rig.on_own_stream().expect("a stream of its own"));
         }
     }
 }

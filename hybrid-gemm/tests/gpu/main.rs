@@ -5,6 +5,7 @@ mod adaptive;
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;
+mod far;
 mod grouped;
 mod guard;
 mod large_m;

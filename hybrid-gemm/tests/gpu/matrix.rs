@@ -55,7 +55,8 @@ struct Turns {
     dropped: usize,
 }
 
-fn product<R: Rig, X: Storage + Element>(
+/// Whether there is a plan for a product; the product is held against the oracle, all of it or a sample.
+pub(crate) fn product<R: Rig, X: Storage + Element>(
     rig: &R,
     operands: &Operands<X, f32>,
     (max_tokens, tokens): (usize, usize),

@@ -10,8 +10,8 @@ use cuda::storage::Storage;
 use emulator::rig::Rig;
 use hybrid_gemm::gpu::{DeviceWeights, Gemm, GemmArgs, Plan, Strides};
 use hybrid_gemm::{
-    DeviceProfile, Element, EpilogueSpec, Error, GemmConfig, MatrixView, RowMajor, Tiling, Traffic, Weights,
-    reference,
+    DeviceProfile, Element, EpilogueSpec, Error, GemmConfig, MatrixView, Placement, RowMajor, Tiling,
+    Traffic, Weights, reference,
 };
 
 use crate::common::{compare, random};
@@ -72,6 +72,179 @@ pub(crate) struct Outcome<O> {
     pub(crate) clean: bool,
 }
 
+/// Columns in host memory: the stage's own, or somebody else's.
+enum Host<'a, B> {
+    Own(RefCell<B>),
+    Elsewhere(&'a View<'a, u8>),
+}
+
+/// A prepared product with all its memory on a rig.
+pub(crate) struct Stage<'a, R: Rig, X: Storage, O: Storage> {
+    rig: &'a R,
+    plan: &'a Plan,
+    gemm: Gemm<R::Function, X>,
+    placement: Placement,
+    strides: Option<Strides>,
+    host: Host<'a, R::Buffer<u8>>,
+    hbm: RefCell<R::Buffer<u8>>,
+    scales: R::Buffer<f32>,
+    x: RefCell<R::Buffer<X>>,
+    bias: Option<R::Buffer<f32>>,
+    residual: Option<R::Buffer<O>>,
+    schedule: RefCell<R::Buffer<HybridGemmSchedule>>,
+    side: RefCell<Option<R::Side>>,
+    out: RefCell<R::Buffer<O>>,
+    poison: Vec<O>,
+    traffic: RefCell<R::Buffer<HybridGemmTraffic>>,
+    status: RefCell<R::Buffer<u64>>,
+    workspace: RefCell<R::Workspace>,
+}
+
+impl<'a, R: Rig, X: Storage + Element, O: Storage + Element> Stage<'a, R, X, O> {
+    /// A product of `launches` launches, with the operands' contents.
+    pub(crate) fn new(
+        rig: &'a R,
+        plan: &'a Plan,
+        operands: &Operands<X, O>,
+        launches: usize,
+    ) -> Result<Self, Error> {
+        let host = Host::Own(RefCell::new(rig.pin(operands.weights.host_bytes())));
+        Stage::with_host(rig, plan, operands, launches, host)
+    }
+
+    fn with_host(
+        rig: &'a R,
+        plan: &'a Plan,
+        operands: &Operands<X, O>,
+        launches: usize,
+        host: Host<'a, R::Buffer<u8>>,
+    ) -> Result<Self, Error> {
+        let (config, weights) = (plan.config(), &operands.weights);
+        let columns = config.epilogue.out_columns(weights.placement().tiling().n());
+        let out = rig.poisoned::<O>(config.max_tokens * operands.strides(columns).out);
+        Ok(Stage {
+            rig,
+            plan,
+            gemm: Gemm::prepare(rig.device(), plan)?,
+            placement: *weights.placement(),
+            strides: operands.strides,
+            host,
+            hbm: RefCell::new(rig.upload(weights.hbm_bytes())),
+            scales: rig.upload(weights.channel_scales()),
+            x: RefCell::new(rig.upload(&operands.x)),
+            bias: operands.bias.as_ref().map(|bias| rig.upload(bias)),
+            residual: operands.residual.as_ref().map(|residual| rig.upload(residual)),
+            schedule: RefCell::new(rig.zeroed(launches)),
+            side: RefCell::new(plan.is_staged().then(|| rig.side(plan.slots()))),
+            poison: rig.download(&out),
+            out: RefCell::new(out),
+            traffic: RefCell::new(rig.zeroed(1)),
+            status: RefCell::new(rig.zeroed(1)),
+            workspace: RefCell::new(rig.workspace(plan.workspace())),
+        })
+    }
+
+    /// Enqueues the product.
+    pub(crate) fn enqueue(&self) -> Result<(), Error> {
+        let rig = self.rig;
+        let (x, hbm, scales) = (self.x.borrow(), self.hbm.borrow(), rig.view(&self.scales));
+        let (bias, residual) =
+            (self.bias.as_ref().map(|b| rig.view(b)), self.residual.as_ref().map(|r| rig.view(r)));
+        let (mut out, mut traffic) = (self.out.borrow_mut(), self.traffic.borrow_mut());
+        let (mut status, mut workspace) = (self.status.borrow_mut(), self.workspace.borrow_mut());
+        let (schedule, hbm) = (self.schedule.borrow(), rig.view(&hbm));
+        let (buffer, view);
+        let host = match &self.host {
+            Host::Elsewhere(host) => *host,
+            Host::Own(own) => {
+                buffer = own.borrow();
+                view = rig.view(&buffer);
+                &view
+            }
+        };
+        let scaled = self.placement.tiling().format().has_channel_scale();
+        let args = GemmArgs {
+            x: &rig.view(&x),
+            weights: DeviceWeights {
+                host: (self.placement.host_bytes() > 0).then_some(host),
+                hbm: (self.placement.hbm_bytes() > 0).then_some(&hbm),
+                scales: scaled.then_some(&scales),
+                placements: std::slice::from_ref(&self.placement),
+            },
+            bias: bias.as_ref(),
+            residual: residual.as_ref(),
+            out: rig.view_mut(&mut out),
+            strides: self.strides,
+            schedule: &rig.view(&schedule),
+            traffic: Some(rig.view_mut(&mut traffic)),
+            status: rig.view_mut(&mut status),
+        };
+        let workspace = rig.workspace_view(&mut workspace);
+        match self.side.borrow_mut().as_mut() {
+            Some(side) => self.gemm.run_staged(rig.queue(), side, args, workspace),
+            None => self.gemm.run(rig.queue(), args, workspace),
+        }
+    }
+
+    /// Records the product: what it gives enqueues it again.
+    pub(crate) fn record(&self) -> Box<dyn Fn() + '_> {
+        self.rig.record(Box::new(|| self.enqueue().expect("a launch to record")))
+    }
+
+    /// Other contents of X and W, placed alike, for the calls that follow.
+    pub(crate) fn load(&self, operands: &Operands<X, O>) {
+        assert_eq!(*operands.weights.placement(), self.placement);
+        self.rig.write(&mut self.x.borrow_mut(), 0, &operands.x);
+        if self.placement.hbm_bytes() > 0 {
+            self.rig.write(&mut self.hbm.borrow_mut(), 0, operands.weights.hbm_bytes());
+        }
+        match &self.host {
+            Host::Own(_) if self.placement.host_bytes() == 0 => {}
+            Host::Own(host) => self.rig.write(&mut host.borrow_mut(), 0, operands.weights.host_bytes()),
+            Host::Elsewhere(_) => panic!("somebody else's memory"),
+        }
+    }
+
+    /// Schedules of the next call; O is poisoned, receipt and status are empty.
+    pub(crate) fn reset(&self, schedules: &[HybridGemmSchedule]) {
+        let rig = self.rig;
+        rig.write(&mut self.schedule.borrow_mut(), 0, schedules);
+        rig.write(&mut self.out.borrow_mut(), 0, &self.poison);
+        rig.write(&mut self.traffic.borrow_mut(), 0, &[HybridGemmTraffic::zeroed()]);
+        rig.write(&mut self.status.borrow_mut(), 0, &[0]);
+    }
+
+    /// A poisoned workspace elsewhere, for calls that were not recorded.
+    pub(crate) fn poison_workspace(&self) {
+        *self.workspace.borrow_mut() = self.rig.workspace(self.plan.workspace());
+    }
+
+    /// Waits for the call, and gives what it left behind.
+    pub(crate) fn outcome(&self) -> Outcome<O> {
+        let rig = self.rig;
+        Outcome {
+            out: rig.download(&self.out.borrow()),
+            traffic: self.plan.traffic(&rig.download(&self.traffic.borrow())[0]),
+            fault: Fault::decode(rig.download(&self.status.borrow())[0]),
+            clean: rig.counters_are_zero(&mut self.workspace.borrow_mut(), self.plan.workspace()),
+        }
+    }
+
+    fn call_each(&self, calls: &[Vec<HybridGemmSchedule>], recorded: bool) -> Result<Vec<Outcome<O>>, Error> {
+        let replay = recorded.then(|| self.record());
+        let mut outcomes = Vec::new();
+        for schedules in calls {
+            self.reset(schedules);
+            match &replay {
+                Some(replay) => replay(),
+                None => self.enqueue()?,
+            }
+            outcomes.push(self.outcome());
+        }
+        Ok(outcomes)
+    }
+}
+
 /// Runs one product with each of some schedules: as the rig records it, or launch by launch.
 pub(crate) fn launch_each<R: Rig, X: Storage + Element, O: Storage + Element>(
     rig: &R,
@@ -92,8 +265,7 @@ pub(crate) fn call_each<R: Rig, X: Storage + Element, O: Storage + Element>(
     calls: &[Vec<HybridGemmSchedule>],
     recorded: bool,
 ) -> Result<Vec<Outcome<O>>, Error> {
-    let host = rig.pin(operands.weights.host_bytes());
-    call_each_on(rig, plan, operands, &rig.view(&host), calls, recorded)
+    Stage::new(rig, plan, operands, calls.first().map_or(1, Vec::len))?.call_each(calls, recorded)
 }
 
 /// The same with the columns in host memory elsewhere.
@@ -105,69 +277,8 @@ pub(crate) fn call_each_on<R: Rig, X: Storage + Element, O: Storage + Element>(
     calls: &[Vec<HybridGemmSchedule>],
     recorded: bool,
 ) -> Result<Vec<Outcome<O>>, Error> {
-    let gemm = Gemm::<_, X>::prepare(rig.device(), plan)?;
-    let (config, weights) = (plan.config(), &operands.weights);
-    let columns = config.epilogue.out_columns(weights.placement().tiling().n());
-    let strides = operands.strides(columns);
-
-    let x = rig.upload(&operands.x);
-    let hbm = rig.upload(weights.hbm_bytes());
-    let scales = rig.upload(weights.channel_scales());
-    let bias = operands.bias.as_ref().map(|bias| rig.upload(bias));
-    let residual = operands.residual.as_ref().map(|residual| rig.upload(residual));
-    let schedule = RefCell::new(rig.zeroed::<HybridGemmSchedule>(calls.first().map_or(1, Vec::len)));
-    let side = RefCell::new(plan.is_staged().then(|| rig.side(plan.slots())));
-    let out = RefCell::new(rig.poisoned::<O>(config.max_tokens * strides.out));
-    let poison = rig.download(&out.borrow());
-    let traffic = RefCell::new(rig.zeroed::<HybridGemmTraffic>(1));
-    let status = RefCell::new(rig.zeroed::<u64>(1));
-    let workspace = RefCell::new(rig.workspace(plan.workspace()));
-    let enqueue = || {
-        let (hbm_view, scales_view) = (rig.view(&hbm), rig.view(&scales));
-        let (bias, residual) = (bias.as_ref().map(|b| rig.view(b)), residual.as_ref().map(|r| rig.view(r)));
-        let (mut out, mut traffic) = (out.borrow_mut(), traffic.borrow_mut());
-        let (mut status, mut workspace) = (status.borrow_mut(), workspace.borrow_mut());
-        let schedule = schedule.borrow();
-        let args = GemmArgs {
-            x: &rig.view(&x),
-            weights: DeviceWeights {
-                host: (!weights.host_bytes().is_empty()).then_some(host),
-                hbm: (!weights.hbm_bytes().is_empty()).then_some(&hbm_view),
-                scales: (!weights.channel_scales().is_empty()).then_some(&scales_view),
-                placements: std::slice::from_ref(operands.weights.placement()),
-            },
-            bias: bias.as_ref(),
-            residual: residual.as_ref(),
-            out: rig.view_mut(&mut out),
-            strides: operands.strides,
-            schedule: &rig.view(&schedule),
-            traffic: Some(rig.view_mut(&mut traffic)),
-            status: rig.view_mut(&mut status),
-        };
-        match side.borrow_mut().as_mut() {
-            Some(side) => gemm.run_staged(rig.queue(), side, args, rig.workspace_view(&mut workspace)),
-            None => gemm.run(rig.queue(), args, rig.workspace_view(&mut workspace)),
-        }
-    };
-    let replay = recorded.then(|| rig.record(Box::new(|| enqueue().expect("a launch to record"))));
-    let mut outcomes = Vec::new();
-    for wanted in calls {
-        rig.write(&mut schedule.borrow_mut(), 0, wanted);
-        rig.write(&mut out.borrow_mut(), 0, &poison);
-        rig.write(&mut traffic.borrow_mut(), 0, &[HybridGemmTraffic::zeroed()]);
-        rig.write(&mut status.borrow_mut(), 0, &[0]);
-        match &replay {
-            Some(replay) => replay(),
-            None => enqueue()?,
-        }
-        outcomes.push(Outcome {
-            out: rig.download(&out.borrow()),
-            traffic: plan.traffic(&rig.download(&traffic.borrow())[0]),
-            fault: Fault::decode(rig.download(&status.borrow())[0]),
-            clean: rig.counters_are_zero(&mut workspace.borrow_mut(), plan.workspace()),
-        });
-    }
-    Ok(outcomes)
+    let launches = calls.first().map_or(1, Vec::len);
+    Stage::with_host(rig, plan, operands, launches, Host::Elsewhere(host))?.call_each(calls, recorded)
 }
 
 /// Runs a product of `tokens` of the plan's tokens and verifies it.

@@ -18,9 +18,11 @@ use safetensors::tensor::TensorView;
 use crate::common::{device, random};
 use crate::product::{Operands, call_each, check, fit, verify, weights};
 
+emulator::device_test!(checkpoints_are_staged_row_by_row);
+// Copies come early in the first order, late in the others.
 emulator::device_test!(
+    [emulator::Order::Forward, emulator::Order::Random(1)];
     slabs_give_the_same_bits,
-    checkpoints_are_staged_row_by_row,
     a_bad_schedule_costs_its_own_columns,
 );
 
