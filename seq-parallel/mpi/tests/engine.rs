@@ -169,12 +169,22 @@ fn demo_of_three(
     deadline_ms: &str,
     to_rank_1: impl FnOnce(&Path, &str),
 ) -> Option<(String, [Option<i32>; 3])> {
+    three(deadline_ms, &["demo", "--context", "64"], "Model: ", to_rank_1)
+}
+
+/// The same of another command, once it has printed some text.
+fn three(
+    deadline_ms: &str,
+    arguments: &[&str],
+    printed: &'static str,
+    to_rank_1: impl FnOnce(&Path, &str),
+) -> Option<(String, [Option<i32>; 3])> {
     let folder = tempfile::tempdir().unwrap();
     let mut command = support::mpirun(3)?;
     support::record(&mut command, folder.path());
-    command.arg(env!("CARGO_BIN_EXE_engine-mpi")).args(["demo", "--context", "64"]);
+    command.arg(env!("CARGO_BIN_EXE_engine-mpi")).args(arguments);
     command.env("LONGKV_DEADLINE_MS", deadline_ms);
-    let output = support::finish_while(command, Duration::from_secs(120), "Model: ", || {
+    let output = support::finish_while(command, Duration::from_secs(120), printed, || {
         to_rank_1(folder.path(), &support::pid(folder.path(), 1));
     });
     let statuses = [0, 1, 2].map(|rank| support::status(folder.path(), rank));
@@ -195,6 +205,19 @@ fn processes_whose_peer_is_killed_say_so_and_end() {
         assert!(stderr.contains(&format!("rank {rank}: rank 1 is gone at ")), "rank {rank}: {stderr}");
     }
     assert!(begin.elapsed() < Duration::from_secs(50), "long before the deadline");
+}
+
+/// One that is killed while it answers queries with its shard: its part of the keys and values is lost, and the others say so.
+#[test]
+fn processes_that_decode_over_shards_name_the_one_that_is_killed() {
+    let arguments = ["generate", "--prompt", "import o", "--max-tokens", "1000", "--sp", "ring,kv=sharded"];
+    // What is printed behind the prompt was decoded.
+    let killed = three("60000", &arguments, "import op", |_, pid| kill("-KILL", pid));
+    let Some((stderr, statuses)) = killed else { return };
+    assert_eq!(statuses, [Some(2), Some(137), Some(2)], "{stderr}");
+    for rank in [0, 2] {
+        assert!(stderr.contains(&format!("rank {rank}: rank 1 is gone at ")), "rank {rank}: {stderr}");
+    }
 }
 
 /// One that is stopped is given up at the deadline that the environment gives, and hears of it when it goes on.
