@@ -165,3 +165,82 @@ mod pinned_experts {
         }
     }
 }
+
+mod weights_that_are_dropped_in_flight {
+    use std::sync::Arc;
+
+    use cuda::driver::Gpu;
+    use cuda::memory::{View, ViewMut};
+    use cuda::status::StatusWord;
+    use cuda::workspace::Workspace;
+    use emulator::rig::gpu_or_skip;
+    use half::bf16;
+    use hybrid_gemm::gpu::{DeviceSchedule, GemmArgs, Plan, ResidentGemm, ResidentWeights};
+    use hybrid_gemm::{
+        DType, DeviceProfile, EpilogueSpec, Format, GemmConfig, PathChoice, Residency, Tiling,
+    };
+
+    use crate::common::{compare, random};
+    use crate::product::weights;
+
+    /// Weights of which milliseconds are read, over the link and from HBM, on a stream without events: their last owner goes right behind
+    /// the launch, and memory of the same size is allocated and overwritten at once.
+    #[test]
+    fn gpu() {
+        if gpu_or_skip("resident::weights_that_are_dropped_in_flight").is_none() {
+            return;
+        }
+        let gpu = Gpu::open(0).expect("the GPU that was just there");
+        // SAFETY: slices of this test are used on one stream alone, weights apart, which wait for it themselves.
+        unsafe { gpu.context().disable_event_tracking() };
+        let stream = gpu.context().new_stream().expect("a stream");
+        let loading = gpu.default_stream();
+        let ([n, k], tokens) = ([16384, 8192], 5);
+        let tiling = Tiling::new(n, k, Format::Float(DType::BF16)).expect("a tiling");
+        let host = weights::<bf16>(53, tiling, Residency::HbmFraction(0.5));
+        let device = DeviceProfile { sm_count: gpu.sm_count() as usize, ..DeviceProfile::h200() };
+        let config = GemmConfig {
+            epilogue: EpilogueSpec::plain(DType::F32),
+            path: PathChoice::Direct,
+            ..GemmConfig::new(tokens, DType::BF16, device)
+        };
+        let plan = Plan::new(*host.placement(), config).expect("a plan");
+        let resident = Arc::new(ResidentWeights::new(&gpu, &loading, &host).expect("pinned weights"));
+        loading.synchronize().expect("the weights are there");
+        let gemm = ResidentGemm::<bf16>::prepare(&gpu, &plan, resident).expect("prepare");
+        let x: Vec<bf16> = random(54, tokens * k);
+        let on_device = stream.clone_htod(&x).expect("copy");
+        let mut out = stream.clone_htod(&vec![f32::NAN; tokens * n]).expect("copy");
+        let schedules = plan.schedules(tokens).expect("schedules");
+        let schedule = DeviceSchedule::new(&stream, &schedules).expect("allocate");
+        let mut status = StatusWord::new(&stream).expect("allocate");
+        let mut workspace = Workspace::zeroed(&stream, plan.workspace().bytes()).expect("allocate");
+        let args = GemmArgs {
+            x: &View::device(&on_device, &stream),
+            weights: (),
+            bias: None,
+            residual: None,
+            out: ViewMut::device(&mut out, &stream),
+            strides: None,
+            schedule: &schedule.view(&stream),
+            traffic: None,
+            status: status.view_mut(&stream),
+        };
+        gemm.run(&stream, None, args, workspace.view_mut(&stream)).expect("a launch");
+        drop(gemm);
+        let mut over = loading.alloc_zeros::<u8>(host.hbm_bytes().len()).expect("the place of the weights");
+        loading.memset_zeros(&mut over).expect("overwrite");
+        let found = stream.clone_dtoh(&out).expect("copy");
+        assert_eq!(status.read(&stream).expect("the status"), None);
+        let matrix = host.dequantize();
+        let exact = |index: usize| {
+            let (x, w) = (&x[index / n * k..][..k], &matrix[index % n * k..][..k]);
+            x.iter().zip(w).map(|(x, w)| x.to_f64() * f64::from(*w)).sum::<f64>()
+        };
+        let sample: Vec<usize> = (0..tokens * n).step_by(61).collect();
+        let found: Vec<f32> = sample.iter().map(|index| found[*index]).collect();
+        let exact: Vec<f64> = sample.iter().map(|index| exact(*index)).collect();
+        // Norms of rows of such values are about 190.
+        compare("dropped in flight, seeds 53 and 54", &found, &exact, 190.0 * 190.0);
+    }
+}
