@@ -66,6 +66,7 @@ pub const HEADERS: &[(&str, &str)] = headers! {
     "tile/hack_tokens.cuh"
     "tile/last_arriver.cuh"
     "tile/low_rank.cuh"
+    "tile/partial_states.cuh"
     "tile/prefill_list.cuh"
     "tile/prefill_rows.cuh"
     "tile/prefill_tiles.cuh"

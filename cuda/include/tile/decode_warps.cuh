@@ -14,8 +14,7 @@
 #include "ptx/shuffle.cuh"
 #include "tile/copy_ring.cuh"
 #include "tile/fragment.cuh"
-#include "tile/softmax_state.cuh"
-#include "tile/split_plan.cuh"
+#include "tile/partial_states.cuh"
 #include "types.cuh"
 
 DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], f16) { mma_m16n8k16_f16(d, a, b); }
@@ -228,80 +227,12 @@ struct DecodeWarps {
 
         // Leaves the state in shared memory: O [columns, channels] in the warp's ring, (m, l) in the tail, m in natural units.
         DEVICE void leave(unsigned char* ring, Tail& tail) const {
-            float* acc = reinterpret_cast<float*>(ring);
-            const uint32_t lane = lane_index();
-#pragma unroll
-            for (uint32_t n = 0; n < ColumnTiles; n++) {
-#pragma unroll
-                for (uint32_t e = 0; e < 2; e++) {
-                    const float sum = warp_sum_strided<4>(l[n][e]);
-                    const uint32_t column = n * 8 + lane % 4 * 2 + e;
-                    if (lane < 4) {
-                        // The running maximum passes NaN over; a state without a maximum would count as empty.
-                        tail.ml[warp_index()][column][0] = sum != sum ? QUIET_NAN : m[n][e] * LN_2;
-                        tail.ml[warp_index()][column][1] = sum;
-                    }
-                }
-#pragma unroll
-                for (uint32_t v = 0; v < V_TILES; v++) {
-#pragma unroll
-                    for (uint32_t i = 0; i < 4; i++) {
-                        const uint32_t column = n * 8 + accumulator_column(lane, i);
-                        acc[column * VDim + v * 16 + accumulator_row(lane, i)] = o[v][n][i];
-                    }
-                }
-            }
+            leave_state<VDim>(reinterpret_cast<float*>(ring), tail.ml[warp_index()], o, m, l, V_TILES);
         }
     };
 
-    // The states of a part's four warps in shared memory, as seen by a thread that folds one column.
-    struct WarpStates {
-        const unsigned char* rings;
-        const Tail* tail;
-        uint32_t column = 0;
-
-        DEVICE float m(uint32_t warp) const { return tail->ml[warp][column][0]; }
-        DEVICE float l(uint32_t warp) const { return tail->ml[warp][column][1]; }
-        DEVICE float4 acc(uint32_t warp, uint32_t channel) const {
-            return *reinterpret_cast<const float4*>(rings + warp * RING + (column * VDim + channel) * 4);
-        }
-    };
-
-    // The states of an item's parts in the workspace, as seen by a thread that folds one column.
-    struct PartStates {
-        const float* part_acc;
-        const float* part_ml;
-        const Part& part;
-        uint32_t column = 0;
-
-        DEVICE uint64_t row(uint32_t p) const { return part.slot_of(p) * COLUMNS + column; }
-        DEVICE float m(uint32_t p) const { return part_ml[2 * row(p)]; }
-        DEVICE float l(uint32_t p) const { return part_ml[2 * row(p) + 1]; }
-        DEVICE float4 acc(uint32_t p, uint32_t channel) const {
-            return *reinterpret_cast<const float4*>(part_acc + row(p) * VDim + channel);
-        }
-    };
-
-    // Folds `count` states for every column and channel with the whole block, and hands each thread's results to `store`.
-    template <class States, class Store>
-    static DEVICE void fold_columns(States states, uint32_t count, uint32_t columns, const Store& store) {
-        for (uint32_t index = threadIdx.x; index < columns * (VDim / 4); index += THREADS) {
-            states.column = index / (VDim / 4);
-            const uint32_t channel = index % (VDim / 4) * 4;
-            store(fold_states(states, 0, count, 1, channel), states.column, channel);
-        }
-    }
-
-    // Leaves a part's folded state of one column in its slot of the workspace.
-    static DEVICE void keep(float* part_acc, float* part_ml, const Part& part, const SoftmaxState& state, uint32_t column,
-                            uint32_t channel) {
-        const uint64_t row = part.slot * COLUMNS + column;
-        *reinterpret_cast<float4*>(part_acc + row * VDim + channel) = state.acc;
-        if (channel == 0) {
-            part_ml[2 * row] = state.m;
-            part_ml[2 * row + 1] = state.l;
-        }
-    }
+    using WarpStates = RingStates<COLUMNS, VDim, RING>;
+    using Fold = ColumnFold<VDim, THREADS>;
 
     // Blocks of an SM that its shared memory has room for (1 KB of each is the system's), up to `wanted`: a bound on registers
     // beyond that would only starve the block.

@@ -13,8 +13,7 @@
 #include "ptx/sync.cuh"
 #include "tile/hack_columns.cuh"
 #include "tile/hack_stream.cuh"
-#include "tile/last_arriver.cuh"
-#include "tile/softmax_state.cuh"
+#include "tile/partial_states.cuh"
 #include "tile/split_plan.cuh"
 #include "types.cuh"
 
@@ -75,44 +74,6 @@ struct HackAttention {
         HackItem item;
         uint32_t is_last;
     };
-
-    // The states of a part's teams in shared memory, as seen by a thread that folds one column.
-    struct TeamStates {
-        const unsigned char* rings;
-        const Tail* tail;
-        uint32_t column = 0;
-
-        DEVICE float m(uint32_t team) const { return tail->ml[team][column][0]; }
-        DEVICE float l(uint32_t team) const { return tail->ml[team][column][1]; }
-        DEVICE float4 acc(uint32_t team, uint32_t channel) const {
-            return *reinterpret_cast<const float4*>(rings + team * RING + (column * VALUE_DIM + channel) * 4);
-        }
-    };
-
-    // The states of an item's parts in the workspace, as seen by a thread that folds one column.
-    struct PartStates {
-        const float* part_acc;
-        const float* part_ml;
-        const Part& part;
-        uint32_t column = 0;
-
-        DEVICE uint64_t row(uint32_t p) const { return part.slot_of(p) * COLUMNS + column; }
-        DEVICE float m(uint32_t p) const { return part_ml[2 * row(p)]; }
-        DEVICE float l(uint32_t p) const { return part_ml[2 * row(p) + 1]; }
-        DEVICE float4 acc(uint32_t p, uint32_t channel) const {
-            return *reinterpret_cast<const float4*>(part_acc + row(p) * VALUE_DIM + channel);
-        }
-    };
-
-    // Folds `count` states for every column and channel with the whole block, and hands each thread's results to `store`.
-    template <class States, class Store>
-    static DEVICE void fold_columns(States states, uint32_t count, uint32_t columns, const Store& store) {
-        for (uint32_t index = threadIdx.x; index < columns * (VALUE_DIM / 4); index += THREADS) {
-            states.column = index / (VALUE_DIM / 4);
-            const uint32_t channel = index % (VALUE_DIM / 4) * 4;
-            store(fold_states(states, 0, count, 1, channel), states.column, channel);
-        }
-    }
 
     static DEVICE HackItem item_of(const Part& part, const HackBuffers<Element>& buffers, const HackDecodeParams& params) {
         HackItem item;
@@ -264,7 +225,7 @@ struct HackAttention {
         const Part& part = work.part;
         const uint32_t count = min(COLUMNS, params.q_len * params.group - item.first_column);
         const uint32_t item_index = part.sequence * tail.plan.heads + part.head;
-        auto store = [&](const SoftmaxState& state, uint32_t column, uint32_t channel) {
+        auto finish = [&](const SoftmaxState& state, uint32_t column, uint32_t channel) {
             const uint32_t query = (item.first_column + column) / params.group;
             const uint32_t head = item.kv_head * params.group + (item.first_column + column) % params.group;
             const uint64_t row =
@@ -272,24 +233,8 @@ struct HackAttention {
             store_4(buffers.out + row * VALUE_DIM + channel, state.out());
             if (channel == 0) buffers.lse[row] = state.lse();
         };
-        auto keep = [&](const SoftmaxState& state, uint32_t column, uint32_t channel) {
-            const uint64_t row = part.slot * COLUMNS + column;
-            *reinterpret_cast<float4*>(buffers.part_acc + row * VALUE_DIM + channel) = state.acc;
-            if (channel == 0) {
-                buffers.part_ml[2 * row] = state.m;
-                buffers.part_ml[2 * row + 1] = state.l;
-            }
-        };
-        const TeamStates of_teams{rings, &tail};
-        if (part.count == 1) {
-            fold_columns(of_teams, TEAMS, count, store);
-        } else {
-            fold_columns(of_teams, TEAMS, count, keep);
-            if (arrive_last(buffers.arrivals + item_index, part.count, &tail.is_last)) {
-                fold_columns(PartStates{buffers.part_acc, buffers.part_ml, part}, part.count, count, store);
-            }
-        }
-        __syncthreads();  // the next part reuses the rings
+        merge_parts<COLUMNS, VALUE_DIM>(RingStates<COLUMNS, VALUE_DIM, RING>{rings, tail.ml}, TEAMS, part, buffers.part_acc, buffers.part_ml,
+                                        buffers.arrivals + item_index, &tail.is_last, ColumnFold<VALUE_DIM, THREADS>{count}, finish);
         return unit + part.end_unit - part.first_unit;
     }
 

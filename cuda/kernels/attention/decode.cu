@@ -20,7 +20,7 @@
 //          Tokens lie on M and columns on N: Sᵀ = K·qᵀ, Oᵀ = Vᵀ·Pᵀ by m16n8k16, P transposed in registers by movmatrix.
 //          A tile is 64 tokens, 16 for each of the four warps, which stream their own rows through rings of their own with
 //          cp.async and keep their own (m, l, O): the main loop has no block barrier. The warps meet in shared memory at the
-//          end of a part, the parts of an item through its last arriver (tile/split_plan.cuh, tile/last_arriver.cuh).
+//          end of a part, the parts of an item through its last arriver (tile/split_plan.cuh, tile/partial_states.cuh).
 // Budget:  168 registers where 3 blocks fit an SM (sm_90), else 255; 64 KB of rings plus 16 rows of q.
 // Limit:   bytes of K and V, each read once. On sm_90a with 128 channels and 8 columns a warp spends 517 instructions on its 16
 //          rows of a tile: 517 of the 1990 clocks in which an SM's share of HBM (16.4 B per clock) brings a tile's 32 KB.
@@ -31,7 +31,6 @@
 #include "ptx/sync.cuh"
 #include "tile/cache_check.cuh"
 #include "tile/decode_warps.cuh"
-#include "tile/last_arriver.cuh"
 #include "tile/split_plan.cuh"
 #include "types.cuh"
 
@@ -227,18 +226,7 @@ decode(const Element* q, const Element* k, const Element* v, const uint32_t* blo
             store_4(out + row * V_DIM + channel, state.out());
             if (channel == 0) lse[row] = state.lse();
         };
-        auto keep = [&](const SoftmaxState& state, uint32_t column, uint32_t channel) {
-            Warps::keep(part_acc, part_ml, part, state, column, channel);
-        };
-        const Warps::WarpStates of_warps{rings, &tail};
-        if (part.count == 1) {
-            Warps::fold_columns(of_warps, Warps::WARPS, columns, finish);
-        } else {
-            Warps::fold_columns(of_warps, Warps::WARPS, columns, keep);
-            if (arrive_last(arrivals + item_index, part.count, &tail.is_last)) {
-                Warps::fold_columns(Warps::PartStates{part_acc, part_ml, part}, part.count, columns, finish);
-            }
-        }
-        __syncthreads();  // the next part reuses the rings
+        merge_parts<Warps::COLUMNS, V_DIM>(Warps::WarpStates{rings, tail.ml}, Warps::WARPS, part, part_acc, part_ml, arrivals + item_index,
+                                           &tail.is_last, Warps::Fold{columns}, finish);
     }
 }

@@ -40,9 +40,8 @@
 #include "ptx/shuffle.cuh"
 #include "ptx/sync.cuh"
 #include "tile/fragment.cuh"
-#include "tile/last_arriver.cuh"
 #include "tile/low_rank.cuh"
-#include "tile/softmax_state.cuh"
+#include "tile/partial_states.cuh"
 #include "tile/weighted_split.cuh"
 #include "types.cuh"
 
@@ -117,45 +116,22 @@ DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #endif
 }
 
-// The states of a part's four warps in shared memory, as seen by a thread that folds one column.
-struct WarpStates {
-    const unsigned char* rings;
-    const Tail* tail;
-    uint32_t column = 0;
-
-    DEVICE float m(uint32_t warp) const { return tail->ml[warp][column][0]; }
-    DEVICE float l(uint32_t warp) const { return tail->ml[warp][column][1]; }
-    DEVICE float4 acc(uint32_t warp, uint32_t channel) const {
-        return *reinterpret_cast<const float4*>(rings + warp * WARP_RING + (column * HEAD_DIM + channel) * 4);
-    }
-};
-
-// The states of an item's parts in the workspace, as seen by a thread that folds one column.
-struct PartStates {
-    const float* part_acc;
-    const float* part_ml;
-    const WeightedPart& part;
-    uint32_t column = 0;
-
-    DEVICE uint64_t row(uint32_t p) const { return part.slot_of(p) * COLUMNS + column; }
-    DEVICE float m(uint32_t p) const { return part_ml[2 * row(p)]; }
-    DEVICE float l(uint32_t p) const { return part_ml[2 * row(p) + 1]; }
-    DEVICE float4 acc(uint32_t p, uint32_t channel) const {
-        return *reinterpret_cast<const float4*>(part_acc + row(p) * HEAD_DIM + channel);
-    }
-};
-
 // Folds `count` states for every column and channel with the whole block, and hands each thread's results to `store`. A warp
 // takes a column, a lane four of its channels.
-template <class States, class Store>
-DEVICE void fold_columns(States states, uint32_t count, uint32_t columns, uint32_t v_blocks, const Store& store) {
-    const uint32_t channel = lane_index() * 4;
-    if (channel >= v_blocks * 16) return;
-    for (uint32_t column = warp_index(); column < columns; column += WARPS) {
-        states.column = column;
-        store(fold_states(states, 0, count, 1, channel), column, channel);
+struct Fold {
+    uint32_t columns;
+    uint32_t v_blocks;
+
+    template <class States, class Store>
+    DEVICE void operator()(States states, uint32_t count, const Store& store) const {
+        const uint32_t channel = lane_index() * 4;
+        if (channel >= v_blocks * 16) return;
+        for (uint32_t column = warp_index(); column < columns; column += WARPS) {
+            states.column = column;
+            store(fold_states(states, 0, count, 1, channel), column, channel);
+        }
     }
-}
+};
 
 // One warp's copies: tiles of its groups [next, end) go to the two stages of its ring in turn, page by page.
 struct Copies {
@@ -335,30 +311,7 @@ struct Warp {
 
     // Leaves the state in shared memory: O [columns, channels] in the warp's ring, (m, l) in the tail, m in natural units.
     DEVICE void leave(unsigned char* ring, Tail& tail, uint32_t v_blocks) const {
-        float* acc = reinterpret_cast<float*>(ring);
-        const uint32_t lane = lane_index();
-#pragma unroll
-        for (uint32_t n = 0; n < COLUMN_TILES; n++) {
-#pragma unroll
-            for (uint32_t e = 0; e < 2; e++) {
-                const float sum = warp_sum_strided<4>(l[n][e]);
-                const uint32_t column = n * 8 + lane % 4 * 2 + e;
-                if (lane < 4) {
-                    // The running maximum passes NaN over; a state without a maximum would count as empty.
-                    tail.ml[warp_index()][column][0] = sum != sum ? QUIET_NAN : m[n][e] * LN_2;
-                    tail.ml[warp_index()][column][1] = sum;
-                }
-            }
-#pragma unroll
-            for (uint32_t v = 0; v < MAX_STEPS; v++) {
-                if (v >= v_blocks) break;
-#pragma unroll
-                for (uint32_t i = 0; i < 4; i++) {
-                    const uint32_t column = n * 8 + accumulator_column(lane, i);
-                    acc[column * HEAD_DIM + v * 16 + accumulator_row(lane, i)] = o[v][n][i];
-                }
-            }
-        }
+        leave_state<HEAD_DIM>(reinterpret_cast<float*>(ring), tail.ml[warp_index()], o, m, l, v_blocks);
     }
 };
 
@@ -468,24 +421,8 @@ fdc_decode(const Element* q, const Element* pages, const uint32_t* block_table, 
             store_4(to + channel, state.out());
             if (channel == 0) lse[(query * heads.count + item.kv_head) * params.group + in_group] = state.lse();
         };
-        auto keep = [&](const SoftmaxState& state, uint32_t column, uint32_t channel) {
-            const uint64_t row = part.slot * COLUMNS + column;
-            *reinterpret_cast<float4*>(part_acc + row * HEAD_DIM + channel) = state.acc;
-            if (channel == 0) {
-                part_ml[2 * row] = state.m;
-                part_ml[2 * row + 1] = state.l;
-            }
-        };
-        const WarpStates of_warps{rings, &tail};
-        if (part.count == 1) {
-            fold_columns(of_warps, WARPS, columns, item.v_blocks, finish);
-        } else {
-            fold_columns(of_warps, WARPS, columns, item.v_blocks, keep);
-            uint32_t* const counter = arrivals + static_cast<uint64_t>(part.sequence) * split.items + part.item;
-            if (arrive_last(counter, part.count, &tail.is_last)) {
-                fold_columns(PartStates{part_acc, part_ml, part}, part.count, columns, item.v_blocks, finish);
-            }
-        }
-        __syncthreads();  // the next part reuses the rings
+        uint32_t* const counter = arrivals + static_cast<uint64_t>(part.sequence) * split.items + part.item;
+        merge_parts<COLUMNS, HEAD_DIM>(RingStates<COLUMNS, HEAD_DIM, WARP_RING>{rings, tail.ml}, WARPS, part, part_acc, part_ml, counter,
+                                       &tail.is_last, Fold{columns, item.v_blocks}, finish);
     }
 }

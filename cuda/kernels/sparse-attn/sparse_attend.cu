@@ -28,7 +28,6 @@
 #include "ptx/sync.cuh"
 #include "sparse_attend_params.h"
 #include "tile/decode_warps.cuh"
-#include "tile/last_arriver.cuh"
 #include "tile/split_plan.cuh"
 #include "types.cuh"
 
@@ -170,19 +169,7 @@ sparse_attend(const Element* q, const Element* runs, const SparseEntry* entries,
             }
             if (channel == 0) lse[head] = state.lse();
         };
-        auto keep = [&](const SoftmaxState& state, uint32_t column, uint32_t channel) {
-            Warps::keep(part_acc, part_ml, part, state, column, channel);
-        };
-        const Warps::WarpStates of_warps{rings, &tail};
-        const uint32_t columns = min(COLUMNS, params.group);
-        if (part.count == 1) {
-            Warps::fold_columns(of_warps, Warps::WARPS, columns, finish);
-        } else {
-            Warps::fold_columns(of_warps, Warps::WARPS, columns, keep);
-            if (arrive_last(arrivals + row_index, part.count, &tail.is_last)) {
-                Warps::fold_columns(Warps::PartStates{part_acc, part_ml, part}, part.count, columns, finish);
-            }
-        }
-        __syncthreads();  // the next part reuses the rings
+        merge_parts<COLUMNS, V_DIM>(Warps::WarpStates{rings, tail.ml}, Warps::WARPS, part, part_acc, part_ml, arrivals + row_index,
+                                    &tail.is_last, Warps::Fold{min(COLUMNS, params.group)}, finish);
     }
 }

@@ -11,6 +11,7 @@ pub mod hybrid_gemm;
 pub mod kv_compress;
 pub mod seq_parallel;
 pub mod sparse_attn;
+mod split;
 
 /// Blocks of `shared` bytes of shared memory that an SM of a data-centre GPU holds at once: 228 KB on sm_90, of which each block
 /// takes 1 KB more than it asks for. Plans without a device count by it; smaller SMs work through the blocks in turns.

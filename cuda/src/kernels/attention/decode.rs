@@ -3,6 +3,7 @@
 use std::marker::PhantomData;
 
 use crate::Error;
+use crate::kernels::split::{Partials, check_blocks, check_soft_cap};
 use crate::launch::{Arg, Device, Function, LaunchConfig};
 use crate::memory::{View, ViewMut};
 use crate::params::{DECODE_TILE, DecodeParams};
@@ -280,12 +281,8 @@ impl<F: Function, E: Storage> Decode<F, E> {
                 params.column_blocks,
             ));
         }
-        if soft_cap && (params.soft_cap.is_nan() || params.soft_cap <= 0.0) {
-            return Err(Error::argument(KERNEL, "soft_cap", "a positive number", params.soft_cap));
-        }
-        if args.blocks == 0 {
-            return Err(Error::argument(KERNEL, "blocks", "at least 1", args.blocks));
-        }
+        check_soft_cap(KERNEL, soft_cap, params.soft_cap)?;
+        check_blocks(KERNEL, args.blocks)?;
 
         let batch = params.batch as usize;
         let rows = elements(&[batch, queries, params.kv_heads as usize]);
@@ -302,9 +299,8 @@ impl<F: Function, E: Storage> Decode<F, E> {
         args.first_unit.check(KERNEL, "first_unit", batch + 1, 4)?;
         args.out.check(KERNEL, "out", elements(&[rows, v_dim]), 4 * size_of::<E>() as u64)?;
         args.lse.check(KERNEL, "lse", rows, 4)?;
-        args.part_acc.check(KERNEL, "part_acc", elements(&[slots, columns, v_dim]), 16)?;
-        args.part_ml.check(KERNEL, "part_ml", elements(&[slots, columns, 2]), 4)?;
-        args.arrivals.check(KERNEL, "arrivals", items, 4)?;
+        let partials = Partials { acc: &args.part_acc, ml: &args.part_ml, arrivals: &args.arrivals };
+        partials.check(KERNEL, [slots, columns, v_dim], items)?;
 
         let mut config = LaunchConfig::new(args.blocks, THREADS).shared(self.variant.shared_bytes() as u32);
         config.programmatic = args.programmatic;

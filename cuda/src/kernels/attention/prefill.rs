@@ -3,6 +3,7 @@
 use std::marker::PhantomData;
 
 use crate::Error;
+use crate::kernels::split::check_soft_cap;
 use crate::launch::{Arg, Device, Function, LaunchConfig};
 use crate::memory::{View, ViewMut};
 use crate::params::{PrefillParams, PrefillTile};
@@ -390,9 +391,7 @@ impl<F: Function, E: Storage> Prefill<F, E> {
         }
         let out_rows =
             elements(&[params.num_queries as usize, params.kv_heads as usize, params.group as usize]);
-        if soft_cap && (params.soft_cap.is_nan() || params.soft_cap <= 0.0) {
-            return Err(Error::argument(KERNEL, "soft_cap", "a positive number", params.soft_cap));
-        }
+        check_soft_cap(KERNEL, soft_cap, params.soft_cap)?;
         let extent = extent_of(params, paged);
         args.q.check(KERNEL, "q", elements(&[out_rows, qk_dim]), 16)?;
         let k_strides = [params.k_page_stride, params.k_token_stride, params.k_head_stride];

@@ -3,6 +3,7 @@
 use std::marker::PhantomData;
 
 use crate::Error;
+use crate::kernels::split::{Partials, check_blocks, check_soft_cap};
 use crate::launch::{Arg, Device, Function, LaunchConfig};
 use crate::memory::{View, ViewMut};
 use crate::params::HackDecodeParams;
@@ -319,12 +320,8 @@ impl<F: Function, E: Storage> Decode<F, E> {
                 return Err(Error::argument(kernel, argument, expected, found));
             }
         }
-        if soft_cap && (params.soft_cap.is_nan() || params.soft_cap <= 0.0) {
-            return Err(Error::argument(kernel, "soft_cap", "a positive number", params.soft_cap));
-        }
-        if args.blocks == 0 {
-            return Err(Error::argument(kernel, "blocks", "at least 1", args.blocks));
-        }
+        check_soft_cap(kernel, soft_cap, params.soft_cap)?;
+        check_blocks(kernel, args.blocks)?;
 
         let (batch, heads) = (params.batch as usize, params.kv_heads as usize);
         let rows = elements(&[batch, queries, heads]);
@@ -346,9 +343,8 @@ impl<F: Function, E: Storage> Decode<F, E> {
         args.first_unit.check(kernel, "first_unit", batch + 1, 4)?;
         args.out.check(kernel, "out", elements(&[rows, v_dim]), 4 * size_of::<E>() as u64)?;
         args.lse.check(kernel, "lse", rows, 4)?;
-        args.part_acc.check(kernel, "part_acc", elements(&[slots, columns, v_dim]), 16)?;
-        args.part_ml.check(kernel, "part_ml", elements(&[slots, columns, 2]), 4)?;
-        args.arrivals.check(kernel, "arrivals", items, 4)?;
+        let partials = Partials { acc: &args.part_acc, ml: &args.part_ml, arrivals: &args.arrivals };
+        partials.check(kernel, [slots, columns, v_dim], items)?;
 
         let mut config = LaunchConfig::new(args.blocks, THREADS).shared(self.variant.shared_bytes() as u32);
         config.programmatic = args.programmatic;

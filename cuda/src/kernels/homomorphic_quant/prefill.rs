@@ -3,6 +3,7 @@
 use std::marker::PhantomData;
 
 use crate::Error;
+use crate::kernels::split::check_soft_cap;
 use crate::launch::{Arg, Device, Function, LaunchConfig};
 use crate::memory::{View, ViewMut};
 use crate::params::{HackDecodeParams, HackPrefillParams};
@@ -177,9 +178,7 @@ impl<F: Function, E: Storage> Prefill<F, E> {
         if params.partition as usize != partition {
             return Err(Error::argument(KERNEL, "partition", partition, params.partition));
         }
-        if soft_cap && (params.soft_cap.is_nan() || params.soft_cap <= 0.0) {
-            return Err(Error::argument(KERNEL, "soft_cap", "a positive number", params.soft_cap));
-        }
+        check_soft_cap(KERNEL, soft_cap, params.soft_cap)?;
         // Rows and positions are 32-bit on the device.
         let (group, heads) = (params.group as usize, params.kv_heads as usize);
         for (argument, value) in [

@@ -4,6 +4,7 @@ use std::marker::PhantomData;
 
 use crate::Error;
 use crate::kernels::attention::cache::{elements, table_len};
+use crate::kernels::split::{Partials, check_soft_cap};
 use crate::launch::{Arg, Device, Function, LaunchConfig};
 use crate::memory::{View, ViewMut};
 use crate::params::{
@@ -155,9 +156,7 @@ impl<F: Function, E: Storage> FdcDecode<F, E> {
             let expected = queries.div_ceil(columns);
             return Err(Error::argument(KERNEL, "column_blocks", expected, params.column_blocks));
         }
-        if soft_cap && (params.soft_cap.is_nan() || params.soft_cap <= 0.0) {
-            return Err(Error::argument(KERNEL, "soft_cap", "a positive number", params.soft_cap));
-        }
+        check_soft_cap(KERNEL, soft_cap, params.soft_cap)?;
         let page = check_page(KERNEL, &params.heads, params.page_shift, params.page_stride, size_of::<E>())?;
         if params.num_pages == 0 {
             return Err(Error::argument(KERNEL, "num_pages", "at least 1", 0));
@@ -177,9 +176,8 @@ impl<F: Function, E: Storage> FdcDecode<F, E> {
         let out = elements(&[batch, queries, v_channels(&params.heads)]);
         args.out.check(KERNEL, "out", out, 4 * size_of::<E>() as u64)?;
         args.lse.check(KERNEL, "lse", rows, 4)?;
-        args.part_acc.check(KERNEL, "part_acc", elements(&[slots, columns, head_dim]), 16)?;
-        args.part_ml.check(KERNEL, "part_ml", elements(&[slots, columns, 2]), 4)?;
-        args.arrivals.check(KERNEL, "arrivals", items(params), 4)?;
+        let partials = Partials { acc: &args.part_acc, ml: &args.part_ml, arrivals: &args.arrivals };
+        partials.check(KERNEL, [slots, columns, head_dim], items(params))?;
 
         let mut config = LaunchConfig::new(blocks, THREADS).shared(self.variant.shared_bytes() as u32);
         config.programmatic = args.programmatic;

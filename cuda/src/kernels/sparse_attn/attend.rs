@@ -4,6 +4,7 @@ use std::marker::PhantomData;
 
 use super::{check_rows, check_sizes, product};
 use crate::Error;
+use crate::kernels::split::{Partials, check_blocks, check_soft_cap};
 use crate::launch::{Arg, Device, Function, LaunchConfig};
 use crate::memory::{View, ViewMut};
 use crate::params::{SPARSE_TILE, SparseAttendParams, SparsePlanParams};
@@ -202,10 +203,7 @@ impl AttendVariant {
         if !params.scale.is_finite() || params.scale <= 0.0 {
             return Err(Error::argument(KERNEL, "scale", "a positive number", params.scale));
         }
-        if self.soft_cap && (params.soft_cap.is_nan() || params.soft_cap <= 0.0) {
-            return Err(Error::argument(KERNEL, "soft_cap", "a positive number", params.soft_cap));
-        }
-        Ok(())
+        check_soft_cap(KERNEL, self.soft_cap, params.soft_cap)
     }
 
     fn instance(&self, dtype: i64) -> Result<Instance, Error> {
@@ -302,9 +300,7 @@ impl<F: Function, E: Storage> Attend<F, E> {
         let params = args.params;
         let AttendVariant { qk_dim, v_dim, .. } = self.variant;
         self.variant.check(params)?;
-        if args.blocks == 0 {
-            return Err(Error::argument(KERNEL, "blocks", "at least 1", args.blocks));
-        }
+        check_blocks(KERNEL, args.blocks)?;
         if args.out.is_some() == args.partial.is_some() {
             let found = if args.out.is_some() { "both" } else { "neither" };
             return Err(Error::argument(KERNEL, "out", "one of `out` and `partial`", found));
@@ -328,9 +324,8 @@ impl<F: Function, E: Storage> Attend<F, E> {
             partial.check(KERNEL, "partial", heads.saturating_mul(v_dim), 16)?;
         }
         args.lse.check(KERNEL, "lse", heads, 4)?;
-        args.part_acc.check(KERNEL, "part_acc", slots.saturating_mul(columns * v_dim), 16)?;
-        args.part_ml.check(KERNEL, "part_ml", slots.saturating_mul(columns * 2), 4)?;
-        args.arrivals.check(KERNEL, "arrivals", rows, 4)?;
+        let partials = Partials { acc: &args.part_acc, ml: &args.part_ml, arrivals: &args.arrivals };
+        partials.check(KERNEL, [slots, columns, v_dim], rows)?;
 
         let config = LaunchConfig::new(args.blocks, THREADS).shared(self.variant.shared_bytes() as u32);
         let kernel_args = [
