@@ -20,9 +20,9 @@
 // Limit:   flops: 2·(QK_DIM + V_DIM) per visible key and row on the tensor cores. At d 128 a tile of keys takes 2048 clocks of them
 //          for 128 rows (64·128·128·2·2 FLOP per warpgroup at 4096 per clock and SM: 1024 clocks each) and 1024 of exp2 (16 per clock);
 //          the latter is hidden if the turns hold, which leaves the first tile, the last P·V and the epilogue of a tile of rows,
-//          about 3 tiles' worth: 640 to 660 TFLOP/s of 790 at 16K keys are to be expected if nothing else stalls, less where tiles of
-//          rows see few keys, since they do not overlap one another. Loads: of 64 KB per tile, 32 bytes a clock and SM from the L2,
-//          half of what it gives; by cp.async they take the four schedulers some 300 of the 2048 issue slots each, by TMA none.
+//          about 3 tiles' worth, less where tiles of rows see few keys, since they do not overlap one another. Instructions are as
+//          scarce: the two multiplying warps of a scheduler issue 1003 each per tile, of 2048 slots. Loading by TMA adds none to speak of;
+//          by cp.async it adds 950, so that a tile takes 2960. Of 790 TFLOP/s that leaves 560 to 640 by TMA, 430 to 530 by cp.async.
 #include "core.cuh"
 #include "prefill_params.h"
 #include "ptx/bulk_copy.cuh"
