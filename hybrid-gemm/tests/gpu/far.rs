@@ -201,10 +201,11 @@ fn pinned_or_skip<R: Rig>(rig: &R, bytes: usize, test: &str) -> Option<R::Buffer
     }
 }
 
-/// Few tokens, each row past the end of the one before by more than 4 GiB; many, whose second panel lies there.
+/// Few tokens, each row past the end of the one before by 4 GiB, the last one of X past 2³² elements; many, whose second panel lies
+/// there.
 fn all<R: Rig>(rig: &R) {
-    far(rig, &Rows { tokens: 2, x: (1 << 31) + 8, out: (1 << 30) + 4 }, 1.0);
-    far(rig, &Rows { tokens: 258, x: (1 << 23) + 8, out: (1 << 22) + 4 }, 0.5);
+    far(rig, &Rows { tokens: 3, x: (1 << 31) + 8, out: (1 << 30) + 4 }, 1.0);
+    far(rig, &Rows { tokens: 258, x: (1 << 24) + 8, out: (1 << 22) + 4 }, 0.5);
 }
 
 /// Two orders: what is tested is where things lie, not when.
