@@ -32,9 +32,8 @@ impl Model {
     /// # Errors
     /// A configuration or weights that are missing, damaged, unsupported or do not fit each other; an unknown mode.
     pub fn load(path: &Path, linear: &Mode) -> Result<Self, Error> {
-        linear::check(linear)?;
+        let ledger = Arc::new(linear::check(linear)?);
         let config = Config::read(path)?;
-        let ledger = Arc::new(Ledger::default());
         let mut weights = Loader { checkpoint: Checkpoint::read(path)?, linear, ledger: &ledger };
 
         let shape = [config.vocab_size, config.hidden_size];

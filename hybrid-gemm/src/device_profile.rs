@@ -1,7 +1,7 @@
 //! What the cost model knows of a device.
 //!
 //! The built-in profiles hold rates that others have published for such devices. They rank paths and draw curves; whoever
-//! wants times should measure the ceilings of the machine at hand and put them in ([`DeviceProfile::custom`]).
+//! wants times should measure the ceilings of the machine at hand and put them in ([`DeviceProfile::of_ceilings`], [`DeviceProfile::custom`]).
 
 use crate::Error;
 
@@ -134,6 +134,38 @@ impl DeviceProfile {
             flops_per_s,
             ..base
         };
+        profile.check()?;
+        Ok(profile)
+    }
+
+    /// Rates from what the program `ceilings` of the benches measured, as `(name, median)` in its units. Of a name that comes
+    /// more than once the best counts: host memory read by loads of as many blocks as it takes. L2 and the latency of the link are
+    /// those of [`h200`](Self::h200).
+    ///
+    /// | ceiling | unit | rate |
+    /// |---|---|---|
+    /// | `host_read_by_loads` | GB/s | `link_reads_per_s` |
+    /// | `host_to_device_copy` | GB/s | `link_copies_per_s` |
+    /// | `read_bandwidth` | GB/s | `hbm_bytes_per_s` |
+    /// | `bf16_mma_sync_rate` | TFLOP/s | `flops_per_s`: the kernels multiply with `mma.sync` |
+    /// | `one_launch` | µs | `launch_s` |
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a ceiling that is not there, or is not a positive number, or no SMs.
+    pub fn of_ceilings<'a>(
+        name: impl Into<String>,
+        sm_count: usize,
+        ceilings: impl IntoIterator<Item = (&'a str, f64)>,
+    ) -> Result<Self, Error> {
+        let ceilings: Vec<(&str, f64)> = ceilings.into_iter().collect();
+        let all = |name: &'static str| ceilings.iter().filter(move |(found, _)| *found == name).map(|c| c.1);
+        let missing = |name| Error::argument("ceilings", format!("{name} among them"), "none of that name");
+        let best = |name: &'static str| all(name).reduce(f64::max).ok_or_else(|| missing(name));
+        let least = |name: &'static str| all(name).reduce(f64::min).ok_or_else(|| missing(name));
+        let link = [1e9 * best("host_read_by_loads")?, 1e9 * best("host_to_device_copy")?];
+        let (hbm, flops) = (1e9 * best("read_bandwidth")?, 1e12 * best("bf16_mma_sync_rate")?);
+        let profile = DeviceProfile::custom(name, sm_count, link, hbm, flops)?;
+        let profile = DeviceProfile { launch_s: 1e-6 * least("one_launch")?, ..profile };
         profile.check()?;
         Ok(profile)
     }

@@ -41,6 +41,12 @@ pub(super) fn report(model: &Model) -> String {
             };
         }
     }
-    text.push_str("\nPredictions are by the cost model, with published rates of such devices; none was measured here.\n");
+    let published = hybrid_gemm::DeviceProfile::all();
+    let measured = model.weight_devices().iter().find(|device| !published.contains(device));
+    text.push_str("\nPredictions are by the cost model, with published rates of such devices");
+    let _ = match measured {
+        Some(device) => writeln!(text, "; those of {} were measured.", device.name),
+        None => writeln!(text, "; none was measured here."),
+    };
     text
 }

@@ -20,7 +20,7 @@ use crate::mode::Mode;
 const MAX_TOKENS: usize = 1 << 20;
 const SHARE: &str = "host:SHARE with the share in host memory, 0 to 1, such as host:0.75";
 
-/// How a mode `host:SHARE[,format=…][,alpha=…]` places weights.
+/// How a mode `host:SHARE[,format=…][,alpha=…][,ceilings=…]` places weights.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct HostOptions {
     /// Share of the output features in host memory.

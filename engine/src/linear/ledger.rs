@@ -41,6 +41,12 @@ impl Default for Ledger {
 }
 
 impl Ledger {
+    /// For those devices and one more, which was measured.
+    pub fn with(device: DeviceProfile) -> Self {
+        let devices = [vec![device], DeviceProfile::all()].concat();
+        Ledger { devices, entries: Mutex::default() }
+    }
+
     /// The devices that predictions are given for.
     pub fn devices(&self) -> &[DeviceProfile] {
         &self.devices

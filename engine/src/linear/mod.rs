@@ -3,6 +3,7 @@
 //! Every matrix of a decoder layer and the output projection goes through [`place`] when a model is loaded. A method
 //! implements [`Linear`] and gets a line in [`METHODS`] and in `place`.
 
+mod ceilings;
 mod dense;
 mod host;
 mod ledger;
@@ -24,10 +25,10 @@ pub const METHODS: &[Method] = &[
     Method { name: "dense", summary: "all weights in memory, in f32", file: false, options: &[], with: &[] },
     Method {
         name: "host",
-        summary: "a share in host memory, the rest in HBM: host:0.75[,format=stored|int8|int4][,alpha=auto|0..1]",
+        summary: "a share in host memory, the rest in HBM: host:0.75[,format=stored|int8|int4][,alpha=auto|0..1][,ceilings=JSON]",
         // The share stands where other methods have a file.
         file: true,
-        options: &["format", "alpha"],
+        options: &["format", "alpha", "ceilings"],
         with: &[],
     },
 ];
@@ -133,14 +134,17 @@ fn check_width(x: ArrayView2<'_, f32>, columns: usize) -> Result<(), Error> {
     }
 }
 
-/// Checks a mode's name and options, before anything is loaded.
+/// Checks a mode's name and options, before anything is loaded, and gives the ledger that its weights tell what they move.
 ///
 /// # Errors
 /// An unknown mode, or one that the method refuses.
-pub fn check(mode: &Mode) -> Result<(), Error> {
+pub fn check(mode: &Mode) -> Result<Ledger, Error> {
     match mode.accept("linear", METHODS)?.name {
-        "host" => HostOptions::new(mode).map(drop),
-        _ => Ok(()),
+        "host" => {
+            HostOptions::new(mode)?;
+            Ok(ceilings::of(mode)?.map_or_else(Ledger::default, Ledger::with))
+        }
+        _ => Ok(Ledger::default()),
     }
 }
 

@@ -35,7 +35,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # Executables travel compressed.
 find "$here/bin" -name '*.gz' -exec gunzip --force {} +
 chmod +x "$here"/bin/* 2>/dev/null || true
-exec "$here/bin/gpu-runner" --bundle "$here" "$@"
+exec "$here/bin/gpu-runner" --bundle "$here" --spent "$SECONDS" "$@"
 "#;
 
 pub(crate) fn command(arguments: &[String]) -> Result {

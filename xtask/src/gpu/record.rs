@@ -61,6 +61,7 @@ pub(crate) struct Measured<T> {
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Source {
     pub(crate) device: String,
+    pub(crate) sm_count: Option<u32>,
     pub(crate) driver: String,
     pub(crate) commit: String,
     pub(crate) date: String,
@@ -72,6 +73,7 @@ impl Source {
         let unknown = || "unknown".to_string();
         Source {
             device: machine.device.clone().unwrap_or_else(unknown),
+            sm_count: machine.sm_count,
             driver: machine.driver.clone().unwrap_or_else(unknown),
             commit: run.bundle.commit.clone(),
             date: run.parts.values().map(|part| part.started.clone()).max().unwrap_or_default(),

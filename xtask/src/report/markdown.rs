@@ -264,6 +264,7 @@ mod tests {
     /// A made-up device.
     fn device(figures: Vec<Figure>) -> Device {
         let run = Source {
+            sm_count: Some(99),
             device: "Made-up GPU".to_string(),
             driver: "1".to_string(),
             commit: "c0ffee".to_string(),

@@ -23,6 +23,7 @@ struct Arguments {
     out: Option<PathBuf>,
     only: Vec<String>,
     within: Option<Duration>,
+    spent: Duration,
     rest: Option<PathBuf>,
     filter: String,
     jobs: Option<usize>,
@@ -39,6 +40,7 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
             "--out" => parsed.out = Some(value()?.into()),
             "--only" => parsed.only.extend(value()?.split(',').map(str::to_string)),
             "--within" => parsed.within = Some(Duration::from_secs(number(&argument, &value()?)?)),
+            "--spent" => parsed.spent = Duration::from_secs(number(&argument, &value()?)?),
             "--rest" => parsed.rest = Some(value()?.into()),
             "--filter" => parsed.filter = value()?,
             "--jobs" => parsed.jobs = Some(number(&argument, &value()?)?),
@@ -141,7 +143,8 @@ fn command() -> Result<bool, String> {
             .machine
             .clocks
             .extend(machine::clocks().map(|clocks| format!("before {}: {clocks}", kind.name)));
-        let left = arguments.within.map(|within| within.saturating_sub(started.elapsed()));
+        let spent = started.elapsed() + arguments.spent;
+        let left = arguments.within.map(|within| within.saturating_sub(spent));
         let limit = parts::limit(&kinds[index..], left);
         let before = arguments.rest.as_ref().and_then(|_| results.parts.remove(kind.name));
         let part = run.part(kind, limit, before, &|item, output| log.item(item, output));

@@ -53,6 +53,14 @@ pub(crate) fn limit(kinds: &[&Kind], left: Option<Duration>) -> Duration {
     own.min(left * kinds[0].share / shares)
 }
 
+/// Most of a part's time that one of its tasks gets.
+fn share_of_one(part: &str) -> f64 {
+    match part {
+        "ceilings" | "benches" | "model" => 1.0,
+        _ => 1.0 / 3.0,
+    }
+}
+
 /// Tests with one of these words in their names are many launches: they run in `stress`, and never under a sanitizer.
 const STRESS: &[&str] = &["many_", "stress", "replay", "graph"];
 
@@ -96,26 +104,37 @@ impl Run {
     ) -> Part {
         let started = Instant::now();
         let mut part = Part { started: results::now(), limit_s: limit.as_secs(), ..Part::default() };
-        let before = earlier.map(|earlier| {
-            part.items = earlier.items.into_iter().filter(|item| item.outcome == Outcome::Passed).collect();
-            (part.figures, part.ceilings) = (earlier.figures, earlier.ceilings);
-            earlier.seconds
-        });
-        match self.tasks(kind.name) {
+        let mut before = Vec::new();
+        if let Some(earlier) = earlier {
+            before = earlier.items;
+            (part.figures, part.ceilings, part.seconds) =
+                (earlier.figures, earlier.ceilings, earlier.seconds);
+        }
+        let passed =
+            |name: &str| before.iter().any(|item| item.name == name && item.outcome == Outcome::Passed);
+        match self.tasks(kind.name, limit) {
             Err(reason) => part.skipped = Some(reason),
             Ok(mut tasks) => {
-                tasks.retain(|task| part.items.iter().all(|item| item.name != task.name));
+                tasks.retain(|task| !passed(&task.name));
                 let serial = matches!(kind.name, "ceilings" | "benches" | "peers");
                 let jobs = if serial { 1 } else { self.jobs };
                 self.run_all(kind.name, &tasks, jobs, started + limit, &mut part, log);
             }
         }
-        part.seconds = started.elapsed().as_secs_f64() + before.unwrap_or_default();
+        // An earlier outcome stands unless the same test has a new one: what failed and did not run again has still failed.
+        part.items.retain(|new| {
+            new.outcome != Outcome::NotRun
+                || before.iter().all(|old| old.name != new.name || old.outcome == Outcome::NotRun)
+        });
+        before.retain(|old| part.items.iter().all(|new| new.name != old.name));
+        part.items.splice(0..0, before);
+        part.seconds += started.elapsed().as_secs_f64();
         part
     }
 
-    fn tasks(&self, part: &str) -> Result<Vec<Task>, String> {
-        let seconds = Duration::from_secs;
+    fn tasks(&self, part: &str, limit: Duration) -> Result<Vec<Task>, String> {
+        // No more than a third of a short part for one task: what hangs is stopped and named before the part's time is up.
+        let seconds = |seconds| Duration::from_secs(seconds).min(limit.mul_f64(share_of_one(part)));
         let mut tasks = match part {
             "tests" => self.tests(|stress, _| !stress, seconds(120))?,
             "stress" => self.tests(|stress, _| stress, seconds(300))?,
@@ -230,14 +249,13 @@ impl Run {
 
     /// What a program of the bundle prints when it is asked for a list.
     fn lines(&self, program: &Executable, options: &[&str]) -> Result<Vec<String>, String> {
-        let path = self.bundle.join(&program.file);
-        let list = Command::new(&path).args(options).output();
-        let list = list.map_err(|error| format!("{}: {error}", path.display()))?;
-        if !list.status.success() {
-            let words = String::from_utf8_lossy(&list.stderr).into_owned();
-            return Err(format!("{} does not list what it has: {}", program.name, words.trim()));
+        let mut command = Command::new(self.bundle.join(&program.file));
+        command.args(options);
+        let list = process::run(command, Duration::from_secs(20), &self.scratch.join("list"));
+        if !list.end.success() {
+            return Err(format!("{} does not list what it has: {}", program.name, list.output.trim()));
         }
-        Ok(String::from_utf8_lossy(&list.stdout).lines().map(str::to_string).collect())
+        Ok(list.output.lines().map(str::to_string).collect())
     }
 
     /// GPU tests that `wanted` picks by whether they stress and by name.
@@ -286,7 +304,7 @@ impl Run {
         let next = AtomicUsize::new(0);
         let done = Mutex::new(BTreeMap::new());
         std::thread::scope(|scope| {
-            for _ in 0..jobs.clamp(1, tasks.len()) {
+            for _ in 0..jobs.max(1).min(tasks.len()) {
                 scope.spawn(|| {
                     loop {
                         let index = next.fetch_add(1, Ordering::Relaxed);
@@ -317,9 +335,10 @@ impl Run {
 
     fn run_one(&self, part: &str, index: usize, task: &Task, deadline: Instant) -> Finished {
         let left = deadline.saturating_duration_since(Instant::now());
-        // A test that the part's end cuts off has shown nothing, so it counts as not run; one that cannot get far is not started.
+        // A test that the part's end cuts off has shown nothing, so it counts as not run, but what it measured is kept; one that cannot
+        // get far is not started.
         if left < Duration::from_secs(2) {
-            return Finished::not_run(task);
+            return Finished::not_started(task);
         }
         let file = |what: &str| self.scratch.join(format!("{part}-{index}.{what}"));
         let (launches, figures, ceilings) = (file("launches"), file("figures"), file("ceilings"));
@@ -346,10 +365,8 @@ impl Run {
                 .env("LONGKV_CACHE_DIR", self.scratch.join("cache"));
         }
         let ended = process::run(command, task.limit.min(left), &file("output"));
-        if ended.end == End::TimedOut && left < task.limit {
-            return Finished::not_run(task);
-        }
-        let (outcome, reason) = judge(task, &ended);
+        let cut_off = ended.end == End::TimedOut && left < task.limit;
+        let (outcome, reason) = if cut_off { not_run() } else { judge(task, &ended) };
         let launched = read_lines(&launches).iter().filter_map(|line| Launch::parse(line)).collect();
         let item = Item { name: task.name.clone(), outcome, seconds: ended.seconds, reason, launched };
         Finished { item, figures: read_json(&figures), ceilings: read_json(&ceilings), output: ended.output }
@@ -365,17 +382,15 @@ struct Finished {
 }
 
 impl Finished {
-    fn not_run(task: &Task) -> Self {
-        let reason = Some("the part's time was up".to_string());
-        let item = Item {
-            name: task.name.clone(),
-            outcome: Outcome::NotRun,
-            seconds: 0.0,
-            reason,
-            launched: Vec::new(),
-        };
+    fn not_started(task: &Task) -> Self {
+        let (outcome, reason) = not_run();
+        let item = Item { name: task.name.clone(), outcome, seconds: 0.0, reason, launched: Vec::new() };
         Finished { item, figures: Vec::new(), ceilings: Vec::new(), output: String::new() }
     }
+}
+
+fn not_run() -> (Outcome, Option<String>) {
+    (Outcome::NotRun, Some("the part's time was up".to_string()))
 }
 
 /// Success needs more than an exit status: a test must have run, and must not have skipped anything.
@@ -529,13 +544,6 @@ mod tests {
         assert_eq!(part.items.iter().map(|item| item.outcome).collect::<Vec<_>>(), [Outcome::NotRun]);
     }
 
-    #[test]
-    fn a_test_that_the_end_of_its_part_cuts_off_is_not_run() {
-        let (_folder, run) = run_script(&format!("{LIST}sleep 30"));
-        let part = run.part(&PARTS[0], Duration::from_secs(3), None, &|_, _| {});
-        assert_eq!(part.items.iter().map(|item| item.outcome).collect::<Vec<_>>(), [Outcome::NotRun]);
-    }
-
     /// The rest of a run: one bench passed before and one had a figure when time was up.
     #[test]
     fn what_passed_earlier_is_kept_and_not_run() {
@@ -563,6 +571,48 @@ mod tests {
         let figures: Vec<_> = part.figures.iter().map(|f| (f.bench.as_str(), f.median_us)).collect();
         assert_eq!(figures, [("one", 7.0), ("more", 7.0), ("two", 2.5)]);
         assert!(part.seconds > 100.0 && part.seconds < 160.0);
+        // Nothing is left to do.
+        let again = run.part(kind, Duration::from_secs(60), Some(part.clone()), &|_, _| {});
+        assert_eq!((again.items, again.figures, again.skipped), (part.items, part.figures, None));
+    }
+
+    #[test]
+    fn what_failed_earlier_has_failed_until_it_runs_again() {
+        let (_folder, mut run) = run_script(&format!("{LIST}echo ' 1 passed;'"));
+        let failed = |name: &str| Item {
+            name: name.to_string(),
+            outcome: Outcome::Failed,
+            seconds: 1.0,
+            reason: None,
+            launched: Vec::new(),
+        };
+        let earlier = Part { items: vec![failed("p/t a::gpu")], ..Part::default() };
+        let outcomes = |run: &Run, limit| {
+            let part = run.part(&PARTS[0], Duration::from_secs(limit), Some(earlier.clone()), &|_, _| {});
+            part.items.iter().map(|item| item.outcome).collect::<Vec<_>>()
+        };
+        assert_eq!(outcomes(&run, 60), [Outcome::Passed]);
+        assert_eq!(outcomes(&run, 0), [Outcome::Failed]);
+        run.filter = "nothing of this name".to_string();
+        assert_eq!(outcomes(&run, 60), [Outcome::Failed]);
+    }
+
+    #[test]
+    fn what_hangs_in_a_short_part_has_timed_out() {
+        let (_folder, run) = run_script(&format!("{LIST}sleep 30"));
+        let part = run.part(&PARTS[0], Duration::from_secs(9), None, &|_, _| {});
+        assert_eq!(part.items.iter().map(|item| item.outcome).collect::<Vec<_>>(), [Outcome::TimedOut]);
+    }
+
+    #[test]
+    fn what_a_bench_measured_before_its_end_is_kept() {
+        let (_folder, run) = run_script(&format!(
+            "{LIST}echo '{{\"bench\":\"b\",\"median_us\":2.5}}' >> \"$LONGKV_FIGURES\"\nsleep 30"
+        ));
+        let kind = PARTS.iter().find(|kind| kind.name == "benches").expect("a part");
+        let part = run.part(kind, Duration::from_secs(4), None, &|_, _| {});
+        assert!(part.items.iter().all(|item| item.outcome == Outcome::NotRun), "{:?}", part.items);
+        assert_eq!(part.figures.len(), 1);
     }
 
     #[test]
