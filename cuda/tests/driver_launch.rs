@@ -36,6 +36,16 @@ fn instance(kernel: &'static Kernel) -> Instance {
     Instance { kernel, values: Vec::new() }
 }
 
+/// 8 rows of 32 floats.
+const MAPPED: TensorShape = TensorShape {
+    columns: 32,
+    rows: 8,
+    row_bytes: 128,
+    box_columns: 32,
+    box_rows: 4,
+    swizzle_128: true,
+};
+
 /// A context, a function in it, and the two buffers and the scalar that the stand-in's kernels take.
 struct Bench {
     gpu: Gpu,
@@ -149,23 +159,26 @@ fn launches_are_noted() {
 #[test]
 fn a_launch_makes_its_context_current() {
     with_driver("a_launch_makes_its_context_current", Setup::default(), |fake| {
-        let bench = Bench::new(fake, &SMALL);
-        let n = 1u32;
-        // SAFETY: the stand-in runs nothing, so nobody follows the address.
-        let view = unsafe { View::<f32>::from_raw(0x1000, 16, Space::Device(0)) };
-        let args = [Arg::read("input", &view), Arg::read("output", &view), Arg::value("n", &n)];
-        fake.context(1).bind_to_thread().map_err(|error| error.0).unwrap();
-        bench.launch_args(&bench.stream, &args).expect("after work in another context");
-        assert!(fake.log()[0].starts_with("cuLaunchKernelEx small"));
-        let (function, stream) = (bench.function.clone(), bench.stream.clone());
-        let launched = std::thread::spawn(move || {
-            // SAFETY: as above.
-            let view = unsafe { View::<f32>::from_raw(0x1000, 16, Space::Device(0)) };
-            let args = [Arg::read("input", &view), Arg::read("output", &view), Arg::value("n", &1u32)];
+        fake.parameters(&[8, 128, 4]);
+        let bench = Bench::new(fake, &HOPPER);
+        // SAFETY: the stand-in runs nothing, so nobody follows the addresses.
+        let views = || unsafe { [0x1000, 0x2000].map(|at| View::<f32>::from_raw(at, 256, Space::Device(0))) };
+        let launch = |function: &GpuFunction, stream: &CudaStream| {
+            let ([input, map], n) = (views(), 1u32);
+            let args = [Arg::read("input", &input), Arg::tensor("map", &map, MAPPED), Arg::value("n", &n)];
             // SAFETY: the stand-in runs nothing.
-            unsafe { function.launch(&stream, &CONFIG, &args) }
+            unsafe { function.launch(stream, &CONFIG, &args) }
+        };
+        fake.context(1).bind_to_thread().map_err(|error| error.0).unwrap();
+        launch(&bench.function, &bench.stream).expect("after work in another context");
+        let log = fake.log();
+        assert!(log[0].starts_with("cuTensorMapEncodeTiled"), "{log:?}");
+        assert!(log[1].starts_with("cuLaunchKernelEx hopper"), "{log:?}");
+        std::thread::scope(|scope| {
+            let launched = scope.spawn(|| launch(&bench.function, &bench.stream));
+            launched.join().unwrap().expect("on a thread that has no context");
         });
-        launched.join().unwrap().expect("on a thread that has no context");
+        assert_eq!(fake.log(), log);
     });
 }
 
@@ -415,14 +428,7 @@ fn tensor_maps_are_encoded_and_passed() {
         let tensor = bench.stream.alloc_zeros::<f32>(8 * 32).unwrap();
         let view = || View::device(&tensor, &bench.stream);
         let (floats, halves, brains) = (view(), view().cast::<f16>(), view().cast::<bf16>());
-        let shape = TensorShape {
-            columns: 32,
-            rows: 8,
-            row_bytes: 128,
-            box_columns: 32,
-            box_rows: 4,
-            swizzle_128: true,
-        };
+        let shape = MAPPED;
         let wide = TensorShape { columns: 60, box_columns: 8, swizzle_128: false, ..shape };
         let empty = TensorShape { rows: 0, ..shape };
         fake.log();
@@ -468,10 +474,15 @@ fn tensor_maps_are_encoded_and_passed() {
             ("unaligned", Arg::tensor("v", &odd, one_row(shape)), "an address divisible by 16"),
             ("a buffer", Arg::read("v", &floats), "a parameter of 128 bytes"),
         ];
+        let no_blocks = LaunchConfig { grid: 0.into(), ..CONFIG };
         for (name, arg, expected) in refused {
-            let error = launched(&[good, arg]).expect_err(name).to_string();
-            assert!(error.contains(expected), "{name}: {error}");
-            fake.log();
+            for config in [&CONFIG, &no_blocks] {
+                // SAFETY: the stand-in runs nothing.
+                let launched = unsafe { bench.function.launch(&bench.stream, config, &[good, arg]) };
+                let error = launched.expect_err(name).to_string();
+                assert!(error.contains(expected), "{name}: {error}");
+                assert_eq!(fake.log(), [""; 0], "{name}: nothing was encoded");
+            }
         }
         fake.fail("cuTensorMapEncodeTiled", 801);
         match launched(&[good, good]) {

@@ -208,7 +208,8 @@ impl GpuFunction {
         Ok(blocks as u32)
     }
 
-    /// Refuses arguments that the device cannot reach, that another stream was to use, or that are not the kernel's parameters.
+    /// Refuses arguments that the device cannot reach, that another stream was to use, that no map can hold, or that are not the
+    /// kernel's parameters.
     fn check_args(&self, stream: &CudaStream, args: &[Arg<'_>]) -> Result<(), Error> {
         let kernel = || self.loaded.instance.label();
         let wrong_count = |expected: usize| {
@@ -218,6 +219,7 @@ impl GpuFunction {
             return Err(wrong_count(MAX_ARGS));
         }
         let own = Space::Device(self.gpu.device().ordinal);
+        let mut maps = 0;
         for arg in args {
             let (Arg::Buffer { name, address, space, stream: made_for, .. }
             | Arg::Tensor { name, address, space, stream: made_for, .. }) = arg
@@ -230,6 +232,14 @@ impl GpuFunction {
             if made_for.is_some_and(|made_for| made_for != stream.cu_stream() as usize) {
                 let expected = "a view made for the stream of the launch";
                 return Err(Error::argument(kernel(), name, expected, "one made for another stream"));
+            }
+            if let Arg::Tensor { bytes, tensor, .. } = arg {
+                maps += 1;
+                if maps > MAX_MAPS {
+                    let expected = format!("one of at most {MAX_MAPS} tensor maps");
+                    return Err(Error::argument(kernel(), name, expected, "one more"));
+                }
+                tensor.check(&self.loaded.name.label, name, *address, *bytes)?;
             }
         }
         if let Some(parameters) = &self.loaded.parameters {
@@ -302,6 +312,8 @@ impl Function for GpuFunction {
             return Ok(());
         }
 
+        // Before the maps: the driver encodes none without a context.
+        self.gpu.bind()?;
         let mut maps = [TensorMap::EMPTY; MAX_MAPS];
         let mut free_maps = maps.iter_mut();
         let mut parameters = [std::ptr::null_mut::<c_void>(); MAX_ARGS];
@@ -309,13 +321,8 @@ impl Function for GpuFunction {
             *parameter = match arg {
                 Arg::Buffer { address, .. } => std::ptr::from_ref(address).cast_mut().cast(),
                 Arg::Value { bytes, .. } => bytes.as_ptr().cast_mut().cast(),
-                Arg::Tensor { name, address, bytes, tensor, .. } => {
-                    let kernel = self.loaded.instance.label();
-                    let Some(map) = free_maps.next() else {
-                        let expected = format!("one of at most {MAX_MAPS} tensor maps");
-                        return Err(Error::argument(kernel, name, expected, "one more"));
-                    };
-                    tensor.check(&kernel, name, *address, *bytes)?;
+                Arg::Tensor { address, tensor, .. } => {
+                    let map = free_maps.next().expect("`check_args` has counted the maps");
                     *map = TensorMap::encode(*address, tensor)?;
                     std::ptr::from_mut(map).cast()
                 }
@@ -348,10 +355,9 @@ impl Function for GpuFunction {
             attrs: attributes.as_mut_ptr(),
             numAttrs: count as c_uint,
         };
-        self.gpu.bind()?;
         // SAFETY: the function belongs to the current context, and so does the stream. `parameters` has a pointer to each
-        // argument's bytes, `maps` among them, which live until the driver has copied them; that they are the kernel's parameters and that
-        // the kernel stays within its buffers is this function's contract with its caller.
+        // argument's bytes, `maps` among them, which live until the driver has copied them; that they are the kernel's
+        // parameters and that the kernel stays within its buffers is this function's contract with its caller.
         let result = unsafe {
             sys::cuLaunchKernelEx(&raw, self.loaded.function, parameters.as_mut_ptr(), std::ptr::null_mut())
         };

@@ -338,6 +338,7 @@ Result cuTensorMapEncodeTiled(void* map, int type, unsigned rank, Address addres
                               const uint64_t* strides, const unsigned* box, const unsigned* steps, int interleave, int swizzle,
                               int promotion, int fill) {
     TRY("cuTensorMapEncodeTiled");
+    if (!current) return INVALID_CONTEXT;
     if (reinterpret_cast<uintptr_t>(map) % 128 || address % 16 || rank != 2) return INVALID_VALUE;
     memset(map, 0x5a, 128);
     memcpy(map, &address, sizeof address);
