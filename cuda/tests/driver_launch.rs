@@ -37,14 +37,8 @@ fn instance(kernel: &'static Kernel) -> Instance {
 }
 
 /// 8 rows of 32 floats.
-const MAPPED: TensorShape = TensorShape {
-    columns: 32,
-    rows: 8,
-    row_bytes: 128,
-    box_columns: 32,
-    box_rows: 4,
-    swizzle_128: true,
-};
+const MAPPED: TensorShape =
+    TensorShape { columns: 32, rows: 8, row_bytes: 128, box_columns: 32, box_rows: 4, swizzle_128: true };
 
 /// A context, a function in it, and the two buffers and the scalar that the stand-in's kernels take.
 struct Bench {

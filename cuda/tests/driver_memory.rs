@@ -11,6 +11,7 @@ use longkv_cuda::launch::{Arg, Device, Function, LaunchConfig};
 use longkv_cuda::memory::{Space, View, ViewMut};
 use longkv_cuda::status::{Fault, StatusWord};
 use longkv_cuda::table::{ArchClass, Instance, Kernel};
+use longkv_cuda::tensor_map::TensorShape;
 use longkv_cuda::workspace::{ALIGNMENT, Carver, Layout, Workspace};
 use support::fake_driver::{Setup, with_driver};
 
@@ -198,6 +199,8 @@ static KERNEL: Kernel = Kernel {
     rows: &[],
 };
 
+static HOPPER: Kernel = Kernel { name: "boxes", arch: ArchClass::Hopper, ..KERNEL };
+
 #[test]
 fn a_step_is_captured_once_and_replayed() {
     with_driver("a_step_is_captured_once_and_replayed", Setup::default(), |fake| {
@@ -251,6 +254,51 @@ fn a_step_is_captured_once_and_replayed() {
         drop(graph);
         let log = fake.log();
         assert_eq!(log, ["cuGraphExecDestroy", "cuGraphDestroy", "cuCtxSynchronize", "cuModuleUnload"]);
+    });
+}
+
+/// A map is a parameter like others: its bytes are copied into the node, and replays encode none.
+#[test]
+fn a_captured_launch_keeps_its_tensor_map() {
+    with_driver("a_captured_launch_keeps_its_tensor_map", Setup::default(), |fake| {
+        fake.parameters(&[128]);
+        let gpu = Gpu::new(&fake.context(0)).unwrap();
+        let stream = gpu.context().new_stream().unwrap();
+        let function = gpu.load(&Instance { kernel: &HOPPER, values: Vec::new() }).unwrap();
+        let tensors = [0, 1].map(|_| stream.alloc_zeros::<f32>(8 * 32).unwrap());
+        let shape = TensorShape {
+            columns: 32,
+            rows: 8,
+            row_bytes: 128,
+            box_columns: 32,
+            box_rows: 4,
+            swizzle_128: true,
+        };
+        let launch = |index: usize| {
+            let view = View::device(&tensors[index], &stream);
+            let args = [Arg::tensor("k", &view, shape)];
+            // SAFETY: the stand-in runs nothing.
+            unsafe { function.launch(&stream, &LaunchConfig::new(1, 128), &args) }
+        };
+        let map = |index: usize| {
+            let bytes = View::device(&tensors[index], &stream).address().to_le_bytes();
+            let bytes = bytes.into_iter().chain(std::iter::repeat_n(0x5a, 120));
+            format!("parameters=[{}]", bytes.map(|byte| format!("{byte:02x}")).collect::<String>())
+        };
+        fake.log();
+        let graph = Graph::capture(&gpu, &stream, |_| launch(0)).unwrap();
+        let log = fake.log();
+        assert!(log[1].starts_with("cuTensorMapEncodeTiled"), "{log:?}");
+        assert!(log[2].starts_with("captured cuLaunchKernelEx") && log[2].contains(&map(0)), "{log:?}");
+        assert_eq!(log.len(), 4, "and the capture's beginning and end: {log:?}");
+        // The same function with another map in between.
+        launch(1).unwrap();
+        assert!(fake.log()[1].contains(&map(1)));
+        // SAFETY: the buffers are alive.
+        unsafe { graph.replay(&stream) }.unwrap();
+        let log = fake.log();
+        assert!(log[0].starts_with("replayed cuLaunchKernelEx") && log[0].contains(&map(0)), "{log:?}");
+        assert_eq!(log.len(), 1, "nothing is encoded again: {log:?}");
     });
 }
 

@@ -20,8 +20,8 @@ pub use decode::{
 };
 pub use merge_states::{Merge, MergeArgs, MergeConfig, MergePlan};
 pub use prefill::{
-    PlannedTiles, Prefill, PrefillConfig, PrefillInputs, PrefillKernel, PrefillOutput, PrefillPlan,
-    PrefillState, PrefillTiles, PrefillTilesArgs,
+    MAX_SOFT_CAP, PlannedTiles, Prefill, PrefillConfig, PrefillInputs, PrefillKernel, PrefillOutput,
+    PrefillPlan, PrefillState, PrefillTiles, PrefillTilesArgs,
 };
 
 use crate::Error;

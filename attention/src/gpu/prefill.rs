@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use cuda::kernels::attention as kernels;
-pub use cuda::kernels::attention::PrefillKernel;
+pub use cuda::kernels::attention::{MAX_SOFT_CAP, PrefillKernel};
 use cuda::launch::{Device, Function};
 use cuda::memory::{View, ViewMut};
 use cuda::params::{PrefillParams, PrefillTile};
@@ -59,7 +59,8 @@ impl PrefillPlan {
     /// Plans a prefill. Needs no device.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a shape, mask, cache or size that the kernel does not support.
+    /// [`Error::Argument`] for a shape, mask, cache or size that the kernel does not support; [`Error::Cuda`] for a head size that it
+    /// is not written for, and for a soft cap above [`MAX_SOFT_CAP`].
     pub fn new(config: PrefillConfig) -> Result<Self, Error> {
         let AttentionSpec { shape, score, mask } = config.spec;
         if config.batch == 0 {
@@ -134,7 +135,8 @@ impl PrefillPlan {
     /// Whether K and V can come by tensor maps where the device has them.
     ///
     /// # Errors
-    /// [`Error::Cuda`] says why they come by cp.async instead: pages, strides that no map can hold, or a soft cap.
+    /// [`Error::Cuda`] says why they come by cp.async instead: pages, strides that no map can hold, a soft cap, or a kernel or size
+    /// for which no map is used. [`PrefillKernel::Auto`] takes the maps for the element types that such a kernel is shipped for.
     pub fn tensor_maps(&self) -> Result<(), Error> {
         self.variant.tensor_maps(&self.params)?;
         Ok(())

@@ -17,6 +17,8 @@ use emulator::rig::{EmulatorRig, Rig, gpu_or_skip};
 use half::bf16;
 use longkv_attention as attention;
 
+use crate::prefill::has_wgmma;
+
 const Q_HEADS: usize = 4;
 const KV_HEADS: usize = 2;
 const DIM: usize = 128;
@@ -33,14 +35,60 @@ const CHUNKS: [[usize; 2]; 6] = [[40, 0], [9, 61], [1, 5], [0, 0], [1, 1], [13, 
 fn emulator() {
     emulator::emulator_or_skip!();
     for order in Order::ALL {
-        chunks_change_between_replays(&EmulatorRig::new(order));
+        chunks_change_between_replays(&EmulatorRig::new(order), Where::Pages);
+        chunks_change_between_replays(&EmulatorRig::new(order), Where::Maps);
     }
 }
 
 #[test]
 fn gpu() {
     if let Some(rig) = gpu_or_skip("chunk_replay") {
-        chunks_change_between_replays(&rig.on_own_stream().expect("a stream of its own"));
+        let rig = rig.on_own_stream().expect("a stream of its own");
+        chunks_change_between_replays(&rig, Where::Pages);
+        if has_wgmma(&rig) {
+            chunks_change_between_replays(&rig, Where::Maps);
+        }
+    }
+}
+
+/// Where K and V lie, and how the prefill loads them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Where {
+    /// In pages, loaded by cp.async.
+    Pages,
+    /// One run of tokens per sequence, loaded by tensor maps, which the recorded launch keeps.
+    Maps,
+}
+
+impl Where {
+    fn cache(self) -> CacheLayout {
+        let (pages, layout) = (2 * MAX_PAGES, PageLayout::nhd(PAGE, KV_HEADS, DIM));
+        match self {
+            Where::Pages => CacheLayout::Paged {
+                page_size: PAGE,
+                pages,
+                max_pages: MAX_PAGES,
+                per_head: false,
+                k: layout,
+                v: layout,
+            },
+            Where::Maps => CacheLayout::Contiguous { tokens: pages * PAGE, k: layout, v: layout },
+        }
+    }
+
+    /// Place of a token in the cache.
+    fn slot(self, sequence: usize, token: usize) -> usize {
+        match self {
+            Where::Pages => page(sequence, token / PAGE) * PAGE + token % PAGE,
+            Where::Maps => START[sequence] + token,
+        }
+    }
+
+    fn kernel(self) -> PrefillKernel {
+        match self {
+            Where::Pages => PrefillKernel::MmaSync,
+            Where::Maps => PrefillKernel::Wgmma,
+        }
     }
 }
 
@@ -74,6 +122,9 @@ fn spec() -> AttentionSpec {
     }
 }
 
+/// First tokens of the two sequences, where there are no pages.
+const START: [usize; 2] = [MAX_PAGES * PAGE, 0];
+
 /// Pages of the two sequences, interleaved and in falling order.
 fn page(sequence: usize, index: usize) -> usize {
     2 * MAX_PAGES - 1 - (2 * index + sequence)
@@ -91,7 +142,7 @@ fn rotated(vectors: &[bf16], heads: usize, position: &[u32]) -> Vec<bf16> {
     x.into_iter().map(bf16::from_f32).collect()
 }
 
-fn chunk(new: [usize; 2], sequences: &mut [Sequence; 2], seed: u64) -> Chunk {
+fn chunk(place: Where, new: [usize; 2], sequences: &mut [Sequence; 2], seed: u64) -> Chunk {
     let vectors = |heads: usize, seed| Inputs::Normal.generate::<bf16>(CHUNK * heads, DIM, seed);
     let (q, k, v) = (vectors(Q_HEADS, seed), vectors(KV_HEADS, seed + 1), vectors(KV_HEADS, seed + 2));
     let (mut slot, mut position) = (vec![-1; CHUNK], vec![0; CHUNK]);
@@ -104,7 +155,7 @@ fn chunk(new: [usize; 2], sequences: &mut [Sequence; 2], seed: u64) -> Chunk {
     first = 0;
     for (number, (sequence, &count)) in sequences.iter_mut().zip(&new).enumerate() {
         for slot in &mut slot[first..first + count] {
-            *slot = (page(number, sequence.len / PAGE) * PAGE + sequence.len % PAGE) as i64;
+            *slot = place.slot(number, sequence.len) as i64;
             sequence.len += 1;
         }
         let vectors = first * KV_HEADS * DIM..(first + count) * KV_HEADS * DIM;
@@ -141,18 +192,10 @@ fn oracle(chunk: &Chunk, sequences: &[Sequence; 2]) -> (Vec<f64>, Vec<f64>) {
     (out, lse)
 }
 
-fn chunks_change_between_replays<R: Rig>(rig: &R) {
+fn chunks_change_between_replays<R: Rig>(rig: &R, place: Where) {
     let (pages, rope) = (2 * MAX_PAGES, rope());
     let (cos, sin) = (rig.upload(rope.cos()), rig.upload(rope.sin()));
-    let layout = PageLayout::nhd(PAGE, KV_HEADS, DIM);
-    let cache = CacheLayout::Paged {
-        page_size: PAGE,
-        pages,
-        max_pages: MAX_PAGES,
-        per_head: false,
-        k: layout,
-        v: layout,
-    };
+    let cache = place.cache();
     let append_config =
         AppendConfig::packed(spec().shape, CHUNK, Some((rope.config(), MAX_PAGES * PAGE)), true, cache);
     let append_plan = AppendPlan::new(append_config).expect("a plan of the append");
@@ -163,12 +206,13 @@ fn chunks_change_between_replays<R: Rig>(rig: &R) {
         max_kv_len: MAX_PAGES * PAGE,
         cache,
         carry: false,
-        kernel: PrefillKernel::MmaSync,
+        kernel: place.kernel(),
     })
     .expect("a plan of the prefill");
     let append = Append::<_, bf16>::prepare(rig.device(), &append_plan).expect("prepare the append");
     let planner = PrefillTiles::prepare(rig.device(), &plan).expect("prepare the list of tiles");
     let prefill = Prefill::<_, bf16>::prepare(rig.device(), &plan).expect("prepare the prefill");
+    assert_eq!(prefill.kernel(), place.kernel(), "by maps where they are asked for");
 
     let vectors = |heads: usize| RefCell::new(rig.zeroed::<bf16>(CHUNK * heads * DIM));
     let (q, k_new, v_new) = (vectors(Q_HEADS), vectors(KV_HEADS), vectors(KV_HEADS));
@@ -179,7 +223,7 @@ fn chunks_change_between_replays<R: Rig>(rig: &R) {
         RefCell::new(rig.zeroed::<u32>(2)),
     );
     let table: Vec<u32> = (0..2).flat_map(|s| (0..MAX_PAGES).map(move |i| page(s, i) as u32)).collect();
-    let table = rig.upload(&table);
+    let (table, start) = (rig.upload(&table), rig.upload(&START.map(|token| token as u32)));
     // NaN: no key counts before it was appended.
     let poisoned = || RefCell::new(rig.poisoned::<bf16>(pages * PAGE * KV_HEADS * DIM));
     let (k, v) = (poisoned(), poisoned());
@@ -208,21 +252,22 @@ fn chunks_change_between_replays<R: Rig>(rig: &R) {
             status: rig.view_mut(&mut status),
         };
         append.run(rig.queue(), args).unwrap_or_else(|error| panic!("append on {}: {error}", rig.name()));
-        let table = rig.view(&table);
+        let (table, start) = (rig.view(&table), rig.view(&start));
+        let table = (place == Where::Pages).then_some(&table);
         let (cu_queries, kv_len, mut workspace) =
             (cu_queries.borrow(), kv_len.borrow(), workspace.borrow_mut());
         let args = PrefillTilesArgs {
             cu_queries: &rig.view(&cu_queries),
             kv_len: &rig.view(&kv_len),
-            block_table: Some(&table),
-            kv_start: None,
+            block_table: table,
+            kv_start: (place == Where::Maps).then_some(&start),
             status: rig.view_mut(&mut status),
         };
         let mut tiles = planner
             .run(rig.queue(), args, rig.workspace_view(&mut workspace))
             .unwrap_or_else(|error| panic!("list of tiles on {}: {error}", rig.name()));
         let inputs =
-            PrefillInputs { q: &rig.view(&q), k: &rig.view(&k), v: &rig.view(&v), block_table: Some(&table) };
+            PrefillInputs { q: &rig.view(&q), k: &rig.view(&k), v: &rig.view(&v), block_table: table };
         let (mut out, mut lse) = (out.borrow_mut(), lse.borrow_mut());
         let output = PrefillOutput { out: rig.view_mut(&mut out), lse: rig.view_mut(&mut lse) };
         prefill
@@ -232,7 +277,7 @@ fn chunks_change_between_replays<R: Rig>(rig: &R) {
 
     let mut sequences = [Sequence::default(), Sequence::default()];
     for (index, new) in CHUNKS.into_iter().enumerate() {
-        let chunk = chunk(new, &mut sequences, 10 * index as u64 + 1);
+        let chunk = chunk(place, new, &mut sequences, 10 * index as u64 + 1);
         rig.write(&mut q.borrow_mut(), 0, &chunk.q[0]);
         rig.write(&mut position.borrow_mut(), 0, &chunk.position);
         rig.write(&mut k_new.borrow_mut(), 0, &chunk.k);
@@ -243,7 +288,7 @@ fn chunks_change_between_replays<R: Rig>(rig: &R) {
         rig.write(&mut out.borrow_mut(), 0, &poison.0);
         rig.write(&mut lse.borrow_mut(), 0, &poison.1);
         replay();
-        let name = format!("chunk {index} of {new:?} on {}", rig.name());
+        let name = format!("chunk {index} of {new:?} in {place:?} on {}", rig.name());
         assert_eq!(Fault::decode(rig.download(&status.borrow())[0]), None, "{name}");
         let (expected_out, expected_lse) = oracle(&chunk, &sequences);
         Comparison::attention(&rig.download(&out.borrow()), &expected_out, DIM)

@@ -1,8 +1,8 @@
 //! Flash prefill.
 
 use attention::gpu::{
-    CacheLayout, Prefill, PrefillConfig, PrefillInputs, PrefillKernel, PrefillOutput, PrefillPlan,
-    PrefillState, PrefillTiles, PrefillTilesArgs,
+    CacheLayout, MAX_SOFT_CAP, Prefill, PrefillConfig, PrefillInputs, PrefillKernel, PrefillOutput,
+    PrefillPlan, PrefillState, PrefillTiles, PrefillTilesArgs,
 };
 use attention::testing::{Comparison, Inputs, Tolerance};
 use attention::{
@@ -20,6 +20,8 @@ mod product;
 mod refusals;
 mod steps;
 mod warpgroups;
+
+pub(crate) use warpgroups::has_wgmma;
 
 emulator::device_test!(
     equals_the_oracle,
@@ -205,7 +207,7 @@ fn equals_the_oracle<R: Rig>(rig: &R) {
         &Case::new((16, 1), (128, 128), &[(30, 90), (10, 4)], Cache::Hnd(128), Mask::Prefix { prefix: 40 }),
         6,
     );
-    check::<R, f16>(
+    check::<R, bf16>(
         rig,
         &Case {
             inputs: Inputs::Saturated,
@@ -215,15 +217,18 @@ fn equals_the_oracle<R: Rig>(rig: &R) {
     );
     check::<R, f16>(rig, &Case::new((3, 1), (96, 96), &[(50, 90)], Cache::Hnd(16), Mask::Causal), 10);
     check::<R, bf16>(rig, &Case::new((4, 4), (192, 128), &[(66, 80)], Cache::Nhd(16), Mask::Causal), 8);
-    check::<R, bf16>(
-        rig,
-        &Case {
-            soft_cap: Some(30.0),
-            inputs: Inputs::OutlierChannels,
-            ..Case::new((2, 1), (256, 256), &[(40, 100)], Cache::Hnd(32), window(50, 4))
-        },
-        9,
-    );
+    // A model's cap and the largest.
+    for (soft_cap, seed) in [(30.0, 9), (MAX_SOFT_CAP, 11)] {
+        check::<R, bf16>(
+            rig,
+            &Case {
+                soft_cap: Some(soft_cap),
+                inputs: Inputs::OutlierChannels,
+                ..Case::new((2, 1), (256, 256), &[(40, 100)], Cache::Hnd(32), window(50, 4))
+            },
+            seed,
+        );
+    }
 }
 
 /// What is wrong, the input, the lengths given to the kernel, and code and sequence of the report.

@@ -53,4 +53,19 @@ fn plans_refuse_what_no_kernel_can_do() {
         Err(Error::Cuda(error)) => assert!(error.to_string().contains("QK_DIM"), "{error}"),
         other => panic!("{other:?}"),
     }
+    for kernel in
+        [PrefillKernel::Auto, PrefillKernel::MmaSync, PrefillKernel::Wgmma, PrefillKernel::WgmmaCopies]
+    {
+        let capped = |cap| {
+            let score = good.spec.score.with_soft_cap(cap).expect("a positive cap");
+            PrefillPlan::new(PrefillConfig { spec: AttentionSpec { score, ..good.spec }, kernel, ..good })
+        };
+        capped(MAX_SOFT_CAP).expect("the largest cap");
+        for cap in [257.0, 1e6, f32::MAX] {
+            match capped(cap) {
+                Err(Error::Cuda(error)) => assert!(error.to_string().contains("at most 256"), "{error}"),
+                other => panic!("{cap} by {kernel:?}: {other:?}"),
+            }
+        }
+    }
 }

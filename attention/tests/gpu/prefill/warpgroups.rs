@@ -1,12 +1,14 @@
 //! The kernel of Hopper: warpgroup products, contiguous caches by tensor maps.
 
+use cuda::table::dtype;
+
 use super::steps::carried;
 use super::*;
 
 emulator::device_test!(equals_the_oracle, is_deaf_to_hidden_keys, carries_a_state);
 
 /// Whether the device has warpgroup products; says so where it has not.
-pub(super) fn has_wgmma<R: Rig>(rig: &R) -> bool {
+pub(crate) fn has_wgmma<R: Rig>(rig: &R) -> bool {
     let arch = cuda::launch::Device::arch(rig.device());
     let has = cuda::table::ArchClass::Hopper.runs_on(arch);
     if !has {
@@ -53,17 +55,18 @@ fn equals_the_oracle<R: Rig>(rig: &R) {
     );
     let saturated = Case::new((7, 1), (128, 128), &[(20, 280)], Cache::Contiguous, Mask::Causal);
     let saturated = wgmma(Case { inputs: Inputs::Saturated, ..saturated });
-    check::<R, f16>(rig, &saturated, 67);
-    check::<R, f16>(rig, &by_copies(&saturated), 67);
+    check::<R, bf16>(rig, &saturated, 67);
+    check::<R, bf16>(rig, &by_copies(&saturated), 67);
     let whole_tiles = Case::new((2, 2), (128, 128), &[(64, 256), (3, 128)], Cache::Gaps, window(100, 130));
-    check::<R, f16>(rig, &wgmma(whole_tiles), 68);
+    check::<R, bf16>(rig, &wgmma(whole_tiles), 68);
     // Gemma 2 27B.
     let capped = Case::new((2, 1), (128, 128), &[(70, 210)], Cache::Nhd(16), Mask::Causal);
     let capped = Case { soft_cap: Some(50.0), inputs: Inputs::OutlierChannels, ..capped };
-    check::<R, bf16>(rig, &wgmma(capped), 70);
+    check::<R, bf16>(rig, &wgmma(capped.clone()), 70);
+    check::<R, bf16>(rig, &wgmma(Case { soft_cap: Some(MAX_SOFT_CAP), ..capped }), 72);
     // Strides that no map can hold.
     let odd = Case::new((2, 2), (128, 128), &[(40, 150)], Cache::OddGaps, Mask::Causal);
-    check::<R, f16>(rig, &wgmma(odd), 69);
+    check::<R, bf16>(rig, &wgmma(odd), 69);
 }
 
 /// Boxes bring in what lies beside a sequence and what its mask hides: NaN and infinity there change nothing.
@@ -81,24 +84,100 @@ fn is_deaf_to_hidden_keys<R: Rig>(rig: &R) {
         Case::new((2, 2), (64, 64), &[(3, 150), (40, 41), (20, 600)], Cache::Gaps, window(33, 140)),
     ];
     for (seed, case) in cases.into_iter().enumerate() {
-        forgetful::<R, f16>(rig, &wgmma(case), seed as u64 + 81);
+        match case.dims.0 {
+            128 => forgetful::<R, bf16>(rig, &wgmma(case), seed as u64 + 81),
+            _ => forgetful::<R, f16>(rig, &wgmma(case), seed as u64 + 81),
+        }
     }
     let paged = Case::new((2, 2), (128, 128), &[(20, 300), (0, 90)], Cache::Nhd(16), window(33, 5));
     forgetful::<R, bf16>(rig, &wgmma(paged), 85);
 }
 
-/// What `Auto` is on a device: `prefill` before Hopper and for other sizes, boxes where maps hold the cache.
+/// What `Auto` is on a device: `prefill` before Hopper and for what is not shipped by warpgroup products, boxes where maps hold the
+/// cache.
 #[test]
 fn the_kernel_follows_device_and_cache() {
     let emulator = emulator::emulator_or_skip!();
     let ampere = emulator::Emulator::with_arch(cuda::table::Arch::new(8, 0));
-    let case = |cache| Case {
+    let case = |dim, cache| Case {
         kernel: PrefillKernel::Auto,
-        ..Case::new((2, 2), (128, 128), &[(4, 9)], cache, Mask::Causal)
+        ..Case::new((2, 2), (dim, dim), &[(4, 9)], cache, Mask::Causal)
     };
-    let capped = Case { soft_cap: Some(50.0), ..case(Cache::Nhd(16)) };
-    let wide = Case { dims: (256, 256), ..capped.clone() };
+    let capped = |case| Case { soft_cap: Some(50.0), ..case };
     use PrefillKernel::{MmaSync, Wgmma, WgmmaCopies};
+    fn kernel<E: Storage + Element>(device: &emulator::Emulator, case: &Case) -> PrefillKernel {
+        let layout = tensors::<E>(case, 1).kv.layout;
+        Prefill::<_, E>::prepare(device, &plan(case, layout, false)).expect("prepare").kernel()
+    }
+    // Gemma 2: 27B has heads of 128 channels, the smaller ones of 256.
+    let cases = [
+        (case(128, Cache::Contiguous), Wgmma),
+        (case(128, Cache::OddGaps), WgmmaCopies),
+        (case(128, Cache::Nhd(16)), WgmmaCopies),
+        (capped(case(128, Cache::Nhd(16))), WgmmaCopies),
+        (capped(case(256, Cache::Nhd(16))), MmaSync),
+    ];
+    for (case, expected) in cases {
+        assert_eq!(kernel::<bf16>(&emulator, &case), expected, "{case:?}");
+    }
+    assert_eq!(kernel::<bf16>(&ampere, &case(128, Cache::Contiguous)), MmaSync);
+    assert_eq!(kernel::<bf16>(&ampere, &case(128, Cache::Nhd(16))), MmaSync);
+    // In f16 heads of 64 channels are shipped, by maps.
+    assert_eq!(kernel::<f16>(&emulator, &case(64, Cache::Contiguous)), Wgmma);
+    assert_eq!(kernel::<f16>(&emulator, &case(64, Cache::OddGaps)), MmaSync);
+    assert_eq!(kernel::<f16>(&ampere, &case(64, Cache::Contiguous)), MmaSync);
+}
+
+/// Every variant that `Auto` is on Hopper by warpgroup products is a row of the table, so that it is compiled, emulated and
+/// measured: what is not emulated could not be prepared here.
+#[test]
+fn auto_takes_shipped_kernels_alone() {
+    let emulator = emulator::emulator_or_skip!();
+    let mut taken = Vec::new();
+    for dims in [(64, 64), (64, 128), (128, 64), (128, 128)] {
+        for cache in [Cache::Contiguous, Cache::OddGaps, Cache::Nhd(16)] {
+            for (soft_cap, carry) in [(None, false), (None, true), (Some(50.0), false), (Some(50.0), true)] {
+                let case = Case::new((2, 2), dims, &[(4, 9)], cache, Mask::Causal);
+                let case = Case { soft_cap, kernel: PrefillKernel::Auto, ..case };
+                let plan = plan(&case, tensors::<f16>(&case, 1).kv.layout, carry);
+                let kernels = [
+                    Prefill::<_, f16>::prepare(&emulator, &plan).map(|prefill| prefill.kernel()),
+                    Prefill::<_, bf16>::prepare(&emulator, &plan).map(|prefill| prefill.kernel()),
+                ];
+                for (dtype, kernel) in [dtype::F16, dtype::BF16].into_iter().zip(kernels) {
+                    let kernel = match kernel {
+                        Ok(kernel) => kernel,
+                        // `prefill` is not emulated in all of these.
+                        Err(error) => {
+                            let error = error.to_string();
+                            assert!(!error.contains("prefill_sm90a"), "{case:?}: {error}");
+                            continue;
+                        }
+                    };
+                    if kernel != PrefillKernel::MmaSync {
+                        let [paged, soft_cap, carry, maps] = [
+                            matches!(cache, Cache::Nhd(_)),
+                            soft_cap.is_some(),
+                            carry,
+                            kernel == PrefillKernel::Wgmma,
+                        ]
+                        .map(i64::from);
+                        taken.push([dims.0 as i64, dims.1 as i64, dtype, paged, soft_cap, carry, maps]);
+                    }
+                }
+            }
+        }
+    }
+    let rows = cuda::table::kernel("prefill_sm90a").expect("a kernel of the table").rows;
+    let mut rows: Vec<[i64; 7]> = rows.iter().map(|row| row.values.try_into().expect("seven")).collect();
+    rows.sort_unstable();
+    taken.sort_unstable();
+    assert_eq!(taken, rows, "each of them, and no other");
+}
+
+/// A plan says why no maps are used.
+#[test]
+fn plans_say_why_no_maps_are_used() {
     let why_not = |case: &Case, expected: Option<&str>| {
         let plan = plan(case, tensors::<f16>(case, 1).kv.layout, false);
         match (plan.tensor_maps(), expected) {
@@ -107,28 +186,23 @@ fn the_kernel_follows_device_and_cache() {
             (found, _) => panic!("{case:?}: {found:?}"),
         }
     };
-    why_not(&case(Cache::Contiguous), None);
-    why_not(&case(Cache::Gaps), None);
-    why_not(&case(Cache::OddGaps), Some("whole tokens apart"));
-    why_not(&case(Cache::Nhd(16)), Some("pages"));
-    why_not(&Case { soft_cap: Some(50.0), ..case(Cache::Contiguous) }, Some("no soft cap"));
-    let kernel = |device: &emulator::Emulator, case: &Case| {
-        let layout = tensors::<f16>(case, 1).kv.layout;
-        Prefill::<_, f16>::prepare(device, &plan(case, layout, false)).expect("prepare").kernel()
-    };
-    assert_eq!(kernel(&emulator, &case(Cache::Contiguous)), Wgmma);
-    assert_eq!(kernel(&emulator, &case(Cache::OddGaps)), WgmmaCopies);
-    assert_eq!(kernel(&ampere, &case(Cache::Contiguous)), MmaSync);
-    // Paged and soft-capped rows are bf16.
-    let kernel = |device: &emulator::Emulator, case: &Case| {
-        let layout = tensors::<bf16>(case, 1).kv.layout;
-        Prefill::<_, bf16>::prepare(device, &plan(case, layout, false)).expect("prepare").kernel()
-    };
-    assert_eq!(kernel(&emulator, &case(Cache::Nhd(16))), WgmmaCopies);
-    assert_eq!(kernel(&ampere, &case(Cache::Nhd(16))), MmaSync);
-    // Gemma 2: 27B has heads of 128 channels, the smaller ones of 256.
-    assert_eq!(kernel(&emulator, &capped), WgmmaCopies);
-    assert_eq!(kernel(&emulator, &wide), MmaSync);
+    let case =
+        |dims, cache, kernel| Case { kernel, ..Case::new((2, 2), dims, &[(4, 9)], cache, Mask::Causal) };
+    for kernel in [PrefillKernel::Auto, PrefillKernel::Wgmma] {
+        let case = |cache| case((128, 128), cache, kernel);
+        why_not(&case(Cache::Contiguous), None);
+        why_not(&case(Cache::Gaps), None);
+        why_not(&case(Cache::OddGaps), Some("whole tokens apart"));
+        why_not(&case(Cache::Nhd(16)), Some("pages"));
+        why_not(&Case { soft_cap: Some(50.0), ..case(Cache::Contiguous) }, Some("no soft cap"));
+    }
+    for kernel in [PrefillKernel::MmaSync, PrefillKernel::WgmmaCopies] {
+        why_not(&case((128, 128), Cache::Contiguous, kernel), Some("Auto or Wgmma"));
+    }
+    why_not(&case((96, 96), Cache::Contiguous, PrefillKernel::Auto), Some("64 or 128 channels"));
+    why_not(&case((192, 128), Cache::Contiguous, PrefillKernel::Auto), Some("64 or 128 channels"));
+    why_not(&case((128, 64), Cache::Contiguous, PrefillKernel::Wgmma), None);
+    why_not(&case((128, 64), Cache::Contiguous, PrefillKernel::Auto), Some("sizes of a shipped kernel"));
 }
 
 /// Steps over chunks of keys, as in a ring.

@@ -13,7 +13,7 @@ pub use decode::{
 };
 pub use merge_states::{MergeStates, MergeStatesArgs, MergeStatesLastArriver, MergeStatesScratch};
 pub use prefill::{
-    Prefill, PrefillArgs, PrefillKernel, PrefillPlan, PrefillPlanArgs, PrefillResult, PrefillVariant,
-    max_tiles, prefill_valid_lens,
+    MAX_SOFT_CAP, Prefill, PrefillArgs, PrefillKernel, PrefillPlan, PrefillPlanArgs, PrefillResult,
+    PrefillVariant, max_tiles, prefill_valid_lens,
 };
 pub use prefill_maps::PrefillMaps;

@@ -56,6 +56,17 @@ fn check_params(kernel: &str, params: &PrefillParams) -> Result<(), Error> {
     Ok(())
 }
 
+/// Largest soft cap. The kernels' tanh is off by at most 4e-7, so at this cap a score is off by at most 1e-4.
+pub const MAX_SOFT_CAP: f32 = 256.0;
+
+fn check_cap(kernel: &str, capped: bool, soft_cap: f32) -> Result<(), Error> {
+    check_soft_cap(kernel, capped, soft_cap)?;
+    if !capped || soft_cap <= MAX_SOFT_CAP {
+        return Ok(());
+    }
+    Err(Error::argument(kernel, "soft_cap", format_args!("at most {MAX_SOFT_CAP}"), soft_cap))
+}
+
 /// Checks that a list has room for all that `prefill_plan` may put there.
 fn check_room(kernel: &str, params: &PrefillParams) -> Result<(), Error> {
     let (queries, group) = (params.num_queries as usize, params.group as usize);
@@ -171,8 +182,8 @@ impl<F: Function> PrefillPlan<F> {
 /// Which of the kernels a [`Prefill`] is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum PrefillKernel {
-    /// [`Wgmma`](Self::Wgmma) on sm_90a for q, K and V of 128 channels, or of 64 without a soft cap, which are the sizes that it is
-    /// tested in; else `prefill`.
+    /// [`Wgmma`](Self::Wgmma) on sm_90a where the kernel table ships it for the sizes, element type, cache, soft cap and carried
+    /// state at hand, for that is what it is tested in; else `prefill`.
     #[default]
     Auto,
     /// `prefill`: mma.sync, any device.
@@ -213,6 +224,7 @@ impl PrefillVariant {
             PrefillKernel::Auto | PrefillKernel::MmaSync => self.instance(dtype)?,
         };
         check_params("prefill", params)?;
+        check_cap("prefill", self.soft_cap, params.soft_cap)?;
         check_scale("prefill", params.scale)
     }
 
@@ -221,27 +233,31 @@ impl PrefillVariant {
     /// # Errors
     /// [`Error::Argument`] says why they come by cp.async instead: pages in the order of a block table, strides of a contiguous
     /// cache at which heads lie neither side by side within a token nor whole tokens apart, or a soft cap, whose kernel has no
-    /// registers to spare.
+    /// registers to spare; or that no kernel by maps is taken: for [`MmaSync`](PrefillKernel::MmaSync) and
+    /// [`WgmmaCopies`](PrefillKernel::WgmmaCopies), for sizes other than 64 and 128 channels, and for
+    /// [`Auto`](PrefillKernel::Auto) where none is shipped for these sizes and this carried state in any element type.
     pub fn tensor_maps(&self, params: &PrefillParams) -> Result<PrefillMaps, Error> {
         PrefillMaps::new(self, params)
     }
 
-    /// The kernel that this is on a device.
-    fn on(self, device: &impl Device) -> Self {
+    /// The kernel that this is on a device, never [`PrefillKernel::Auto`], and whether K and V come by tensor maps.
+    fn on(self, device: &impl Device, dtype: i64, params: &PrefillParams) -> (Self, bool) {
+        let maps = self.tensor_maps(params).is_ok();
+        let shipped = || self.wgmma_instance(dtype, maps).is_ok_and(|instance| instance.row().is_some());
         let kernel = match self.kernel {
-            PrefillKernel::Auto
-                if ArchClass::Hopper.runs_on(device.arch())
-                    && matches!(
-                        (self.qk_dim, self.v_dim, self.soft_cap),
-                        (64, 64, false) | (128, 128, _)
-                    ) =>
-            {
+            PrefillKernel::Auto if ArchClass::Hopper.runs_on(device.arch()) && shipped() => {
                 PrefillKernel::Wgmma
             }
             PrefillKernel::Auto => PrefillKernel::MmaSync,
             kernel => kernel,
         };
-        PrefillVariant { kernel, ..self }
+        (PrefillVariant { kernel, ..self }, maps && kernel == PrefillKernel::Wgmma)
+    }
+
+    /// Whether `prefill_sm90a` by tensor maps is shipped for some element type.
+    pub(super) fn ships_maps(&self) -> bool {
+        let shipped = |dtype| self.wgmma_instance(dtype, true).is_ok_and(|instance| instance.row().is_some());
+        [crate::table::dtype::F16, crate::table::dtype::BF16].into_iter().any(shipped)
     }
 
     fn constants(&self, dtype: i64) -> [(&'static str, i64); 6] {
@@ -354,13 +370,12 @@ impl<F: Function, E: Storage> Prefill<F, E> {
         variant: PrefillVariant,
         params: &PrefillParams,
     ) -> Result<Self, Error> {
-        // Without a number of SMs, a few: more tiles than blocks is what an emulator should meet.
-        let variant = variant.on(device);
-        let tma = variant.kernel == PrefillKernel::Wgmma && variant.tensor_maps(params).is_ok();
+        let (variant, tma) = variant.on(device, E::DTYPE, params);
         let (instance, of_sm) = match variant.kernel {
             PrefillKernel::Wgmma | PrefillKernel::WgmmaCopies => (variant.wgmma_instance(E::DTYPE, tma)?, 1),
             PrefillKernel::Auto | PrefillKernel::MmaSync => (variant.instance(E::DTYPE)?, 2),
         };
+        // Without a number of SMs, a few: more tiles than blocks is what an emulator should meet.
         let blocks = device.sm_count().map_or(3, |sms| of_sm * sms);
         Ok(Self { function: device.load(&instance)?, variant, blocks, tma, _element: PhantomData })
     }
@@ -391,7 +406,7 @@ impl<F: Function, E: Storage> Prefill<F, E> {
         }
         let out_rows =
             elements(&[params.num_queries as usize, params.kv_heads as usize, params.group as usize]);
-        check_soft_cap(KERNEL, soft_cap, params.soft_cap)?;
+        check_cap(KERNEL, soft_cap, params.soft_cap)?;
         let extent = extent_of(params, paged);
         args.q.check(KERNEL, "q", elements(&[out_rows, qk_dim]), 16)?;
         let k_strides = [params.k_page_stride, params.k_token_stride, params.k_head_stride];

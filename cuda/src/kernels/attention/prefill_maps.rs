@@ -4,7 +4,7 @@ use crate::Error;
 use crate::params::{PrefillMapHeads, PrefillParams};
 use crate::tensor_map::TensorShape;
 
-use super::prefill::PrefillVariant;
+use super::prefill::{PrefillKernel, PrefillVariant};
 
 /// What errors call the kernel.
 const KERNEL: &str = "prefill_sm90a by tensor maps";
@@ -22,12 +22,25 @@ pub struct PrefillMaps {
 impl PrefillMaps {
     /// See [`PrefillVariant::tensor_maps`].
     pub(super) fn new(variant: &PrefillVariant, params: &PrefillParams) -> Result<Self, Error> {
+        if !matches!(variant.kernel, PrefillKernel::Auto | PrefillKernel::Wgmma) {
+            let found = format!("{:?}", variant.kernel);
+            return Err(Error::argument(KERNEL, "kernel", "Auto or Wgmma", found));
+        }
+        for (argument, dim) in [("qk_dim", variant.qk_dim), ("v_dim", variant.v_dim)] {
+            if !matches!(dim, 64 | 128) {
+                return Err(Error::argument(KERNEL, argument, "64 or 128 channels", dim));
+            }
+        }
         if variant.paged {
             return Err(Error::argument(KERNEL, "cache", "a contiguous cache", "pages"));
         }
         if variant.soft_cap {
             // With both, two registers of the loop over keys are spilled.
             return Err(Error::argument(KERNEL, "soft_cap", "no soft cap", params.soft_cap));
+        }
+        if variant.kernel == PrefillKernel::Auto && !variant.ships_maps() {
+            let found = format!("{} and {} channels, carry {}", variant.qk_dim, variant.v_dim, variant.carry);
+            return Err(Error::argument(KERNEL, "kernel", "Wgmma, or sizes of a shipped kernel", found));
         }
         let map = |argument, dim, token_stride, head_stride| {
             map_of(argument, dim, (token_stride, head_stride), (params.num_tokens, params.kv_heads))
