@@ -179,6 +179,28 @@ fn registered_memory_keeps_its_owner() {
     });
 }
 
+/// An error that cudarc has parked must not keep a drop from waiting, and what may still be in use is not freed.
+#[test]
+fn memory_is_freed_only_after_a_wait() {
+    with_driver("memory_is_freed_only_after_a_wait", Setup::default(), |fake| {
+        let gpu = Gpu::new(&fake.context(0)).unwrap();
+        let mapped = || Mapped::<u8>::zeroed(&gpu, 9, MappedKind::Cached).unwrap();
+        let (first, second) = (mapped(), mapped());
+        let registered = Registered::read_only(&gpu, Owner(vec![1, 2, 3])).unwrap();
+        fake.log();
+        gpu.context().record_err(Err::<(), _>(cudarc::driver::DriverError(
+            cudarc::driver::sys::CUresult::CUDA_ERROR_UNKNOWN,
+        )));
+        drop(first);
+        assert_eq!(fake.log(), ["cuCtxSynchronize", "cuMemFreeHost"]);
+        fake.fail("cuCtxSynchronize", 906);
+        drop((second, registered));
+        assert_eq!(fake.log(), [""; 0], "nothing is freed during a capture");
+        assert!(!OWNER_GONE.load(Ordering::Relaxed));
+        assert!(gpu.context().check_err().is_err(), "the next call hears of it");
+    });
+}
+
 #[test]
 fn devices_without_read_only_registration_get_the_plain_one() {
     let setup = Setup { variables: &[("FAKE_CUDA_READ_ONLY", "0")], ..Setup::default() };

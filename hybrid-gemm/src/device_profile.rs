@@ -50,7 +50,8 @@ impl MigSlice {
 }
 
 impl DeviceProfile {
-    /// H200 SXM behind PCIe 5.0 x16: reads of blocks 35 GB/s (as published of H100, H20 and H800), copies 48 GB/s, HBM 4.2 TB/s,
+    /// H200 SXM behind PCIe 5.0 x16: reads of blocks 35 GB/s (published: H100 35.2, H800 37 to 38; the one
+    /// figure of an H200, 24, is of a whole product), copies 48 GB/s, HBM 4.2 TB/s,
     /// 700 TFLOP/s of bf16.
     pub fn h200() -> Self {
         DeviceProfile {

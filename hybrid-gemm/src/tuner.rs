@@ -24,6 +24,8 @@ pub trait Timer {
 pub struct TuningKey {
     /// Name of the device.
     pub device: String,
+    /// Bits of the link's rates for reads of blocks and for copies, which decide between paths.
+    pub link: [u64; 2],
     /// Format of the weights.
     pub format: Format,
     /// `[n, k]`
@@ -54,6 +56,7 @@ impl TuningKey {
         let (config, tiling) = (plan.config(), plan.placement().tiling());
         TuningKey {
             device: config.device.name.clone(),
+            link: [config.device.link_reads_per_s, config.device.link_copies_per_s].map(f64::to_bits),
             format: tiling.format(),
             shape: [tiling.n(), tiling.k()],
             host_columns: plan.placement().host_columns(),

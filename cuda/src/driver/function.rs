@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::{CudaContext, CudaStream, sys};
 
-use super::call::{check, failed};
+use super::call::{check, failed, quiesce};
 use super::gpu::Gpu;
 use super::launch_log::{self, Launched};
 use super::tensor_map::TensorMap;
@@ -142,7 +142,9 @@ impl Loaded {
 impl Drop for Loaded {
     fn drop(&mut self) {
         // A kernel that still runs needs its code. Errors go where cudarc keeps those of its own destructors.
-        self.context.record_err(self.context.synchronize());
+        if !quiesce(&self.context) {
+            return;
+        }
         // SAFETY: the module was loaded into this context, is unloaded once, and nothing runs its code any more.
         let result = unsafe { sys::cuModuleUnload(self.module) };
         self.context.record_err(result.result());

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, sys};
 
-use super::call::check;
+use super::call::{check, make_current};
 use super::gpu::Gpu;
 use crate::Error;
 
@@ -110,7 +110,7 @@ impl Graph {
 impl Drop for Graph {
     fn drop(&mut self) {
         let context = self.gpu.context();
-        context.record_err(context.bind_to_thread());
+        make_current(context);
         if !self.executable.is_null() {
             // SAFETY: created in `capture` and destroyed once; the driver keeps what a running replay needs.
             let result = unsafe { sys::cuGraphExecDestroy(self.executable) };

@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 use bytemuck::Pod;
 use cudarc::driver::{CudaStream, sys};
 
-use super::call::check;
+use super::call::{check, quiesce};
 use super::gpu::Gpu;
 use crate::Error;
 use crate::memory::{View, ViewMut};
@@ -122,7 +122,9 @@ impl<T> Drop for Mapped<T> {
     fn drop(&mut self) {
         let context = self.gpu.context();
         // A kernel may still use the memory: views are borrowed until the launch, not until its end.
-        context.record_err(context.synchronize());
+        if !quiesce(context) {
+            return;
+        }
         // SAFETY: allocated with cuMemHostAlloc, freed once, and no longer in use.
         let result = unsafe { sys::cuMemFreeHost(self.host.cast()) };
         context.record_err(result.result());
@@ -205,7 +207,10 @@ impl<T, O> Drop for Registered<T, O> {
     fn drop(&mut self) {
         let context = self.gpu.context();
         // A kernel may still read the memory: views are borrowed until the launch, not until its end.
-        context.record_err(context.synchronize());
+        if !quiesce(context) {
+            std::mem::forget(self.owner.take());
+            return;
+        }
         // SAFETY: registered in `read_only`, unregistered once, and no longer in use.
         let result = unsafe { sys::cuMemHostUnregister(self.host) };
         context.record_err(result.result());

@@ -20,7 +20,7 @@ mod side_stream;
 mod tensor_map;
 mod timing;
 
-pub use call::failed;
+pub use call::{failed, quiesce};
 pub use function::{FunctionUse, GpuFunction};
 pub use gpu::Gpu;
 pub use graph::Graph;

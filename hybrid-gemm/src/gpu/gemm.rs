@@ -74,7 +74,8 @@ pub struct GemmArgs<'a, X, O, W = DeviceWeights<'a>> {
     pub bias: Option<&'a View<'a, f32>>,
     /// Residual `[max_tokens, out_columns]`, where the plan has one.
     pub residual: Option<&'a View<'a, O>>,
-    /// Out: O `[max_tokens, out_columns]`; rows past the schedule's tokens stay as they are.
+    /// Out: O `[max_tokens, out_columns]`; rows past the schedule's tokens stay as they are, unless the schedule is
+    /// refused: then all rows of the launch's columns are 0.
     pub out: ViewMut<'a, O>,
     /// Distances between rows; without gaps where not given.
     pub strides: Option<Strides>,

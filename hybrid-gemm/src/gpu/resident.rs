@@ -3,10 +3,11 @@
 //! A call borrows weights until it is enqueued, not until it has run. They may be dropped all the same: giving up either part waits
 //! for everything enqueued in the context, on whatever stream.
 
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
 use cuda::cudarc::driver::{CudaSlice, CudaStream};
-use cuda::driver::{Gpu, GpuFunction, Mapped, MappedKind, SideStream};
+use cuda::driver::{Gpu, GpuFunction, Mapped, MappedKind, SideStream, failed, quiesce};
 use cuda::memory::{View, ViewMut};
 use cuda::storage::Storage;
 
@@ -16,14 +17,22 @@ use crate::weights::{Layout, Placement};
 use crate::{Error, Weights};
 
 /// Memory in HBM that is freed when nothing runs any more. The events that slices keep would order its end as well, but callers
-/// turn them off to capture graphs.
+/// turn them off to capture graphs. Where the end of what runs cannot be waited for, it is leaked.
 #[derive(Debug)]
-struct Kept<T>(CudaSlice<T>);
+struct Kept<T>(ManuallyDrop<CudaSlice<T>>);
+
+impl<T> Kept<T> {
+    fn new(slice: CudaSlice<T>) -> Self {
+        Kept(ManuallyDrop::new(slice))
+    }
+}
 
 impl<T> Drop for Kept<T> {
     fn drop(&mut self) {
-        let context = self.0.context();
-        context.record_err(context.synchronize());
+        if quiesce(self.0.context()) {
+            // SAFETY: dropped once, here, and not used any more.
+            unsafe { ManuallyDrop::drop(&mut self.0) };
+        }
     }
 }
 
@@ -50,8 +59,9 @@ impl ResidentWeights {
             Ok(_) => weights.clone(),
             Err(_) => pin(gpu, weights)?,
         };
-        let hbm = Kept(to_device(stream, weights.hbm_bytes())?);
-        let scales = Kept(to_device(stream, weights.channel_scales())?);
+        let hbm = Kept::new(to_device(stream, weights.hbm_bytes())?);
+        let scales = Kept::new(to_device(stream, weights.channel_scales())?);
+        arrived(stream)?;
         Ok(Self { ordinal, hbm, scales, weights })
     }
 
@@ -81,9 +91,9 @@ impl ResidentWeights {
                 Some(unsafe { View::from_mapped(address, bytes, self.ordinal) })
             }
         };
-        let hbm = (placement.hbm_columns() > 0).then(|| View::device(&self.hbm.0, stream));
+        let hbm = (placement.hbm_columns() > 0).then(|| View::device(&*self.hbm.0, stream));
         let scaled = placement.tiling().format().has_channel_scale();
-        let scales = scaled.then(|| View::device(&self.scales.0, stream));
+        let scales = scaled.then(|| View::device(&*self.scales.0, stream));
         let placements = std::slice::from_ref(placement);
         run(DeviceWeights { host: host.as_ref(), hbm: hbm.as_ref(), scales: scales.as_ref(), placements })
     }
@@ -175,12 +185,14 @@ impl ResidentExperts {
         }
         let hbm = experts.iter().map(Weights::hbm_bytes).collect::<Vec<_>>().concat();
         let scales = experts.iter().map(Weights::channel_scales).collect::<Vec<_>>().concat();
-        Ok(ResidentExperts {
+        let experts = ResidentExperts {
             placements: experts.iter().map(|expert| *expert.placement()).collect(),
             host,
-            hbm: if hbm.is_empty() { None } else { Some(Kept(to_device(stream, &hbm)?)) },
-            scales: if scales.is_empty() { None } else { Some(Kept(to_device(stream, &scales)?)) },
-        })
+            hbm: if hbm.is_empty() { None } else { Some(Kept::new(to_device(stream, &hbm)?)) },
+            scales: if scales.is_empty() { None } else { Some(Kept::new(to_device(stream, &scales)?)) },
+        };
+        arrived(stream)?;
+        Ok(experts)
     }
 
     /// Calls with the weights as arguments of [`GroupedGemm::run`](super::GroupedGemm::run).
@@ -193,8 +205,8 @@ impl ResidentExperts {
         run: impl FnOnce(DeviceWeights<'_>) -> Result<R, Error>,
     ) -> Result<R, Error> {
         let host = self.host.as_ref().map(Mapped::view);
-        let hbm = self.hbm.as_ref().map(|hbm| View::device(&hbm.0, stream));
-        let scales = self.scales.as_ref().map(|scales| View::device(&scales.0, stream));
+        let hbm = self.hbm.as_ref().map(|hbm| View::device(&*hbm.0, stream));
+        let scales = self.scales.as_ref().map(|scales| View::device(&*scales.0, stream));
         let placements = &self.placements;
         run(DeviceWeights { host: host.as_ref(), hbm: hbm.as_ref(), scales: scales.as_ref(), placements })
     }
@@ -207,5 +219,10 @@ fn to_device<T: cuda::cudarc::driver::DeviceRepr + Default>(
 ) -> Result<CudaSlice<T>, Error> {
     let nothing = [T::default()];
     let copied = stream.clone_htod(if values.is_empty() { &nothing[..] } else { values });
-    Ok(copied.map_err(cuda::driver::failed("cuMemcpyHtoDAsync"))?)
+    Ok(copied.map_err(failed("cuMemcpyHtoDAsync"))?)
+}
+
+/// Waits for what was copied: calls on other streams read it, and no event need order them.
+fn arrived(stream: &CudaStream) -> Result<(), Error> {
+    Ok(stream.synchronize().map_err(failed("cuStreamSynchronize"))?)
 }

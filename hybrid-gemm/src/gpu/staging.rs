@@ -190,8 +190,9 @@ impl<F: Function, X: Storage> Gemm<F, X> {
         match enqueued {
             // The last launch waits for the last copy.
             Ok(()) => Ok(()),
-            // Whatever failed, and wherever: no copy may outlive the call unseen, and no fork stay open. The first error counts.
-            Err(_) => enqueued.and(ring.side.join(queue).map_err(Error::from)),
+            // Whatever failed, and wherever: no copy may outlive the call unseen, and no fork stay open. The first error counts, but
+            // that of the join more, since then the workspace may be in use.
+            Err(error) => Err(ring.side.join(queue).map_or_else(Error::from, |()| error)),
         }
     }
 }

@@ -56,7 +56,7 @@ fn write_columns<R: Rig>(rig: &R, to: &mut R::Buffer<u8>, columns: &[u8], column
     }
 }
 
-/// One product by `kernel`, and, in panels of 64, the same columns as those of two experts; every operand reaches past 4 GiB.
+/// One product, and, by the same kernel, the same columns as those of two experts; every operand reaches past 4 GiB.
 fn far<R: Rig>(rig: &R, rows: &Rows, alpha: f64) {
     let [n, k] = SHAPE;
     let tiling = Tiling::with_tile_k(n, k, Format::Float(DType::BF16), 128).expect("a tiling");
@@ -118,6 +118,8 @@ fn far<R: Rig>(rig: &R, rows: &Rows, alpha: f64) {
     let mut launch = |params: &HybridGemmParams,
                       schedule: HybridGemmSchedule,
                       experts: Option<(&[HybridGemmExpert], &[u32])>| {
+        // Nothing of the launch before counts.
+        (0..tokens).for_each(|token| rig.write(&mut out, token * rows.out, &[f32::NAN; SHAPE[0]]));
         let schedule = rig.upload(&[schedule]);
         let experts = experts.map(|(table, offsets)| (rig.upload(table), rig.upload(offsets)));
         let experts = experts.as_ref().map(|(table, offsets)| (rig.view(table), rig.view(offsets)));
@@ -138,9 +140,10 @@ fn far<R: Rig>(rig: &R, rows: &Rows, alpha: f64) {
             traffic: Some(rig.view_mut(&mut traffic)),
             status: rig.view_mut(&mut status),
         };
-        kernel.launch(rig.queue(), args).expect("a launch");
+        kernel.launch(rig.queue(), args)?;
         assert_eq!(Fault::decode(rig.download(&status)[0]), None, "{test} on {}", rig.name());
-        (0..tokens).map(|token| rig.read(&out, token * rows.out, n)).collect::<Vec<Vec<f32>>>()
+        let rows = (0..tokens).map(|token| rig.read(&out, token * rows.out, n));
+        Ok::<Vec<Vec<f32>>, cuda::Error>(rows.collect())
     };
 
     let matrix = w.dequantize();
@@ -149,7 +152,7 @@ fn far<R: Rig>(rig: &R, rows: &Rows, alpha: f64) {
         x.iter().zip(w).map(|(x, w)| x.to_f64() * f64::from(*w)).sum::<f64>()
     };
     let case = format!("{test} on {}, seeds 101 to 103", rig.name());
-    let found = launch(&params, plan.schedule(tokens).expect("a schedule"), None);
+    let found = launch(&params, plan.schedule(tokens).expect("a schedule"), None).expect("a launch");
     let expected =
         |token: usize, feature: usize| exact(token, feature) + f64::from(added[token * n + feature]);
     let all = |expected: &dyn Fn(usize, usize) -> f64, columns: usize| -> Vec<f64> {
@@ -178,7 +181,11 @@ fn far<R: Rig>(rig: &R, rows: &Rows, alpha: f64) {
         ..params
     };
     let (table, offsets) = ([expert(0), expert(far_offset)], [0, 1, tokens as u32]);
-    let found = launch(&params, group.schedule(), Some((&table, &offsets)));
+    let found = launch(&params, group.schedule(), Some((&table, &offsets))).expect("a launch");
+    // A stride of columns that the kernel's check of experts would multiply past 64 bits.
+    let wide = HybridGemmParams { column_bytes: 1 << 63, ..params };
+    let refused = launch(&wide, group.schedule(), Some((&table, &offsets))).expect_err("another stride");
+    assert!(matches!(refused, cuda::Error::Argument { argument: "column_bytes", .. }), "{refused}");
     let expected = |token: usize, feature: usize| {
         // Feature 64 and those behind it are the column in HBM.
         let column = usize::from(token > 0) + 2 * (feature / 64);

@@ -157,6 +157,10 @@ pub(super) fn launch<F: Function, X: Storage, O: Storage>(
         return wrong("n", format!("at most {MOST_CHUNKS} chunks of 64 inputs times panels"), chunks as u64);
     }
     let column_bytes = slabs * (HYBRID_SLAB_BYTES as usize + format.scale_bytes());
+    // The kernel checks where experts lie and multiplies by this.
+    if experts > 0 && params.column_bytes != column_bytes as u64 {
+        return wrong("column_bytes", format!("{column_bytes} of each expert's"), params.column_bytes);
+    }
     if params.column_bytes < column_bytes as u64 || !params.column_bytes.is_multiple_of(16) {
         return wrong(
             "column_bytes",
