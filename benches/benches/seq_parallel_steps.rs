@@ -8,7 +8,7 @@ use longkv_benches::{GpuBench, throughput};
 use longkv_cuda::memory::{View, ViewMut};
 use longkv_cuda::status::StatusWord;
 use longkv_cuda::workspace::Workspace;
-use seq_parallel::gpu::transport::{OneGpu, Shared};
+use seq_parallel::gpu::transport::OneGpu;
 use seq_parallel::gpu::{
     DeviceCarrier, DeviceRing, DeviceRingArgs, Pack, PackArgs, PackPlan, RingStep, RingStepArgs,
     RingStepPlan, Rows,
@@ -146,7 +146,6 @@ fn moving(criterion: &mut Criterion, bench: &mut GpuBench) {
     let own = tokens / ranks;
     let q = stream.clone_htod(&Inputs::Normal.generate::<bf16>(own * Q_HEADS, DIM, 1)).expect("copy");
     let block = Inputs::Normal.generate::<bf16>(own * KV_HEADS * 2, DIM, 2);
-    let shared = Shared::default();
     let kernels: Vec<_> = (0..ranks)
         .map(|rank| {
             let plan = RingStepPlan::new(&ring, rank).expect("a valid plan");
@@ -154,14 +153,13 @@ fn moving(criterion: &mut Criterion, bench: &mut GpuBench) {
         })
         .collect();
     let rows = own * Q_HEADS;
-    let mut of_ranks: Vec<_> = World::new(ranks)
-        .expect("ranks")
-        .1
+    let ends = World::new(ranks).expect("ranks").1.into_iter();
+    let ends = ends.map(|end| (end, stream.context().new_stream().expect("a stream")));
+    let mut of_ranks: Vec<_> = OneGpu::group(ends)
         .into_iter()
         .zip(&kernels)
         .map(|(end, kernel)| {
             let plan = kernel.plan();
-            let end = OneGpu::new(end, shared.clone(), stream.context().new_stream().expect("a stream"));
             let block = || stream.clone_htod(bytemuck::cast_slice::<_, u8>(&block)).expect("copy");
             let blocks = (block(), Some(block()));
             let tiles = stream.clone_htod(bytemuck::cast_slice::<_, u8>(plan.tiles())).expect("copy");

@@ -40,7 +40,8 @@ fn check(model: &Model, kv: &str, sharings: &[&str], lens: &[usize], tolerance: 
         let expected = run("single");
         for sharing in sharings {
             let whole_heads = sharing.starts_with("ulysses") || sharing.starts_with("fast,ranks=4,region");
-            let one_order = whole_heads || sharing.contains("ranks=1");
+            // Few rows are multiplied in another order than many: one rank and several have to be on one side of 4.
+            let one_order = whole_heads && (len <= 4 || len >= 40) || sharing.contains("ranks=1");
             let tolerance = if one_order { 0.0 } else { tolerance };
             for (step, (found, expected)) in run(sharing).iter().zip(&expected).enumerate() {
                 close(&format!("{kv}, {sharing}, {len} tokens, step {step}"), found, expected, tolerance);
@@ -76,7 +77,7 @@ const SHARINGS: [&str; 18] = [
 fn ranks_give_the_logits_of_one() {
     let model = load(&bundled()).unwrap();
     // Only the order of sums differs; where keys are rounded to 16 bits, one on a border may round the other way.
-    check(&model, "dense,dtype=f32", &SHARINGS, &[1, 3, 120], 2e-5);
+    check(&model, "dense,dtype=f32", &SHARINGS, &[1, 3, 7, 13, 120], 2e-5);
     check(&model, "dense", &SHARINGS, &[97], 5e-4);
     check(&model, "dense,dtype=bf16", &["ring,ranks=4", "ulysses,ranks=4"], &[97], 2e-3);
 }

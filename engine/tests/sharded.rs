@@ -104,7 +104,7 @@ fn every_architecture_can_be_sharded() {
 }
 
 /// A token's query goes to every other rank and an output comes back, per layer; its keys and values go to one rank; at the end its hidden
-/// state goes round.
+/// state goes round, as do three words at the beginning.
 #[test]
 fn bytes_are_counted_to_the_byte() {
     let model = load(&bundled()).unwrap();
@@ -125,6 +125,7 @@ fn bytes_are_counted_to_the_byte() {
             for (rank, holding) in each.iter().enumerate() {
                 // The hidden state of rank 0 goes round to all but rank 0.
                 let round = if (rank + 1) % ranks == 0 { 0 } else { 9 * 4 * config.hidden_size };
+                let words = 9 * 8 * 3 * (ranks - 1);
                 let layers = match rank {
                     0 => {
                         let elsewhere: usize = (1..ranks).map(new).sum();
@@ -132,7 +133,11 @@ fn bytes_are_counted_to_the_byte() {
                     }
                     _ => 9 * config.layers * partial,
                 };
-                assert_eq!(holding.sent, Some((round + layers) as u64), "{kv}, rank {rank} of {ranks}");
+                assert_eq!(
+                    holding.sent,
+                    Some((round + words + layers) as u64),
+                    "{kv}, rank {rank} of {ranks}"
+                );
             }
         }
     }
@@ -215,6 +220,63 @@ fn a_step_that_fails_leaves_nothing_behind() {
         let error = ranks::extend_sharded(&model, sharing, &[1], &mut caches[1], &mut ends[0]).unwrap_err();
         assert!(error.to_string().contains(named), "{error}");
     }
+}
+
+/// Four ranks of which one dies at any exchange of a step: either every cache is as it was, or the ranks that could not know keep the
+/// tokens, and the next step names that on every rank and changes nothing.
+#[test]
+fn ranks_that_disagree_after_a_fault_notice() {
+    let model = load(&bundled()).unwrap();
+    let (tokens, ranks) = (tokens(&model, 30), 4);
+    let sharing = ranks::Sharing::new(&mode("ring,ranks=4,kv=sharded")).unwrap();
+    let steps = |tokens: &[u32], caches: &mut Vec<ShardedKv>, (culprit, dies_at): (usize, usize)| {
+        let ends: Vec<_> = World::new(ranks).unwrap().1.into_iter().zip(caches).collect();
+        local::run_on(ends, |(end, kv)| {
+            let exchange = if end.rank() == culprit { dies_at } else { usize::MAX };
+            let mut end = Faulty::new(end, Failure::Dies, exchange);
+            ranks::extend_sharded(&model, &sharing, tokens, kv, &mut end).map(drop)
+        })
+    };
+    let state = |caches: &[ShardedKv]| -> Vec<_> {
+        caches.iter().enumerate().map(|(rank, kv)| (kv.held().to_vec(), kv.bytes(rank))).collect()
+    };
+    let never = (ranks, usize::MAX);
+    let mut partly = 0;
+    for culprit in [0, 1, 3] {
+        for dies_at in 0.. {
+            let cache = |rank| ShardedKv::new(&mode("dense"), &model, 30, ranks, [rank]).unwrap();
+            let mut caches: Vec<ShardedKv> = (0..ranks).map(cache).collect();
+            assert!(steps(&tokens[..25], &mut caches, never).iter().all(Result::is_ok));
+            let before = state(&caches);
+            let results = steps(&tokens[25..26], &mut caches, (culprit, dies_at));
+            if results[culprit].is_ok() {
+                assert!(dies_at > 8 && results.iter().all(Result::is_ok), "it has no more exchanges");
+                break;
+            }
+            let case = format!("rank {culprit} dies at exchange {dies_at}");
+            let after = state(&caches);
+            for (rank, result) in results.iter().enumerate() {
+                let grown: usize = after[rank].0.iter().sum();
+                match result {
+                    Ok(()) => assert_eq!(grown, 26, "{case}, rank {rank}"),
+                    Err(_) => assert_eq!(after[rank], before[rank], "{case}, rank {rank}"),
+                }
+            }
+            let kept = results.iter().filter(|result| result.is_ok()).count();
+            let next = steps(&tokens[25..26], &mut caches, never);
+            if kept == 0 {
+                assert!(next.iter().all(Result::is_ok), "{case}: {next:?}");
+                continue;
+            }
+            partly += 1;
+            assert_eq!(state(&caches), after, "{case}");
+            for (rank, result) in next.into_iter().enumerate() {
+                let error = result.unwrap_err().to_string();
+                assert!(error.contains("differ in the tokens held by ranks"), "{case}, rank {rank}: {error}");
+            }
+        }
+    }
+    println!("{partly} deaths were heard of too late by some rank");
 }
 
 /// Garbage in the shards worsens what is decoded through them; after a new start nothing of it is left.

@@ -49,11 +49,13 @@ impl<T: Element> Shard<T> {
         let new = tokens(segments);
         crate::error::check_len("k", k.len(), &[new, self.shape.kv_heads(), self.shape.qk_dim()])?;
         crate::error::check_len("v", v.len(), &[new, self.shape.kv_heads(), self.shape.v_dim()])?;
-        for (held, new) in [(&mut self.k, k), (&mut self.v, v)] {
-            held.try_reserve(new.len())
+        // Room for both first: keys without values would stay behind.
+        for (held, new) in [(&mut self.k, k.len()), (&mut self.v, v.len())] {
+            held.try_reserve(new)
                 .map_err(|error| Error::argument("tokens", "keys and values that fit memory", error))?;
-            held.extend_from_slice(new);
         }
+        self.k.extend_from_slice(k);
+        self.v.extend_from_slice(v);
         for segment in segments {
             let segment = Segment { row: self.tokens + segment.row, ..*segment };
             match self.segments.last_mut().and_then(|last| Some((continued(last, &segment)?, last))) {
@@ -89,10 +91,10 @@ impl<T: Element> Shard<T> {
     pub fn truncate(&mut self, tokens: usize) {
         if tokens < self.tokens {
             self.segments = cut(&self.segments, 0..tokens);
-            self.k.truncate(tokens * self.shape.kv_heads() * self.shape.qk_dim());
-            self.v.truncate(tokens * self.shape.kv_heads() * self.shape.v_dim());
             self.tokens = tokens;
         }
+        self.k.truncate(self.tokens * self.shape.kv_heads() * self.shape.qk_dim());
+        self.v.truncate(self.tokens * self.shape.kv_heads() * self.shape.v_dim());
     }
 
     /// Attends to what is held.

@@ -466,3 +466,25 @@ fn staging_copies_have_the_deadline() {
         assert!(stalled, "{error}");
     });
 }
+
+/// What a fault leaves behind, posted and not matched, is nothing to the group that is made anew on the same streams.
+#[test]
+fn a_group_made_anew_gets_no_old_blocks() {
+    with_fakes("a_group_made_anew_gets_no_old_blocks", |fakes| {
+        let (context, (world, ends)) = (fakes.context(), World::new(2).unwrap());
+        let compute = context.new_stream().unwrap();
+        let streams = [(); 2].map(|()| context.new_stream().unwrap());
+        let group = |ends: Vec<Local>| OneGpu::group(ends.into_iter().zip(streams.iter().cloned()));
+        let mut old = group(ends);
+        // Rank 0 has posted when rank 1 gives up: its block and its space stay.
+        let _posted = post(&mut old[0], 0, 7, &compute).unwrap();
+        old[1].control().abort(ring_tag(0), "planned to give up here");
+        let mut new = group(world.rebuild(2));
+        let tickets = [0, 1].map(|rank| post(&mut new[rank], 0, 10 + rank as u8, &compute).unwrap());
+        for (rank, ticket) in tickets.into_iter().enumerate() {
+            let block = new[rank].wait(ticket).unwrap();
+            assert_eq!(compute.clone_dtoh(&block).unwrap(), [[11, 10][rank]; 64], "rank {rank}");
+        }
+        assert!(post(&mut old[0], 1, 7, &compute).is_err(), "the old group is spent");
+    });
+}

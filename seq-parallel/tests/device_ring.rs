@@ -6,7 +6,7 @@
 mod support;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use attention::Mask;
 use attention::gpu::PrefillKernel;
@@ -17,15 +17,15 @@ use cuda::memory::{Space, View, ViewMut};
 use cuda::workspace::HostWorkspace;
 use emulator::{Emulator, Order, Queue};
 use half::f16;
-use seq_parallel::Error;
-use seq_parallel::gpu::transport::{DeviceTransport, Incoming, Nccl, NcclLibrary, OneGpu, Outgoing, Shared};
+use seq_parallel::gpu::transport::{DeviceTransport, Incoming, Nccl, NcclLibrary, Outgoing};
 use seq_parallel::gpu::{Block, DeviceRing, DeviceRingArgs, RingStep, RingStepPlan};
 use seq_parallel::placement::{Placement, Shards};
 use seq_parallel::ring::{Carrier, RingPlan};
 use seq_parallel::testing::{Contents, sequences, spec};
 use seq_parallel::transport::local::{self, Local, World};
 use seq_parallel::transport::{Operation, Tag, Ticket, Transport};
-use support::with_fakes;
+use seq_parallel::{Error, PeerFault};
+use support::{one_gpu, with_fakes};
 
 /// Memory of the stand-in driver, which is the host's: the emulator's kernels see it where it is.
 struct Memory {
@@ -184,10 +184,8 @@ fn on_both<R: Send>(
         ends.iter_mut().for_each(|end| end.set_deadline(deadline));
         ends
     };
-    let shared = Shared::default();
-    let on_one_gpu = local::run_on(ends(), |end| {
-        let rank = end.rank();
-        let mut transport = OneGpu::new(end, shared.clone(), context.new_stream().unwrap());
+    let on_one_gpu = local::run_on(one_gpu(context, ends()), |mut transport| {
+        let rank = transport.control().rank();
         body(rank, &mut |ring, contents, how| {
             let result = run(context, &mut transport, contents, ring, how);
             (result, DeviceTransport::traffic(&transport).sent)
@@ -247,16 +245,15 @@ fn rings_over_device_memory_equal_the_oracle() {
     });
 }
 
-/// A rank that stops after a step: every other says which rank and at which step, in time.
+/// A rank that stops after a step: every other says which rank and of what, long before the deadline.
 #[test]
 fn a_rank_that_stops_is_named() {
     emulator::emulator_or_skip!();
     with_fakes("a_rank_that_stops_is_named", |fakes| {
         let context = fakes.context();
-        let (contents, ranks, deadline) = (contents(30), 3, Duration::from_millis(300));
+        let (contents, ranks, deadline) = (contents(30), 3, Duration::from_secs(20));
         let shards = Shards::new(contents.sequences.iter().copied(), Placement::Zigzag, ranks).unwrap();
         let ring = RingPlan::new(contents.spec, shards).unwrap();
-        let begin = Instant::now();
         let both = on_both(&context, ranks, deadline, |rank, run| {
             // Rank 1 is gone after its first step, whose exchange it never waits for.
             let until = if rank == 1 { 1 } else { ranks };
@@ -266,12 +263,13 @@ fn a_rank_that_stops_is_named() {
             assert_eq!(results[1], Ok(()));
             for rank in [0, 2] {
                 match &results[rank] {
-                    Err(Error::Peer { peer: 1, at, .. }) => assert_eq!(at.operation, Operation::PassKv),
+                    Err(Error::Peer { peer: 1, at, fault: PeerFault::Gone, .. }) => {
+                        assert_eq!(at.operation, Operation::PassKv);
+                    }
                     other => panic!("rank {rank}: {other:?}"),
                 }
             }
         }
-        assert!(begin.elapsed() < 20 * deadline, "{:?}", begin.elapsed());
     });
 }
 
@@ -284,9 +282,7 @@ fn one_thread_turns_all_ranks() {
         let shards = Shards::new(contents.sequences.iter().copied(), Placement::Striped, ranks).unwrap();
         let ring = RingPlan::new(contents.spec, shards.clone()).unwrap();
         let kernels: Vec<Kernel> = (0..ranks).map(|rank| kernel(&ring, rank).unwrap()).collect();
-        let shared = Shared::default();
-        let end = |end| OneGpu::new(end, shared.clone(), context.new_stream().unwrap());
-        let mut ends: Vec<_> = World::new(ranks).unwrap().1.into_iter().map(end).collect();
+        let mut ends = one_gpu(&context, World::new(ranks).unwrap().1);
         let of = |of| Rank::new(&context, &contents, &ring, of).unwrap();
         let mut all: Vec<Rank<'_>> = kernels.iter().enumerate().map(of).collect();
         for _ in 0..ranks {
@@ -304,23 +300,21 @@ fn a_step_runs_beside_the_exchange_that_it_posts() {
     emulator::emulator_or_skip!();
     with_fakes("a_step_runs_beside_the_exchange_that_it_posts", |fakes| {
         let (context, contents, ranks) = (fakes.context(), contents(40), 2);
-        let deadline = Duration::from_millis(300);
+        // The kernels of a step end long before, on a machine with other work, too.
+        let deadline = Duration::from_secs(5);
         let shards = Shards::new(contents.sequences.iter().copied(), Placement::Zigzag, ranks).unwrap();
         let ring = RingPlan::new(contents.spec, shards).unwrap();
-        let shared = Shared::default();
         let (_, mut ends) = World::new(ranks).unwrap();
         ends.iter_mut().for_each(|end| end.set_deadline(deadline));
         let started = std::sync::Barrier::new(ranks);
-        let results = local::run_on(ends, |end| {
-            let rank = end.rank();
+        let results = local::run_on(one_gpu(&context, ends), |mut transport| {
+            let rank = transport.control().rank();
             let kernel = kernel(&ring, rank).unwrap();
-            let mut transport = OneGpu::new(end, shared.clone(), context.new_stream().unwrap());
             let mut of = Rank::new(&context, &contents, &ring, (rank, &kernel)).unwrap();
             started.wait();
             fakes.stuck(true);
-            let begin = Instant::now();
+            // One that waited for its exchange would fail at the deadline.
             of.step(&mut transport).unwrap();
-            assert!(begin.elapsed() < deadline, "rank {rank} has waited");
             assert!(of.o.iter().any(|x| x.is_finite()), "rank {rank} has computed");
             of.step(&mut transport)
         });

@@ -9,9 +9,7 @@ use std::sync::Arc;
 
 use cuda::cudarc::driver::CudaContext;
 use seq_parallel::Error;
-use seq_parallel::gpu::transport::{
-    DeviceTransport, Incoming, Nccl, NcclLibrary, OneGpu, Outgoing, Shared, Staged,
-};
+use seq_parallel::gpu::transport::{DeviceTransport, Incoming, Nccl, NcclLibrary, OneGpu, Outgoing, Staged};
 use seq_parallel::testing::conform;
 use seq_parallel::transport::local::{self, Local, World};
 use seq_parallel::transport::{Operation, Tag, Transport};
@@ -172,17 +170,16 @@ fn without_nccl_there_is_an_error() {
 
 /// The same suite where blocks really are copied by a GPU, each rank on a stream of its own.
 mod one_gpu {
-    use super::{CudaContext, OneGpu, Shared, Staged, World, conform, local};
+    use super::{CudaContext, OneGpu, Staged, World, conform, local};
 
     #[test]
     fn gpu() {
         let Some(_rig) = emulator::rig::gpu_or_skip("one_gpu") else { return };
         let context = CudaContext::new(0).unwrap();
         for ranks in [1, 2, 3, 4, 8] {
-            let shared = Shared::default();
             let ends = World::new(ranks).unwrap().1.into_iter();
-            let ends = ends.map(|end| OneGpu::new(end, shared.clone(), context.new_stream().unwrap()));
-            local::run_on(ends.collect(), |end| conform(&mut Staged::new(end)));
+            let ends = OneGpu::group(ends.map(|end| (end, context.new_stream().unwrap())));
+            local::run_on(ends, |end| conform(&mut Staged::new(end)));
         }
     }
 }

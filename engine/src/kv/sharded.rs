@@ -40,6 +40,8 @@ pub(crate) trait RankShard: Send {
     /// Another rank's part of a step.
     fn answer(&mut self, layer: usize, step: &DecodeStep, transport: &mut dyn Transport)
     -> Result<(), Error>;
+    /// Tokens that a layer holds.
+    fn tokens(&self, layer: usize) -> usize;
     /// Bytes of all layers.
     fn bytes(&self) -> usize;
     /// Forgets all but the first tokens of every layer.
@@ -91,6 +93,10 @@ impl<T: Element> RankShard for Layers<T> {
         transport: &mut dyn Transport,
     ) -> Result<(), Error> {
         Ok(step.answer(layer, &mut self.0[layer], transport)?)
+    }
+
+    fn tokens(&self, layer: usize) -> usize {
+        self.0[layer].tokens()
     }
 
     fn bytes(&self) -> usize {
@@ -235,7 +241,12 @@ impl ShardedKv {
             let found = format!("{:?}", step.positions);
             return Err(Error::argument("positions", format!("consecutive from {start}"), found));
         }
+        if step.layer == 0 {
+            // A step that ended before its last layer has left its tokens in the first ones.
+            self.restore();
+        }
         let plan = self.shared.step(step.layer, step.positions.len())?;
+        self.check_order(step.layer, &plan)?;
         let rotated = |x: ArrayView3<'_, f32>| {
             self.shared.rotated(x.iter().copied().collect(), x.dim().1, step.positions)
         };
@@ -249,6 +260,41 @@ impl ShardedKv {
             shard.append(step.layer, &plan.kept(*rank), &part(&k, k_width), &part(&v, v_width))?;
         }
         Ok((plan, q))
+    }
+
+    /// Checks that a step comes to its layers in order, each once.
+    fn check_order(&self, layer: usize, plan: &DecodeStep) -> Result<(), Error> {
+        for ((rank, shard), new) in self.shards.iter().zip(plan.dealt()) {
+            let held = self.shared.held[*rank];
+            let before = layer.checked_sub(1).map(|before| (before, held + new));
+            for (of, expected) in before.into_iter().chain([(layer, held)]) {
+                let found = shard.tokens(of);
+                if found != expected {
+                    let expected =
+                        format!("one whose turn it is: {expected} tokens of rank {rank} in layer {of}");
+                    return Err(Error::argument("layer", expected, format!("layer {layer}, {found} tokens")));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// One layer's part of a step, where the cache has all shards. Gives its output.
+    fn attend(&mut self, step: &Step<'_>) -> Result<Array2<f32>, Error> {
+        let (plan, q) = self.extend(step, true)?;
+        let spec = self.shared.geometry.layers[step.layer];
+        let partials: Vec<Output> = self
+            .shards
+            .iter()
+            .map(|(_, shard)| shard.attend(step.layer, &spec, &plan.queries(), &q))
+            .collect::<Result<_, _>>()?;
+        let output = merge(spec.shape.v_dim(), partials)?;
+        let width = spec.shape.q_heads() * spec.shape.v_dim();
+        let out = Array2::from_shape_vec((step.positions.len(), width), output.out)
+            .expect("outputs of these tokens");
+        let out = step.w_o.forward(out.view())?;
+        self.end(step.layer, &plan);
+        Ok(out)
     }
 
     /// Ends a layer's step; with the last layer the tokens are there.
@@ -284,25 +330,14 @@ pub fn stored_type(mode: &Mode) -> Result<DType, Error> {
     }
 }
 
+/// After an error in any layer of a step, all layers are as they were before the step, which can be made again from its first layer.
 impl KvCache for ShardedKv {
     fn forward(&mut self, step: &Step<'_>) -> Result<Array2<f32>, Error> {
-        let (plan, q) = self.extend(step, true)?;
-        let spec = self.shared.geometry.layers[step.layer];
-        let partials: Vec<Output> = self
-            .shards
-            .iter()
-            .map(|(_, shard)| shard.attend(step.layer, &spec, &plan.queries(), &q))
-            .collect::<Result<_, _>>()?;
-        let output = merge(spec.shape.v_dim(), partials)?;
-        self.end(step.layer, &plan);
-        let width = spec.shape.q_heads() * spec.shape.v_dim();
-        let out = Array2::from_shape_vec((step.positions.len(), width), output.out)
-            .expect("outputs of these tokens");
-        step.w_o.forward(out.view())
+        self.attend(step).inspect_err(|_| self.restore())
     }
 
     fn append(&mut self, step: &Step<'_>) -> Result<(), Error> {
-        let (plan, _) = self.extend(step, false)?;
+        let (plan, _) = self.extend(step, false).inspect_err(|_| self.restore())?;
         self.end(step.layer, &plan);
         Ok(())
     }
@@ -338,5 +373,54 @@ impl KvCache for ShardedKv {
     /// The shards in this process.
     fn scramble(&mut self, rng: &mut fastrand::Rng) {
         self.shards.iter_mut().for_each(|(_, shard)| shard.scramble(rng));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use ndarray::Array3;
+
+    use super::*;
+
+    /// A step that ended between its layers is made again from the first, and a layer whose turn it is not is refused.
+    #[test]
+    fn a_step_is_made_again_from_its_first_layer() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("model");
+        let model = Model::load(&path, &"dense".parse().unwrap()).unwrap();
+        let tokens: Vec<u32> = (40..52).collect();
+        let heads = &model.config().heads;
+        let cache = || ShardedKv::new(&"dense,dtype=f32".parse().unwrap(), &model, 12, 3, 0..3).unwrap();
+        let (mut kv, mut fresh) = (cache(), cache());
+        for kv in [&mut kv, &mut fresh] {
+            model.forward(&tokens[..11], 0, kv).unwrap();
+        }
+        let zeros = |heads, dim| Array3::zeros((1, heads, dim));
+        let (q, k) = (zeros(heads.q_heads(), heads.qk_dim()), zeros(heads.kv_heads(), heads.qk_dim()));
+        let v = zeros(heads.kv_heads(), heads.v_dim());
+        let step = |layer: usize| Step {
+            layer,
+            positions: &[11],
+            q: q.view(),
+            k: k.view(),
+            v: v.view(),
+            w_o: model.layers()[layer].output(),
+        };
+        let bytes = |kv: &ShardedKv| (0..3).map(|rank| kv.bytes(rank).unwrap()).sum::<usize>();
+        kv.append(&step(0)).unwrap();
+        kv.append(&step(1)).unwrap();
+        assert!(bytes(&kv) > bytes(&fresh));
+        // Layer 1 again.
+        let error = kv.append(&step(1)).unwrap_err().to_string();
+        assert!(error.starts_with("layer: expected one whose turn it is"), "{error}");
+        assert_eq!((kv.len(), bytes(&kv)), (11, bytes(&fresh)), "as before the step");
+        let error = kv.append(&step(1)).unwrap_err().to_string();
+        assert!(error.contains("tokens of rank") && error.contains("in layer 0"), "{error}");
+        kv.append(&step(0)).unwrap();
+        let [again, expected] =
+            [&mut kv, &mut fresh].map(|kv| model.forward(&tokens[11..12], 11, kv).unwrap());
+        assert_eq!(again, expected, "bit for bit");
+        assert_eq!((kv.len(), bytes(&kv)), (12, bytes(&fresh)));
     }
 }

@@ -7,8 +7,9 @@
 //! Where weights are split over a region, a rank multiplies by its own share alone: a stage of Ulysses gathers the others' first. (A process
 //! has loaded all of them, and hands out its share as if it had no more.)
 //!
-//! Ulysses gives the logits of a single rank bit for bit: a token's products do not depend on the other rows, and every head sums its keys
-//! in the same order. A ring sums them in the order in which blocks come, which moves the bundled model's logits (around 10) by up to
+//! Ulysses gives the logits of a single rank bit for bit, where weights are whole in memory and every rank has more than 4 tokens, or the
+//! prompt no more than that: a token's products do not depend on the other rows then (few rows are multiplied one by one, which sums in
+//! another order), and every head sums its keys in the same order. A ring sums them in the order in which blocks come, which moves the bundled model's logits (around 10) by up to
 //! 5·10⁻⁶ where keys and values are stored in f32, and Megatron sums products in parts. In 16 bits a key on the border of two values may
 //! then round the other way in the next layer, which moves them by up to 4·10⁻⁴.
 
@@ -19,7 +20,7 @@ use seq_parallel::cost_model::Scheme;
 use seq_parallel::hybrid::HybridPlan;
 use seq_parallel::placement::{Segment, Sequence, Shards};
 use seq_parallel::ring::Inputs;
-use seq_parallel::transport::{Subgroup, Transport};
+use seq_parallel::transport::{Operation, Subgroup, Tag, Transport};
 use seq_parallel::{fingerprint, megatron};
 
 use super::Sharing;
@@ -127,11 +128,40 @@ pub(super) fn compute<X: Transport + ?Sized>(
 ) -> Result<(Layout, Array1<f32>), Error> {
     check(model, tokens, 0)?;
     check_model(model.config(), sharing, tokens.len(), stored)?;
-    match stored {
+    let result = match stored {
         DType::F32 => run::<f32, X>(model, sharing, tokens, transport, keep),
         DType::F16 => run::<half::f16, X>(model, sharing, tokens, transport, keep),
         DType::BF16 => run::<half::bf16, X>(model, sharing, tokens, transport, keep),
+    };
+    tell_of(&result, Tag::new(Operation::PassKv, 0), transport);
+    result
+}
+
+/// Tells the others, who wait for this rank, of an error of its own. Of a rank that has failed, and of ranks that differ, they know.
+pub(super) fn tell_of<T, X: Transport + ?Sized>(result: &Result<T, Error>, at: Tag, transport: &mut X) {
+    match result {
+        Err(error) if !is_shared(error) => transport.abort(at, &error.to_string()),
+        _ => {}
     }
+}
+
+/// Whether every rank gets this error.
+fn is_shared(error: &Error) -> bool {
+    use seq_parallel::Error::{Mismatch, Peer};
+    matches!(error, Error::SeqParallel(error) if matches!(**error, Peer { .. } | Mismatch { .. }))
+}
+
+/// What all ranks give, or the error of the rank where it began rather than what others heard of it.
+pub(super) fn of_all<T>(results: Vec<Result<T, Error>>) -> Result<Vec<T>, Error> {
+    let (mut given, mut heard) = (Vec::with_capacity(results.len()), None);
+    for result in results {
+        match result {
+            Ok(one) => given.push(one),
+            Err(error) if is_shared(&error) => heard = heard.or(Some(error)),
+            Err(error) => return Err(error),
+        }
+    }
+    heard.map_or(Ok(given), Err)
 }
 
 fn run<T: Element, X: Transport + ?Sized>(

@@ -4,12 +4,16 @@
 //! further prompt, is computed by rank 0: of each layer it sends the queries to all ranks, which attend to what they hold, and merges what
 //! comes back. New tokens are dealt out so that shards stay balanced. At the end every rank gets the last token's hidden state, so that
 //! processes that run the same command know the same logits.
+//!
+//! Ranks say first what they hold and what the tokens are, and meet last: a rank keeps a step only when all have done it. Where one dies
+//! during that meeting, some may keep what others do not; their next step, over a transport made anew, names that and fails on all.
 
 use ndarray::{Array1, Array2};
+use seq_parallel::fingerprint::{self, Fingerprint};
 use seq_parallel::transport::{Operation, Tag, Transport, local};
 
 use super::Sharing;
-use super::prefill::{check, compute};
+use super::prefill::{check, check_model, compute, of_all, tell_of};
 use crate::kv::{HOME, RankShard, ShardedKv, Shared};
 use crate::{Error, Model};
 
@@ -24,22 +28,26 @@ fn part(
     transport: &mut dyn Transport,
 ) -> Result<(Vec<usize>, Array1<f32>), Error> {
     let start: usize = shared.held.iter().sum();
+    check(model, tokens, start)?;
     if start == 0 {
+        check_model(model.config(), sharing, tokens.len(), shared.stored)?;
+    }
+    Fingerprint::new()
+        .with("the tokens held by ranks (digest)", fingerprint::digest(shared.held.iter().map(|&n| n as u64)))
+        .with("the new tokens (digest)", fingerprint::digest(tokens.iter().map(|&token| u64::from(token))))
+        .agree(transport)?;
+    let grown = if start == 0 {
         let (layout, last) = compute(model, sharing, tokens, shared.stored, transport, |layer, own| {
             shard.append(layer, own.segments, own.rotated, own.v)
         })?;
-        return Ok((layout.tokens(), last));
-    }
-    check(model, tokens, start)?;
-    let result = follow(model, tokens, shared, shard, transport);
-    match &result {
-        // The others wait for this rank.
-        Err(error) if !matches!(error, Error::SeqParallel(_)) => {
-            transport.abort(Tag::new(Operation::DecodeQuery, 0), &error.to_string());
-        }
-        _ => {}
-    }
-    result
+        (layout.tokens(), last)
+    } else {
+        let result = follow(model, tokens, shared, shard, transport);
+        tell_of(&result, Tag::new(Operation::DecodeQuery, 0), transport);
+        result?
+    };
+    transport.barrier()?;
+    Ok(grown)
 }
 
 /// One rank's part of tokens that follow others.
@@ -88,7 +96,8 @@ fn follow(
 /// Runs this process's part of the tokens that a sequence grows by: a prompt, its continuation or one token. Every rank calls it with the
 /// same arguments, and with a cache that has its own shard. Gives the last token's hidden state after the final norm `[hidden]`.
 ///
-/// After an error the cache is as it was.
+/// After an error the cache is as it was. A rank that dies while all meet at the end may leave some with the tokens and some without, which
+/// their next call refuses.
 ///
 /// # Errors
 /// An empty prompt, tokens out of range or too many; heads that cannot be dealt; ranks that are set up differently or have failed; a cache
@@ -138,9 +147,7 @@ pub(super) fn extend_on_threads(
         (result, end.traffic().sent)
     });
     let (results, sent): (Vec<_>, Vec<u64>) = results.into_iter().unzip();
-    // What one rank refused, every rank did; each has the same result.
-    let results: Result<Vec<_>, Error> = results.into_iter().collect();
-    let first = results.map(|results| results.into_iter().next());
+    let first = of_all(results).map(|results| results.into_iter().next());
     match first.inspect_err(|_| kv.restore())? {
         Some((dealt, last)) => {
             kv.grown(&dealt, &sent);
@@ -155,5 +162,130 @@ fn check_ranks(sharing: &Sharing, kv: &ShardedKv) -> Result<(), Error> {
     match expected == found {
         true => Ok(()),
         false => Err(Error::argument("kv", format!("shards of {expected} ranks"), format!("of {found}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use attention::AttentionSpec;
+    use seq_parallel::Output;
+    use seq_parallel::decode::DecodeStep;
+    use seq_parallel::placement::Segment;
+
+    use super::*;
+
+    /// A shard that has no memory for its second layer.
+    struct Full(Option<Box<dyn RankShard>>);
+
+    impl Full {
+        fn whole(&self) -> &dyn RankShard {
+            &**self.0.as_ref().expect("a shard")
+        }
+
+        fn whole_mut(&mut self) -> &mut dyn RankShard {
+            &mut **self.0.as_mut().expect("a shard")
+        }
+    }
+
+    fn room(layer: usize) -> Result<(), Error> {
+        match layer {
+            1 => Err(Error::argument("tokens", "keys and values that fit memory", "too many")),
+            _ => Ok(()),
+        }
+    }
+
+    impl RankShard for Full {
+        fn append(&mut self, layer: usize, segments: &[Segment], k: &[f32], v: &[f32]) -> Result<(), Error> {
+            room(layer)?;
+            self.whole_mut().append(layer, segments, k, v)
+        }
+
+        fn attend(
+            &self,
+            layer: usize,
+            spec: &AttentionSpec,
+            queries: &[Segment],
+            q: &[f32],
+        ) -> Result<Output, Error> {
+            self.whole().attend(layer, spec, queries, q)
+        }
+
+        fn ask(
+            &mut self,
+            layer: usize,
+            step: &DecodeStep,
+            inputs: [&[f32]; 3],
+            transport: &mut dyn Transport,
+        ) -> Result<Output, Error> {
+            self.whole_mut().ask(layer, step, inputs, transport)
+        }
+
+        /// Fails as `Shard::append` does, in the middle of an answer.
+        fn answer(
+            &mut self,
+            layer: usize,
+            step: &DecodeStep,
+            transport: &mut dyn Transport,
+        ) -> Result<(), Error> {
+            if let Err(Error::Argument { argument, expected, found }) = room(layer) {
+                return Err(seq_parallel::Error::argument(argument, expected, found).into());
+            }
+            self.whole_mut().answer(layer, step, transport)
+        }
+
+        fn tokens(&self, layer: usize) -> usize {
+            self.whole().tokens(layer)
+        }
+
+        fn bytes(&self) -> usize {
+            self.whole().bytes()
+        }
+
+        fn truncate(&mut self, tokens: usize) {
+            self.whole_mut().truncate(tokens);
+        }
+
+        fn scramble(&mut self, rng: &mut fastrand::Rng) {
+            self.whole_mut().scramble(rng);
+        }
+    }
+
+    /// The others do not wait until the deadline for a rank that has failed by itself, and what is reported is how it failed.
+    #[test]
+    fn a_rank_that_fails_by_itself_says_so() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("model");
+        let model = Model::load(&path, &"dense".parse().unwrap()).unwrap();
+        let sharing = Sharing::new(&"ring,ranks=3,kv=sharded".parse().unwrap()).unwrap();
+        let tokens: Vec<u32> = (40..52).collect();
+        let reason = "expected keys and values that fit memory";
+        for held in [0, 11] {
+            let mut kv = ShardedKv::new(&"dense".parse().unwrap(), &model, 20, 3, 0..3).unwrap();
+            if held > 0 {
+                extend_on_threads(&model, &sharing, &tokens[..held], &mut kv).unwrap();
+            }
+            let bytes = [0, 1, 2].map(|rank| kv.bytes(rank));
+            let (shared, shards) = kv.parts();
+            let placeholder: Box<dyn RankShard> = Box::new(Full(None));
+            let whole = std::mem::replace(&mut shards[2].1, placeholder);
+            shards[2].1 = Box::new(Full(Some(whole)));
+            let ends = local::World::new(3).unwrap().1;
+            let ends: Vec<_> = ends.into_iter().zip(&mut *shards).collect();
+            let heard = local::run_on(ends, |(mut end, (_, shard))| {
+                part(&model, &sharing, &tokens[held..], shared, &mut **shard, &mut end)
+                    .unwrap_err()
+                    .to_string()
+            });
+            for (rank, error) in heard.iter().enumerate().take(2) {
+                let start = format!("rank {rank}: rank 2 gave up (");
+                assert!(error.starts_with(&start) && error.contains(reason), "{held} held: {error}");
+            }
+            kv.restore();
+            let error =
+                extend_on_threads(&model, &sharing, &tokens[held..], &mut kv).unwrap_err().to_string();
+            assert!(error.contains(reason) && !error.contains("gave up"), "{held} held: {error}");
+            assert_eq!([0, 1, 2].map(|rank| kv.bytes(rank)), bytes, "{held} held: as before");
+        }
     }
 }

@@ -3,6 +3,7 @@
 use ndarray::Array1;
 use seq_parallel::transport::local;
 
+use super::prefill::of_all;
 use super::sharded::extend_on_threads;
 use super::{Choice, Holdings, Ranks, Sharing, Single, prefill_shared};
 use crate::kv::{self, KvCache, ShardedKv};
@@ -49,10 +50,10 @@ impl Ranks for Threads {
             return Single.prefill(model, tokens, kv);
         }
         let (sharing, stored) = (&self.sharing, kv.stored());
-        let mut results =
+        let results =
             local::run(self.count(), |mut end| prefill_shared(model, sharing, tokens, stored, &mut end))?;
-        // All ranks have it all; the first hands it to the cache. What one rank refused, every rank did.
-        let prompt = results.swap_remove(0)?;
+        // All ranks have it all; the first hands it to the cache.
+        let prompt = of_all(results)?.swap_remove(0);
         prompt.append_to(model, kv)
     }
 

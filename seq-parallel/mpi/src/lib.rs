@@ -22,11 +22,14 @@
 //! deadline. Plain `mpirun` kills all processes as soon as one dies, before they can say anything; `mpirun --enable-recovery` lets them.
 //! A process that is gone is noticed at once on its own host, by the process table, elsewhere at the deadline. After a fault the job is
 //! over: a process should exit, which it can do without `MPI_Finalize`, that would wait for the dead. A call of MPI that hangs cannot be
-//! broken off: a thread watches over set-up, waits and end, and ends the process with a line on standard error.
+//! broken off: a thread watches over `MPI_Init` and the first meeting, the tests of requests inside of waits, and `MPI_Finalize`, and ends the
+//! process, exit handlers aside, with a line on standard error. Calls that start a send or a receive, and those that read and send notices
+//! between waits, are not watched: they return at once in an MPI that keeps its word.
 
 mod alive;
 mod calls;
 mod notice;
+mod number;
 mod transport;
 mod watchdog;
 

@@ -1,6 +1,6 @@
 //! What ranks tell each other beside the messages: that one waits, has stopped waiting, has left, or has found a fault.
 //!
-//! All ranks make the same exchanges in the same order, so the number of an exchange says which of two things came first.
+//! Exchanges have numbers that are the same on all ranks ([`Numbers`](crate::number::Numbers)) and say which of two things came first.
 
 use seq_parallel::PeerFault;
 use seq_parallel::transport::Tag;

@@ -5,7 +5,7 @@
 //!
 //! A rank whose deadline is near tells all others for whom it waits, and hears the same of everybody who waits, however shortly. At the
 //! deadline the one that is silent is at the end of the chain of those who wait; that, or a process that is gone, is a fault, which is
-//! told to all. Ranks that find faults at the same time agree on the one of the earliest exchange.
+//! told to all. Ranks that find faults at the same time agree on the one of the earliest exchange, by numbers that are those of all ranks.
 
 use std::collections::HashMap;
 use std::mem::ManuallyDrop;
@@ -19,6 +19,7 @@ use seq_parallel::{Error, PeerFault};
 use crate::alive::Identity;
 use crate::calls::{self, Comm, Failed, Request};
 use crate::notice::{self, Notice};
+use crate::number::Numbers;
 use crate::watchdog::{self, Call, Watchdog};
 
 /// Steps that have tags of their own; MPI promises tags up to 32767 only. The frame has the whole step.
@@ -55,6 +56,7 @@ pub struct Mpi {
     /// Notices under way.
     outbox: Vec<(Request, Arc<[u64; notice::WORDS]>)>,
     next: u64,
+    numbers: Numbers,
     pending: HashMap<u64, Pending>,
     traffic: Traffic,
     deadline: Duration,
@@ -63,7 +65,7 @@ pub struct Mpi {
     universe: ManuallyDrop<Universe>,
 }
 
-/// Where an exchange is: its tag, and its number among all of a rank, which says what comes first across operations.
+/// Where an exchange is: its tag, and its number ([`Numbers`]), which says what comes first across operations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Place {
     at: Tag,
@@ -137,6 +139,7 @@ impl Mpi {
             deaf: false,
             outbox: Vec::new(),
             next: 0,
+            numbers: Numbers::default(),
             pending: HashMap::new(),
             traffic: Traffic::default(),
             deadline,
@@ -145,8 +148,8 @@ impl Mpi {
         })
     }
 
-    /// Waits for every rank, then ends MPI; a process whose MPI_Finalize does not come back within the deadline is ended. One whose end is dropped without it leaves the job without `MPI_Finalize`: the way out
-    /// after a fault.
+    /// Waits for every rank, then ends MPI; a process whose MPI_Finalize does not come back within the deadline is ended. One whose end is
+    /// dropped without it leaves the job without `MPI_Finalize`: the way out after a fault.
     ///
     /// # Errors
     /// [`Error::Peer`] when a rank has failed; MPI is not ended then.
@@ -164,7 +167,7 @@ impl Mpi {
 
     /// Where this rank is, between exchanges.
     fn here(&self, at: Tag) -> Place {
-        Place { at, exchange: self.next }
+        Place { at, exchange: self.numbers.at(at) }
     }
 
     /// Reads what the other ranks have to say.
@@ -183,10 +186,14 @@ impl Mpi {
                 None => {}
             }
         }
-        let mut outbox = std::mem::take(&mut self.outbox);
-        // One that cannot be sent is one that its rank does not need.
-        outbox.retain_mut(|(request, _)| matches!(request.test(), Ok(None)));
-        self.outbox.append(&mut outbox);
+        for (mut request, words) in std::mem::take(&mut self.outbox) {
+            match request.test() {
+                Ok(None) => self.outbox.push((request, words)),
+                Ok(Some(_)) => {}
+                // One that cannot be sent is one that its rank does not need, but MPI may read its words still.
+                Err(_) => std::mem::forget((request, words)),
+            }
+        }
         Ok(())
     }
 
@@ -376,7 +383,7 @@ impl Transport for Mpi {
         mut recv: Buffer,
     ) -> Result<Ticket, Error> {
         transport::check_ends(self.rank, self.ranks, to, from)?;
-        let place = self.here(tag);
+        let place = Place { at: tag, exchange: self.numbers.begin(tag, (to, from)) };
         self.hear(place)?;
         // SAFETY: the words are on the heap, where they stay while `recv` moves into `pending`; nobody reaches them there, and they
         // leave it when the request is done or are leaked.

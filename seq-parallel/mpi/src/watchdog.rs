@@ -4,6 +4,7 @@
 //! thread watches over the calls that may hang, and ends the process when one does.
 
 use std::fmt;
+use std::io::Write;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
@@ -97,14 +98,61 @@ fn watch(watched: &Weak<Mutex<Watched>>, give_up: impl Fn(Call, Duration)) {
 
 /// Says what hangs, and ends the process.
 pub(crate) fn exit(call: Call, limit: Duration) {
-    eprintln!("{call} did not come back within {} ms", limit.as_millis());
-    std::process::exit(1);
+    // Whether anybody can read it or not, the process ends.
+    let _ = writeln!(std::io::stderr(), "{call} did not come back within {} ms", limit.as_millis());
+    // SAFETY: the C library's `_exit` takes a status, has no other preconditions and does not return.
+    unsafe { _exit(1) }
+}
+
+unsafe extern "C" {
+    /// Ends the process without its exit handlers, among which MPI's may wait for the call that hangs.
+    fn _exit(status: i32) -> !;
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::process::{Command, Stdio};
     use std::sync::mpsc;
+
+    /// In a process of its own: nobody reads what it says, and its exit handler never returns.
+    #[test]
+    fn a_process_that_cannot_say_so_is_ended_too() {
+        const CHILD: &str = "LONGKV_TEST_WATCHDOG_CHILD";
+        extern "C" fn hang() {
+            std::thread::sleep(Duration::from_secs(600));
+        }
+        unsafe extern "C" {
+            fn atexit(handler: extern "C" fn()) -> i32;
+        }
+        if std::env::var_os(CHILD).is_some() {
+            // SAFETY: the handler is a function of this program that does not unwind.
+            assert_eq!(unsafe { atexit(hang) }, 0);
+            let watchdog = Watchdog::new(exit);
+            let _watch = watchdog.watch(Call::Start, 2 * LOOK);
+            std::thread::sleep(Duration::from_secs(600));
+        }
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "watchdog::tests::a_process_that_cannot_say_so_is_ended_too", "--nocapture"])
+            .env(CHILD, "1")
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(child.stderr.take());
+        let begin = std::time::Instant::now();
+        let status = loop {
+            match child.try_wait().unwrap() {
+                Some(status) => break status.code(),
+                None if begin.elapsed() > Duration::from_secs(60) => {
+                    child.kill().unwrap();
+                    break child.wait().unwrap().code();
+                }
+                None => std::thread::sleep(LOOK),
+            }
+        };
+        assert_eq!(status, Some(1), "ended by the watchdog");
+    }
 
     #[test]
     fn what_hangs_is_given_up_and_what_ends_is_not() {

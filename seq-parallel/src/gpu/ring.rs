@@ -181,7 +181,9 @@ impl<'k, F: Function, E: Storage, B> DeviceRing<'k, F, E, B> {
         self.blocks.drain(carrier)
     }
 
-    /// The two blocks, for the next layer's ring; `None` while an exchange has one. Kernels that read them may still be queued.
+    /// The two blocks, for the next layer's ring; after [`pause`](Self::pause) or the last step both are here. `None` while the transport
+    /// shares the one that is being sent; one that is being received into comes back with its exchange alone, and is missing until then.
+    /// Kernels that read them may still be queued.
     pub fn into_blocks(self) -> Option<(B, Option<B>)> {
         self.blocks.into_blocks()
     }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use cuda::cudarc::driver::{CudaEvent, CudaSlice, CudaStream, DriverError};
 
-pub use super::transport_local::{OneGpu, Shared};
+pub use super::transport_local::OneGpu;
 #[cfg(feature = "nccl")]
 pub use super::transport_nccl::Nccl;
 #[cfg(feature = "nccl")]

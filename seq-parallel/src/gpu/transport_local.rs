@@ -14,9 +14,10 @@ use super::transport::{DeviceTransport, Incoming, Outgoing, UnderWay, check_exch
 use crate::transport::{Buffer, Tag, Ticket, Traffic, Transport};
 use crate::{Error, PeerFault};
 
-/// What the ranks of one GPU share: blocks and spaces that were posted, and copies under way.
+/// What the ranks of one group share: blocks and spaces that were posted, and copies under way. It ends with the group: what a fault leaves
+/// behind is never matched with what a group posts that was made anew.
 #[derive(Debug, Clone, Default)]
-pub struct Shared {
+struct Shared {
     state: Arc<Mutex<State>>,
 }
 
@@ -93,10 +94,15 @@ struct Pending {
 }
 
 impl<X: Transport> OneGpu<X> {
-    /// A rank that moves blocks on `stream`, which is the caller's and its own. All ranks have the same `shared`.
-    pub fn new(control: X, shared: Shared, stream: Arc<CudaStream>) -> Self {
-        let (pending, traffic) = (HashMap::new(), Traffic::default());
-        OneGpu { control, shared, stream, next: 0, pending, traffic }
+    /// The ranks of a group, each of its end of the control transport and the stream that it moves blocks on, which is the caller's and its
+    /// own. After a fault the group is spent: another is made of the control's new ends.
+    pub fn group(ends: impl IntoIterator<Item = (X, Arc<CudaStream>)>) -> Vec<Self> {
+        let shared = Shared::default();
+        let end = |(control, stream)| {
+            let (pending, traffic) = (HashMap::new(), Traffic::default());
+            OneGpu { control, shared: shared.clone(), stream, next: 0, pending, traffic }
+        };
+        ends.into_iter().map(end).collect()
     }
 
     /// The host's transport.

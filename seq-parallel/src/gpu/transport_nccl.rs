@@ -89,7 +89,7 @@ impl<X: Transport> Nccl<X> {
         Ok(nccl)
     }
 
-    /// Ends the communicator in order and gives the control transport back. Without it the communicator is aborted.
+    /// Ends the communicator in order, then drops the control transport. Without it the communicator is aborted.
     ///
     /// # Errors
     /// [`Error::Library`] when NCCL refuses a call, [`Error::Peer`] when a rank has failed.

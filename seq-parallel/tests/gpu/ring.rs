@@ -14,7 +14,7 @@ use cuda::storage::Storage;
 use emulator::rig::{EmulatorRig, GpuRig, Rig};
 use half::{bf16, f16};
 use seq_parallel::Error;
-use seq_parallel::gpu::transport::{DeviceTransport, OneGpu, Shared};
+use seq_parallel::gpu::transport::{DeviceTransport, OneGpu};
 use seq_parallel::gpu::{Block, DeviceCarrier, DeviceRing, DeviceRingArgs, RingStep, RingStepPlan};
 use seq_parallel::placement::{Placement, Shards};
 use seq_parallel::ring::{Carrier, Direction, HostCarrier, RingPlan};
@@ -82,9 +82,8 @@ impl RingRig for GpuRig {
 
     /// Each rank moves its blocks on a stream of its own; the kernels of all are on the rig's.
     fn ends(&self, ends: Vec<Local>) -> Vec<OneGpu<Local>> {
-        let (shared, context) = (Shared::default(), self.device().context().clone());
-        let end = |end| OneGpu::new(end, shared.clone(), context.new_stream().expect("a stream"));
-        ends.into_iter().map(end).collect()
+        let context = self.device().context();
+        OneGpu::group(ends.into_iter().map(|end| (end, context.new_stream().expect("a stream"))))
     }
 
     fn carrier<'a>(&'a self, end: &'a mut OneGpu<Local>) -> impl Carrier<Block = CudaSlice<u8>> + 'a {

@@ -10,7 +10,7 @@ use cuda::cudarc::driver::{CudaContext, CudaStream};
 use libloading::Library;
 use seq_parallel::Error;
 use seq_parallel::gpu::transport::{
-    DeviceTransport, Incoming, NCCL_VARIABLE, Nccl, NcclLibrary, OneGpu, Outgoing, Shared,
+    DeviceTransport, Incoming, NCCL_VARIABLE, Nccl, NcclLibrary, OneGpu, Outgoing,
 };
 use seq_parallel::transport::local::{self, Local, World};
 use seq_parallel::transport::{Operation, Tag, Ticket, Transport};
@@ -192,9 +192,7 @@ pub(crate) fn ends(ranks: usize) -> Vec<Local> {
 
 /// Ranks on one GPU, each with a stream of the caller.
 pub(crate) fn one_gpu(context: &Arc<CudaContext>, ends: Vec<Local>) -> Vec<OneGpu<Local>> {
-    let shared = Shared::default();
-    let end = |end| OneGpu::new(end, shared.clone(), context.new_stream().unwrap());
-    ends.into_iter().map(end).collect()
+    OneGpu::group(ends.into_iter().map(|end| (end, context.new_stream().unwrap())))
 }
 
 /// Ranks of an NCCL communicator: connecting is collective, so each connects on its thread.
