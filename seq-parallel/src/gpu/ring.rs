@@ -53,7 +53,7 @@ impl<Q: Queue + ?Sized> Block<Q> for Buffer {
 pub struct DeviceCarrier<'a, D> {
     /// What moves them.
     pub transport: &'a mut D,
-    /// The stream of the kernels.
+    /// The stream of the kernels, which blocks are allocated on; see [`DeviceTransport::exchange`].
     pub after: &'a CudaStream,
 }
 

@@ -63,7 +63,9 @@ pub trait DeviceTransport: Send {
     /// The caller's stream that blocks move on.
     fn stream(&self) -> &Arc<CudaStream>;
 
-    /// Starts sending one block and receiving another, once what is queued on `after` is done. Does not wait for other
+    /// Starts sending one block and receiving another, once what is queued on `after` is done. Blocks that kernels use are to be allocated
+    /// on `after`, the kernels' stream: a slice has one event for its readers, which a copy records anew, so only that stream's order keeps
+    /// the memory until the kernels are done. Does not wait for other
     /// ranks, but over NCCL, where a group between ranks that are not connected yet must be launched before the next.
     ///
     /// # Errors
