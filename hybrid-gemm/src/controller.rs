@@ -164,7 +164,8 @@ impl Controller {
         self.alpha
     }
 
-    /// Caps the share of the link that the makespan rule counts on, as a scheduler of several models does; `None` lifts the cap.
+    /// Caps the share of the link that the makespan rule counts on, as a scheduler of several models does; `None` lifts the cap. Where
+    /// times of roles stand for those of link and HBM (a margin above 0), HBM counts with its nominal rate under a cap.
     ///
     /// # Errors
     /// [`Error::Argument`] for a rate that is no positive number.
@@ -227,7 +228,11 @@ impl Controller {
                     self.alpha = within(self.alpha);
                     return;
                 };
-                let link = self.link_budget.map_or(link, |budget| link.min(budget));
+                let (link, hbm) = match self.link_budget {
+                    None => (link, hbm),
+                    // A role's time has in it what it waited for the link, which says nothing of HBM beside a smaller link.
+                    Some(budget) => (link.min(budget), if margin > 0.0 { self.nominal[1] } else { hbm }),
+                };
                 self.alpha = within(self.terms.balance(link, hbm));
             }
         }

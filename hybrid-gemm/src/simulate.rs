@@ -33,7 +33,8 @@ pub struct Simulation {
     pub link_busy_s: f64,
     /// Seconds in which HBM did.
     pub hbm_busy_s: f64,
-    /// When the last block of each role finished, in seconds: output-stationary, weight-stationary, HBM.
+    /// Seconds that the blocks of each role worked, the mean of those that have work, as a device's receipt has it: output-stationary,
+    /// weight-stationary, HBM.
     pub role_s: [f64; 3],
 }
 
@@ -77,8 +78,8 @@ pub fn simulate_launches(model: &CostModel<'_>, launches: &[Launch]) -> Simulati
         total.hbm_bytes += run.hbm_bytes;
         total.link_busy_s += run.link.busy_s;
         total.hbm_busy_s += run.hbm.busy_s;
-        for (role, finished) in total.role_s.iter_mut().zip(run.role_s) {
-            *role = role.max(if finished > 0.0 { total.time_s + finished } else { 0.0 });
+        for (role, worked) in total.role_s.iter_mut().zip(run.role_s()) {
+            *role += worked;
         }
         total.time_s += run.now;
     }
@@ -174,6 +175,8 @@ struct Block {
     /// The step in progress, and what it still waits for.
     step: usize,
     pending: usize,
+    /// End of the last step.
+    finished_s: f64,
 }
 
 struct Run<'a> {
@@ -188,7 +191,6 @@ struct Run<'a> {
     now: f64,
     traffic: Traffic,
     hbm_bytes: f64,
-    role_s: [f64; 3],
 }
 
 impl<'a> Run<'a> {
@@ -200,6 +202,7 @@ impl<'a> Run<'a> {
             arrived: 0,
             step: 0,
             pending: 0,
+            finished_s: 0.0,
         };
         Run {
             model,
@@ -212,8 +215,18 @@ impl<'a> Run<'a> {
             now: 0.0,
             traffic: Traffic::default(),
             hbm_bytes: 0.0,
-            role_s: [0.0; 3],
         }
+    }
+
+    /// The mean of when the blocks of each role that have work finished; 0 for a role without.
+    fn role_s(&self) -> [f64; 3] {
+        let (mut sums, mut blocks) = ([0.0; 3], [0usize; 3]);
+        for (index, block) in self.blocks.iter().enumerate().filter(|(_, block)| block.steps > 0) {
+            let role = self.schedule.role(index) as usize;
+            sums[role] += block.finished_s;
+            blocks[role] += 1;
+        }
+        std::array::from_fn(|role| sums[role] / blocks[role].max(1) as f64)
     }
 
     fn finish(mut self) -> Self {
@@ -260,7 +273,7 @@ impl<'a> Run<'a> {
                 self.blocks[block].pending -= 1;
                 if self.blocks[block].pending == 0 {
                     self.blocks[block].step += 1;
-                    self.role_s[self.schedule.role(block) as usize] = self.now;
+                    self.blocks[block].finished_s = self.now;
                     self.fetch(block);
                     self.multiply(block);
                 }

@@ -235,6 +235,13 @@ fn a_budget_of_the_link_is_kept() {
     assert_eq!(alpha(None), terms.balance(300e9, 1000e9));
     assert_eq!(alpha(Some(900e9)), terms.balance(300e9, 1000e9), "more than there is");
     assert_eq!(alpha(Some(100e9)), terms.balance(100e9, 1000e9));
+    // Times of roles are equal where they finish together, whatever HBM could do: under a budget its nominal rate counts.
+    let mut by_roles = Controller::new(Rule::makespan(), terms, 375e9, 3.4e12, 0.5).unwrap();
+    by_roles.set_link_budget(Some(300e9)).unwrap();
+    by_roles.observe(&Observation { link_busy_s: 0.01, hbm_busy_s: 0.01, ..call });
+    let Rule::Makespan { margin } = Rule::makespan() else { panic!("another rule") };
+    assert_eq!(by_roles.alpha(), terms.balance(300e9, 3.4e12).max(margin));
+    assert!(by_roles.alpha() < terms.balance(300e9, 500e9), "what the time of the role would say of HBM");
     let mut controller = Controller::new(TRUE_TIMES, terms, 375e9, 3.4e12, 0.5).unwrap();
     for silent in [Observation { link_busy_s: 0.0, ..call }, Observation { hbm_bytes: 0.0, ..call }] {
         controller.observe(&silent);

@@ -18,7 +18,7 @@ use cuda::workspace::HostWorkspace;
 use emulator::{Emulator, Order, Queue};
 use half::f16;
 use seq_parallel::gpu::transport::{DeviceTransport, Incoming, Nccl, NcclLibrary, Outgoing};
-use seq_parallel::gpu::{Block, DeviceRing, DeviceRingArgs, RingStep, RingStepPlan};
+use seq_parallel::gpu::{Block, DeviceCarrier, DeviceRing, DeviceRingArgs, RingStep, RingStepPlan};
 use seq_parallel::placement::{Placement, Shards};
 use seq_parallel::ring::{Carrier, RingPlan};
 use seq_parallel::testing::{Contents, sequences, spec};
@@ -34,11 +34,11 @@ struct Memory {
 }
 
 impl Block<Queue> for Memory {
-    fn view<'a>(&'a self, _: &'a Queue) -> View<'a, u8> {
+    fn view<'a>(&'a self, _: &'a Queue) -> Result<View<'a, u8>, Error> {
         use cuda::cudarc::driver::DevicePtr;
         let (address, _guard) = self.slice.device_ptr(&self.stream);
         // SAFETY: the stand-in's memory is the host's, and the emulator runs a launch at once, while this borrow lasts.
-        unsafe { View::from_raw(address, self.slice.len(), Space::Host) }
+        Ok(unsafe { View::from_raw(address, self.slice.len(), Space::Host) })
     }
 }
 
@@ -321,6 +321,31 @@ fn a_step_runs_beside_the_exchange_that_it_posts() {
         fakes.stuck(false);
         for (rank, result) in results.into_iter().enumerate() {
             assert!(matches!(result, Err(Error::Peer { .. })), "rank {rank}: {result:?}");
+        }
+    });
+}
+
+/// Blocks of another stream than the kernels' could be freed under them.
+#[test]
+fn blocks_belong_to_the_stream_of_the_kernels() {
+    with_fakes("blocks_belong_to_the_stream_of_the_kernels", |fakes| {
+        let context = fakes.context();
+        let [kernels, other] = [(); 2].map(|()| context.new_stream().unwrap());
+        let block = |stream: &Arc<CudaStream>| stream.alloc_zeros::<u8>(64).unwrap();
+        assert!(block(&kernels).view(&*kernels).is_ok());
+        let refused = block(&other).view(&*kernels).map(drop).unwrap_err();
+        assert!(matches!(refused, Error::Argument { argument: "block", .. }), "{refused}");
+        let (_, ends) = World::new(2).unwrap();
+        let mut end = one_gpu(&context, ends).remove(0);
+        let mut carrier = DeviceCarrier { transport: &mut end, after: &kernels };
+        for (held, space, argument) in [(&other, &kernels, "held"), (&kernels, &other, "space")] {
+            let tag = Tag::new(Operation::PassKv, 0);
+            let (mut held, space) = (Arc::new(block(held)), block(space));
+            let refused = carrier.post(tag, (1, &mut held, 64), (1, space, 64)).map(drop).unwrap_err();
+            assert!(
+                matches!(refused, Error::Argument { argument: found, .. } if found == argument),
+                "{refused}"
+            );
         }
     });
 }

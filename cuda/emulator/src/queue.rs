@@ -29,7 +29,11 @@ impl Order {
     ];
 
     /// The orders for tests of what does not hang on the order of threads, such as schedules, places and formats.
-    pub const FEW: [Order; 2] = [Order::Reverse, Order::Random(1)];
+    /// All of them for `EXHAUSTIVE=1`.
+    pub fn few() -> impl Iterator<Item = Order> {
+        let exhaustive = std::env::var("EXHAUSTIVE").is_ok_and(|value| value == "1");
+        Order::ALL.into_iter().take(if exhaustive { Order::ALL.len() } else { 3 })
+    }
 }
 
 /// A queue that runs each launch at once.

@@ -23,6 +23,9 @@ struct BlockTraffic {
         started_ns = global_timer_ns();
     }
 
+    // A launch that refuses its schedule does no role's work: its time is nobody's.
+    DEVICE void refuse() { started_ns = 0; }
+
     DEVICE void weights(const TileStep& step, bool starts_tile, uint32_t bytes) {
         if (step.fetch == TileFetch::LINK) {
             counts.link_tiles += starts_tile;
@@ -36,7 +39,7 @@ struct BlockTraffic {
     // Adds the counts, and the block's time to those of its role, to the caller's.
     DEVICE void report(HybridGemmTraffic* total, TileRole role) {
         if (total == nullptr) return;
-        counts.role_ns[static_cast<uint32_t>(role)] = global_timer_ns() - started_ns;
+        if (started_ns != 0) counts.role_ns[static_cast<uint32_t>(role)] = global_timer_ns() - started_ns;
         const uint64_t* const from = &counts.link_tiles;
         uint64_t* const to = &total->link_tiles;
         for (uint32_t i = 0; i < sizeof(HybridGemmTraffic) / sizeof(uint64_t); i++) {

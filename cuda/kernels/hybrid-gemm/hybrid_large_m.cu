@@ -88,6 +88,7 @@ hybrid_large_m(const Element* x, const unsigned char* host, const unsigned char*
     if (refused) {
         const GemmEpilogue epilogue{scales, bias, residual, out};
         epilogue.store_zeros(params, blockIdx.x * THREADS + threadIdx.x, gridDim.x * THREADS);
+        if (counts) counter.refuse();
     }
     const bool x_aligned = multiple_of_16(x, params.x_stride * static_cast<int64_t>(sizeof(Element)));
     const auto slabs_of = [&](uint32_t k_tile) {

@@ -99,6 +99,7 @@ hybrid_small_m(const Element* x, const unsigned char* host, const unsigned char*
     if (refused) {
         const GemmEpilogue epilogue{scales, bias, residual, out};
         epilogue.store_zeros(params, block_index * THREADS + threadIdx.x, gridDim.x * gridDim.y * THREADS);
+        if (counts) tail.traffic.refuse();
     }
     const uint32_t split = blockIdx.y;
     const uint32_t first_tile = split * k_tiles / params.k_splits, end_tile = (split + 1) * k_tiles / params.k_splits;

@@ -267,8 +267,8 @@ mod tests {
             }
             let bytes = [0, 1, 2].map(|rank| kv.bytes(rank));
             let (shared, shards) = kv.parts();
-            let placeholder: Box<dyn RankShard> = Box::new(Full(None));
-            let whole = std::mem::replace(&mut shards[2].1, placeholder);
+            let nobody: Box<dyn RankShard> = Box::new(Full(None));
+            let whole = std::mem::replace(&mut shards[2].1, nobody);
             shards[2].1 = Box::new(Full(Some(whole)));
             let ends = local::World::new(3).unwrap().1;
             let ends: Vec<_> = ends.into_iter().zip(&mut *shards).collect();

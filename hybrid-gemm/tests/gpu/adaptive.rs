@@ -64,7 +64,7 @@ mod replay {
     #[test]
     fn emulator() {
         emulator::emulator_or_skip!();
-        for order in Order::FEW {
+        for order in Order::few() {
             recorded_launches_follow_the_controller(&EmulatorRig::new(order));
         }
     }

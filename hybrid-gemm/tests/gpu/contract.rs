@@ -311,7 +311,7 @@ mod replay {
         for order in Order::ALL {
             tokens_change_between_replays(&EmulatorRig::new(order));
         }
-        for order in Order::FEW {
+        for order in Order::few() {
             everything_changes_between_replays(&EmulatorRig::new(order));
         }
     }

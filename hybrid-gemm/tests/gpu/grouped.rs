@@ -20,7 +20,7 @@ use crate::common::{compare, device, random};
 use crate::product::{fit, weights};
 
 emulator::device_test!(formats_of_experts, bad_experts_are_named);
-emulator::device_test!(emulator::Order::FEW; experts_are_a_loop_of_products, partial_sums_of_experts);
+emulator::device_test!(emulator::Order::few(); experts_are_a_loop_of_products, partial_sums_of_experts);
 
 /// Experts whose weights lie in host memory, in HBM and in both, one after another.
 fn experts<X: Element>(count: usize, tiling: Tiling) -> Vec<Weights> {

@@ -14,7 +14,7 @@ use crate::common::device;
 use crate::product::{Operands, Stage, check, fit, launch_each, verify, weights};
 
 emulator::device_test!(shapes_and_formats, weight_stationary_repeats_bit_by_bit, epilogues);
-emulator::device_test!(emulator::Order::FEW; every_alpha_gives_the_same_bits);
+emulator::device_test!(emulator::Order::few(); every_alpha_gives_the_same_bits);
 
 fn config(max_tokens: usize, x: DType, out: DType) -> GemmConfig {
     let (epilogue, path) = (EpilogueSpec::plain(out), PathChoice::Direct);

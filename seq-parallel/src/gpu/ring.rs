@@ -32,20 +32,35 @@ use crate::transport::{Buffer, Operation, Tag, Ticket};
 /// Memory that both a [`Carrier`] and the kernels of a queue can reach.
 pub trait Block<Q: ?Sized> {
     /// Its bytes.
-    fn view<'a>(&'a self, queue: &'a Q) -> View<'a, u8>;
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for memory that `queue` does not keep until its kernels are done.
+    fn view<'a>(&'a self, queue: &'a Q) -> Result<View<'a, u8>, Error>;
 }
 
 impl Block<CudaStream> for CudaSlice<u8> {
-    fn view<'a>(&'a self, queue: &'a CudaStream) -> View<'a, u8> {
-        View::device(self, queue)
+    fn view<'a>(&'a self, queue: &'a CudaStream) -> Result<View<'a, u8>, Error> {
+        check_stream("block", self, queue)?;
+        Ok(View::device(self, queue))
     }
 }
 
 /// For the emulator, whose kernels reach host memory alone; the driver refuses to launch on such a view.
 impl<Q: Queue + ?Sized> Block<Q> for Buffer {
-    fn view<'a>(&'a self, _: &'a Q) -> View<'a, u8> {
-        View::host(self.bytes())
+    fn view<'a>(&'a self, _: &'a Q) -> Result<View<'a, u8>, Error> {
+        Ok(View::host(self.bytes()))
     }
+}
+
+/// Checks that a block was allocated on the stream of the kernels that read it. A slice has one event for its readers, which a copy
+/// records anew, so only the order of that stream keeps the memory until the kernels are done.
+fn check_stream(argument: &'static str, block: &CudaSlice<u8>, kernels: &CudaStream) -> Result<(), Error> {
+    let (own, theirs) = (block.stream().cu_stream(), kernels.cu_stream());
+    if own != theirs {
+        let expected = format!("memory of the kernels' stream {theirs:?}");
+        return Err(Error::argument(argument, expected, format!("that of {own:?}")));
+    }
+    Ok(())
 }
 
 /// Carries blocks in device memory, after what is queued on a stream.
@@ -66,6 +81,8 @@ impl<D: DeviceTransport> Carrier for DeviceCarrier<'_, D> {
         (to, held, send_len): (usize, &mut Arc<CudaSlice<u8>>, usize),
         (from, space, recv_len): (usize, CudaSlice<u8>, usize),
     ) -> Result<Ticket, Error> {
+        check_stream("held", held, self.after)?;
+        check_stream("space", &space, self.after)?;
         let send = Outgoing { to, block: held.clone(), len: send_len };
         self.transport.exchange(tag, send, Incoming { from, space, len: recv_len }, self.after)
     }
@@ -160,7 +177,7 @@ impl<'k, F: Function, E: Storage, B> DeviceRing<'k, F, E, B> {
             false => 0,
         };
         let block = self.blocks.turn(carrier, next_len)?;
-        let view = block.view(queue);
+        let view = block.view(queue)?;
         let block = view.part(0..plan.block_len(step) * size_of::<E>())?.cast();
         let DeviceRingArgs { tiles, tile_counts, q, o, ml, out, lse, status } = args;
         let args = RingStepArgs { tiles, tile_counts, q, block: &block, o, ml, out: Some(out), lse, status };

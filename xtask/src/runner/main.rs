@@ -6,6 +6,7 @@
 mod machine;
 mod parts;
 mod process;
+mod task;
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
