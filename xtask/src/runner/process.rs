@@ -1,7 +1,7 @@
 //! One child process with a time limit, its output in one string.
 
 use std::fs::File;
-use std::io::{Read as _, Seek as _, SeekFrom};
+use std::io::{ErrorKind, Read as _, Seek as _, SeekFrom};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -33,6 +33,9 @@ impl End {
 /// Most of a child's output that is kept.
 const OUTPUT_BYTES: u64 = 64 << 10;
 
+/// How long a program that is open for writing is waited for.
+const BUSY: Duration = Duration::from_secs(5);
+
 /// Runs a command for at most `limit`; what it writes goes through the file `scratch`.
 pub(crate) fn run(mut command: Command, limit: Duration, scratch: &Path) -> Ended {
     let started = Instant::now();
@@ -46,10 +49,16 @@ pub(crate) fn run(mut command: Command, limit: Duration, scratch: &Path) -> Ende
     // A group of its own, so that what it started dies with it.
     #[cfg(unix)]
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
-    let mut child = match command.spawn() {
-        Ok(child) => child,
-        Err(error) => {
-            return ended(End::NotStarted, format!("{}: {error}", command.get_program().display()));
+    let mut child = loop {
+        match command.spawn() {
+            Ok(child) => break child,
+            // A fork of another thread holds a file just written open until its own exec.
+            Err(error) if error.kind() == ErrorKind::ExecutableFileBusy && started.elapsed() < BUSY => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(error) => {
+                return ended(End::NotStarted, format!("{}: {error}", command.get_program().display()));
+            }
         }
     };
     let mut pause = Duration::from_millis(1);
@@ -117,6 +126,25 @@ mod tests {
         let missing = run(Command::new("/no/such/program"), LONG, &folder.path().join("output"));
         assert_eq!(missing.end, End::NotStarted);
         assert!(missing.output.contains("/no/such/program"), "{}", missing.output);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_program_that_is_being_written_is_waited_for() {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let program = folder.path().join("program");
+        let mut options = std::fs::OpenOptions::new();
+        let file = options.write(true).create_new(true).mode(0o755).open(&program).expect("a file");
+        std::io::Write::write_all(&mut &file, b"#!/bin/sh\necho ran\n").expect("writable");
+        let writer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            drop(file);
+        });
+        let ended = run(Command::new(&program), Duration::from_secs(30), &folder.path().join("output"));
+        writer.join().expect("no panic");
+        assert!(ended.end.success(), "{}", ended.output);
+        assert_eq!(ended.output, "ran\n");
     }
 
     #[test]
