@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 #[cfg(feature = "driver")]
+pub(crate) mod bench;
+#[cfg(feature = "driver")]
 pub(crate) mod fake_driver;
 
 use std::path::{Path, PathBuf};
