@@ -1,7 +1,5 @@
 //! Decoding over shards equals attention over the whole sequence, whoever holds what, and moves what it says.
 
-use std::time::Duration;
-
 use attention::{Element, Mask};
 use half::{bf16, f16};
 use seq_parallel::decode::{DecodeStep, Shard};
@@ -120,11 +118,9 @@ fn bytes_do_not_grow_with_the_sequence() {
 #[test]
 fn the_culprit_is_named() {
     for culprit in [0, 2] {
-        let deadline = Duration::from_millis(300);
         let results = on_ranks(
             3,
-            |mut end| {
-                end.set_deadline(deadline);
+            |end| {
                 // Two exchanges of a layer with each other rank.
                 let exchange = match end.rank() {
                     rank if rank != culprit => usize::MAX,

@@ -6,7 +6,6 @@
 mod support;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use attention::Mask;
 use attention::gpu::PrefillKernel;
@@ -21,6 +20,7 @@ use seq_parallel::gpu::transport::{DeviceTransport, Incoming, Nccl, NcclLibrary,
 use seq_parallel::gpu::{Block, DeviceCarrier, DeviceRing, DeviceRingArgs, RingStep, RingStepPlan};
 use seq_parallel::placement::{Placement, Shards};
 use seq_parallel::ring::{Carrier, RingPlan};
+use seq_parallel::testing::faults::{NEVER_PASSES, PASSES};
 use seq_parallel::testing::{Contents, sequences, spec};
 use seq_parallel::transport::local::{self, Local, World};
 use seq_parallel::transport::{Operation, Tag, Ticket, Transport};
@@ -176,12 +176,11 @@ type Run<'a> = dyn FnMut(&RingPlan, &Contents<f16>, (usize, bool)) -> (Rows, u64
 fn on_both<R: Send>(
     context: &Arc<CudaContext>,
     ranks: usize,
-    deadline: Duration,
     body: impl Fn(usize, &mut Run<'_>) -> R + Sync,
 ) -> [Vec<R>; 2] {
     let ends = || -> Vec<Local> {
         let mut ends = World::new(ranks).unwrap().1;
-        ends.iter_mut().for_each(|end| end.set_deadline(deadline));
+        ends.iter_mut().for_each(|end| end.set_deadline(NEVER_PASSES));
         ends
     };
     let on_one_gpu = local::run_on(one_gpu(context, ends()), |mut transport| {
@@ -231,7 +230,7 @@ fn rings_over_device_memory_equal_the_oracle() {
                 let shards =
                     Shards::new(contents.sequences.iter().copied(), Placement::Zigzag, ranks).unwrap();
                 let ring = RingPlan::new(contents.spec, shards.clone()).unwrap();
-                let both = on_both(&context, ranks, Duration::from_secs(30), |rank, run| {
+                let both = on_both(&context, ranks, |rank, run| {
                     let (result, sent) = run(&ring, &contents, (ranks, pauses));
                     assert_eq!(sent, ring.bytes_sent(rank, 2, 2), "rank {rank} of {ranks}");
                     result.unwrap()
@@ -251,10 +250,10 @@ fn a_rank_that_stops_is_named() {
     emulator::emulator_or_skip!();
     with_fakes("a_rank_that_stops_is_named", |fakes| {
         let context = fakes.context();
-        let (contents, ranks, deadline) = (contents(30), 3, Duration::from_secs(20));
+        let (contents, ranks) = (contents(30), 3);
         let shards = Shards::new(contents.sequences.iter().copied(), Placement::Zigzag, ranks).unwrap();
         let ring = RingPlan::new(contents.spec, shards).unwrap();
-        let both = on_both(&context, ranks, deadline, |rank, run| {
+        let both = on_both(&context, ranks, |rank, run| {
             // Rank 1 is gone after its first step, whose exchange it never waits for.
             let until = if rank == 1 { 1 } else { ranks };
             run(&ring, &contents, (until, false)).0.map(drop)
@@ -300,21 +299,21 @@ fn a_step_runs_beside_the_exchange_that_it_posts() {
     emulator::emulator_or_skip!();
     with_fakes("a_step_runs_beside_the_exchange_that_it_posts", |fakes| {
         let (context, contents, ranks) = (fakes.context(), contents(40), 2);
-        // The kernels of a step end long before, on a machine with other work, too.
-        let deadline = Duration::from_secs(5);
         let shards = Shards::new(contents.sequences.iter().copied(), Placement::Zigzag, ranks).unwrap();
         let ring = RingPlan::new(contents.spec, shards).unwrap();
         let (_, mut ends) = World::new(ranks).unwrap();
-        ends.iter_mut().for_each(|end| end.set_deadline(deadline));
-        let started = std::sync::Barrier::new(ranks);
+        ends.iter_mut().for_each(|end| end.set_deadline(PASSES));
+        let [started, computed] = [(); 2].map(|()| std::sync::Barrier::new(ranks));
         let results = local::run_on(one_gpu(&context, ends), |mut transport| {
             let rank = transport.control().rank();
             let kernel = kernel(&ring, rank).unwrap();
             let mut of = Rank::new(&context, &contents, &ring, (rank, &kernel)).unwrap();
             started.wait();
             fakes.stuck(true);
-            // One that waited for its exchange would fail at the deadline.
-            of.step(&mut transport).unwrap();
+            // One that waited for its exchange would fail at the deadline, which begins for none before both have computed.
+            let first = of.step(&mut transport);
+            computed.wait();
+            first.unwrap();
             assert!(of.o.iter().any(|x| x.is_finite()), "rank {rank} has computed");
             of.step(&mut transport)
         });

@@ -56,27 +56,29 @@ fn main() -> ExitCode {
     }
 }
 
-/// How long another process waits for the first to stop for the same reason.
-const CONCERT: Duration = Duration::from_millis(400);
-
-/// Tells the other processes why this one stops. The first says it; another only says what the first does not.
+/// Tells the other processes why this one stops. The first says it; another only says what the first does not: it waits until the first
+/// stops, too, or waits for others, for it goes on then.
 fn refused(message: &str) -> Option<String> {
     let mut end = end();
     let Some(end) = end.as_mut() else { return Some(message.to_string()) };
     let (rank, at) = (end.rank(), Tag::new(Operation::Barrier, 0));
-    // Notices are short, and may cut a reason off.
-    let said = |error| match error {
-        Err(seq_parallel::Error::Peer { peer: 0, fault: PeerFault::Aborted(reason), .. }) => {
-            message.starts_with(&reason)
+    let (start, deadline) = (Instant::now(), end.deadline());
+    while rank != 0 && start.elapsed() < deadline {
+        match end.check() {
+            // Notices are short, and may cut a reason off.
+            Err(seq_parallel::Error::Peer { peer: 0, fault: PeerFault::Aborted(reason), .. })
+                if message.starts_with(&reason) =>
+            {
+                // mpirun ends the first with whoever leaves before it.
+                while !end.is_gone(0) && start.elapsed() < deadline {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                return None;
+            }
+            Err(_) => break,
+            Ok(()) if end.is_waiting(0) => break,
+            Ok(()) => std::thread::sleep(Duration::from_millis(5)),
         }
-        _ => false,
-    };
-    let start = Instant::now();
-    while rank != 0 && start.elapsed() < CONCERT {
-        if said(end.check()) {
-            return None;
-        }
-        std::thread::sleep(Duration::from_millis(5));
     }
     end.abort(at, message);
     match rank {

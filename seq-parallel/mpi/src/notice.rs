@@ -8,7 +8,7 @@ use seq_parallel::transport::Tag;
 /// Words of a notice: short enough for every MPI to copy it aside.
 pub(crate) const WORDS: usize = 32;
 /// Words before the text.
-const HEAD: usize = 8;
+const HEAD: usize = 9;
 /// Bytes of text that fit.
 const TEXT: usize = 8 * (WORDS - HEAD);
 
@@ -22,8 +22,8 @@ pub(crate) enum Notice {
     GoesOn { from: usize },
     /// `from` has left in order: it sends nothing any more.
     Leaves { from: usize },
-    /// `from` has found that `peer` has failed exchange `exchange`.
-    Fault { from: usize, peer: usize, at: Tag, exchange: u64, fault: PeerFault },
+    /// `from` knows, from `finder`, that `peer` has failed exchange `exchange`.
+    Fault { from: usize, finder: usize, peer: usize, at: Tag, exchange: u64, fault: PeerFault },
 }
 
 impl Notice {
@@ -50,8 +50,9 @@ impl Notice {
                 words[..2].copy_from_slice(&[2, *from as u64]);
                 ""
             }
-            Notice::Fault { from, peer, at, exchange, fault } => {
+            Notice::Fault { from, finder, peer, at, exchange, fault } => {
                 words[..5].copy_from_slice(&[3, *from as u64, *peer as u64, at.word(), *exchange]);
+                words[8] = *finder as u64;
                 let (kind, waited_ms, text) = match fault {
                     PeerFault::Stalled { waited_ms } => (0, *waited_ms, ""),
                     PeerFault::Gone => (1, 0, ""),
@@ -61,8 +62,8 @@ impl Notice {
                     // A fault that is new to this package keeps its words.
                     other => {
                         let fault = PeerFault::Aborted(other.to_string());
-                        let (from, peer, at, exchange) = (*from, *peer, *at, *exchange);
-                        return Notice::Fault { from, peer, at, exchange, fault }.words();
+                        let (from, finder, peer, at, exchange) = (*from, *finder, *peer, *at, *exchange);
+                        return Notice::Fault { from, finder, peer, at, exchange, fault }.words();
                     }
                 };
                 words[5..7].copy_from_slice(&[kind, waited_ms]);
@@ -103,8 +104,8 @@ impl Notice {
                     4 => PeerFault::Aborted(text()),
                     _ => return None,
                 };
-                let (peer, at) = (rank(words[2])?, Tag::of_word(words[3])?);
-                Notice::Fault { from, peer, at, exchange: words[4], fault }
+                let (finder, peer, at) = (rank(words[8])?, rank(words[2])?, Tag::of_word(words[3])?);
+                Notice::Fault { from, finder, peer, at, exchange: words[4], fault }
             }
             _ => return None,
         })
@@ -119,7 +120,7 @@ mod tests {
     #[test]
     fn notices_come_through() {
         let at = Tag::new(Operation::AllGather, 1 << 20);
-        let fault = |fault| Notice::Fault { from: 2, peer: 1, at, exchange: 1 << 33, fault };
+        let fault = |fault| Notice::Fault { from: 2, finder: 3, peer: 1, at, exchange: 1 << 33, fault };
         let notices = [
             Notice::Waits { from: 0, for_rank: 3, at, exchange: 1 << 33, asks: true },
             Notice::Waits { from: 0, for_rank: 3, at, exchange: 2, asks: false },

@@ -5,7 +5,8 @@
 //!
 //! A rank whose deadline is near tells all others for whom it waits, and hears the same of everybody who waits, however shortly. At the
 //! deadline the one that is silent is at the end of the chain of those who wait; that, or a process that is gone, is a fault, which is
-//! told to all. Ranks that find faults at the same time agree on the one of the earliest exchange, by numbers that are those of all ranks.
+//! told to all. Ranks that find faults at the same time agree on the one of the earliest exchange, by numbers that are those of all ranks:
+//! each passes on what it has heard first, and waits a while until all others have.
 
 use std::collections::HashMap;
 use std::mem::ManuallyDrop;
@@ -24,10 +25,12 @@ use crate::watchdog::{self, Call, Watchdog};
 
 /// Steps that have tags of their own; MPI promises tags up to 32767 only. The frame has the whole step.
 const STEPS: u32 = 4096;
-/// How long messages of a rank that has left may be on their way.
-const LAST_WORDS: Duration = Duration::from_millis(20);
-/// How long ranks listen for faults that others found at the same time.
-const SETTLING: Duration = Duration::from_millis(100);
+/// How long messages of a rank that has left may be on their way, and how many tests it may take to find them.
+const LAST_WORDS: (Duration, u32) = (Duration::from_millis(20), 50);
+/// How long a rank waits at most, before it reports a fault, until all others have said what they know of.
+const SETTLING: Duration = Duration::from_secs(2);
+/// The same, for ranks that are accused themselves: they may be silent for good.
+const SETTLING_WITH_THE_ACCUSED: Duration = Duration::from_millis(100);
 /// The step of a rank that is at none.
 const BETWEEN: Tag = Tag::new(Operation::Barrier, 0);
 /// Between looks at the process table.
@@ -47,6 +50,8 @@ pub struct Mpi {
     left: Vec<bool>,
     /// Faults that this rank or others have found: who, and what.
     found: Vec<(usize, Fault)>,
+    /// Ranks that have said which faults they know of.
+    spoken: Vec<bool>,
     /// The one that all agree on.
     fault: Option<Fault>,
     /// For whom this rank waits by other means than those of this transport, and where.
@@ -88,8 +93,8 @@ struct Fault {
 }
 
 /// The fault that ranks agree on: of the earliest exchange, found by the first of the ranks.
-fn first(found: &[(usize, Fault)]) -> Option<&Fault> {
-    found.iter().min_by_key(|(from, fault)| (fault.place.exchange, *from)).map(|(_, fault)| fault)
+fn first(found: &[(usize, Fault)]) -> Option<&(usize, Fault)> {
+    found.iter().min_by_key(|(finder, fault)| (fault.place.exchange, *finder))
 }
 
 /// An exchange under way, with its buffers: MPI has their addresses until both requests are done, so one that is given up is leaked.
@@ -134,6 +139,7 @@ impl Mpi {
             waiting: vec![None; ranks],
             left: vec![false; ranks],
             found: Vec::new(),
+            spoken: vec![false; ranks],
             fault: None,
             elsewhere: None,
             deaf: false,
@@ -165,6 +171,19 @@ impl Mpi {
         Ok(())
     }
 
+    /// Whether rank `peer` waits for others, as far as it has said: it is asked to. For whoever wants to know whether another goes on or
+    /// will say something else; until it waits, that one hears that this rank waits for it.
+    pub fn is_waiting(&mut self, peer: usize) -> bool {
+        let place = self.here(BETWEEN);
+        self.listen_at(place);
+        let waits = self.waiting.get(peer).is_some_and(Option::is_some);
+        match waits {
+            true => self.goes_on(),
+            false => self.say_for_whom(peer, place, true),
+        }
+        waits
+    }
+
     /// Where this rank is, between exchanges.
     fn here(&self, at: Tag) -> Place {
         Place { at, exchange: self.numbers.at(at) }
@@ -179,8 +198,9 @@ impl Mpi {
                 }
                 Some(Notice::GoesOn { from }) => self.waiting[from] = None,
                 Some(Notice::Leaves { from }) => self.left[from] = true,
-                Some(Notice::Fault { from, peer, at, exchange, fault }) => {
-                    self.found.push((from, Fault { peer, place: Place { at, exchange }, fault }));
+                Some(Notice::Fault { from, finder, peer, at, exchange, fault }) => {
+                    self.spoken[from] = true;
+                    self.found.push((finder, Fault { peer, place: Place { at, exchange }, fault }));
                 }
                 // Whoever sends such things is found out by what it sends elsewhere.
                 None => {}
@@ -225,12 +245,8 @@ impl Mpi {
     fn hear(&mut self, place: Place) -> Result<(), Error> {
         self.listen_at(place);
         if self.fault.is_none() && !self.found.is_empty() {
-            let settled = Instant::now() + SETTLING.min(self.deadline / 8);
-            while Instant::now() < settled {
-                self.listen_at(place);
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            self.fault = first(&self.found).cloned();
+            self.settle(place);
+            self.fault = first(&self.found).map(|(_, fault)| fault.clone());
         }
         match self.fault.clone() {
             None => Ok(()),
@@ -240,11 +256,44 @@ impl Mpi {
         }
     }
 
-    /// Tells all others of a fault.
+    /// Says which fault this rank knows of, if it has not, and hears the same of all others that can say so. Who has heard all has heard
+    /// the same as everybody.
+    fn settle(&mut self, place: Place) {
+        if let Some((finder, fault)) = first(&self.found).cloned()
+            && !self.spoken[self.rank]
+        {
+            self.tell_of(finder, &fault);
+        }
+        let (start, longest) = (Instant::now(), SETTLING.min(self.deadline / 4));
+        loop {
+            let waited = start.elapsed();
+            self.listen_at(place);
+            let accused = |rank| self.found.iter().any(|(_, fault)| fault.peer == rank);
+            let is_awaited = |rank: usize| {
+                let patience = if accused(rank) { SETTLING_WITH_THE_ACCUSED.min(longest) } else { longest };
+                waited < patience
+                    && !(self.spoken[rank] || self.left[rank])
+                    && !self.identities[rank].is_gone(self.identities[self.rank])
+            };
+            if self.deaf || !(0..self.ranks).any(is_awaited) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Tells all others of a fault that `finder` has found.
+    fn tell_of(&mut self, finder: usize, fault: &Fault) {
+        let Fault { peer, place: Place { at, exchange }, fault } = fault.clone();
+        self.tell(&Notice::Fault { from: self.rank, finder, peer, at, exchange, fault });
+        self.spoken[self.rank] = true;
+    }
+
+    /// Tells all others of a fault that this rank has found.
     fn find(&mut self, peer: usize, place: Place, fault: PeerFault) {
-        let Place { at, exchange } = place;
-        self.tell(&Notice::Fault { from: self.rank, peer, at, exchange, fault: fault.clone() });
-        self.found.push((self.rank, Fault { peer, place, fault }));
+        let fault = Fault { peer, place, fault };
+        self.tell_of(self.rank, &fault);
+        self.found.push((self.rank, fault));
     }
 
     /// Tells all others of a fault, and gives the one that all agree on.
@@ -265,10 +314,12 @@ impl Mpi {
         // A test that does not come back is not what the deadline is for: who waits is given time to say so.
         let call = Call::Wait { rank: self.rank, peer, at: place.at };
         let _watch = self.watchdog.watch(call, 2 * self.deadline);
-        let near = self.deadline - self.deadline / 8;
+        let near = self.deadline - self.deadline / 4;
         let mut turns = 0u32;
         let (mut looked, mut missed) = (Instant::now(), None);
         loop {
+            // Before anybody is heard: a process that got no core for long is late itself, and listens once more before it accuses.
+            let waited = start.elapsed();
             self.hear(place)?;
             match request.test() {
                 Ok(None) => {}
@@ -282,16 +333,17 @@ impl Mpi {
                 }
                 Err(failed) => return Err(self.fail(peer, place, PeerFault::Unreachable(failed.message()))),
             }
-            let waited = start.elapsed();
             if looked.elapsed() >= LOOK {
                 looked = Instant::now();
                 if missed.is_none()
                     && (self.left[peer] || self.identities[peer].is_gone(self.identities[self.rank]))
                 {
-                    missed = Some(looked);
+                    missed = Some((looked, turns));
                 }
             }
-            if missed.is_some_and(|missed: Instant| missed.elapsed() >= LAST_WORDS) {
+            let (long, tests) = LAST_WORDS;
+            if missed.is_some_and(|(at, turn): (Instant, u32)| at.elapsed() >= long && turns - turn >= tests)
+            {
                 return Err(self.fail(peer, place, PeerFault::Gone));
             }
             if waited >= self.deadline {
@@ -472,7 +524,7 @@ impl Drop for Mpi {
     fn drop(&mut self) {
         if self.fault.is_none() {
             self.tell(&Notice::Leaves { from: self.rank });
-            let end = Instant::now() + LAST_WORDS;
+            let end = Instant::now() + LAST_WORDS.0;
             while !self.outbox.is_empty() && Instant::now() < end && self.listen().is_ok() {
                 std::thread::yield_now();
             }
@@ -497,11 +549,11 @@ mod tests {
         let ring = fault(2, Operation::PassKv, 2, 9);
         let barrier = fault(3, Operation::Barrier, 0, 10);
         for found in [[(0, barrier.clone()), (3, ring.clone())], [(3, ring.clone()), (0, barrier.clone())]] {
-            assert_eq!(first(&found).map(|fault| fault.peer), Some(2));
+            assert_eq!(first(&found).map(|(_, fault)| fault.peer), Some(2));
         }
         // Of one exchange, what the first of the ranks has found.
         let found = [(3, ring.clone()), (1, fault(0, Operation::PassKv, 2, 9))];
-        assert_eq!(first(&found).map(|fault| fault.peer), Some(0));
+        assert_eq!(first(&found).map(|(_, fault)| fault.peer), Some(0));
         assert!(first(&[]).is_none());
     }
 }

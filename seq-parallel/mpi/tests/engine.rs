@@ -4,7 +4,6 @@ mod support;
 
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
 
 use longkv_engine::kv::ShardedKv;
 use longkv_engine::mode::Mode;
@@ -115,7 +114,7 @@ fn engine(
     let mut command = support::mpirun(ranks)?;
     command.args(options).arg(env!("CARGO_BIN_EXE_engine-mpi")).args(arguments);
     command.envs(environment.iter().copied());
-    let output = support::finish(command, Duration::from_secs(120));
+    let output = support::finish(command);
     let [stdout, stderr] =
         [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
     Some((output.status.success(), stdout, stderr))
@@ -186,7 +185,7 @@ fn three(
     support::record(&mut command, folder.path());
     command.arg(env!("CARGO_BIN_EXE_engine-mpi")).args(arguments);
     command.env("LONGKV_DEADLINE_MS", deadline_ms);
-    let output = support::finish_while(command, Duration::from_secs(120), printed, || {
+    let output = support::finish_while(command, printed, || {
         to_rank_1(folder.path(), &support::pid(folder.path(), 1));
     });
     let statuses = [0, 1, 2].map(|rank| support::status(folder.path(), rank));
@@ -200,13 +199,11 @@ fn kill(signal: &str, pid: &str) {
 /// A process of the engine that is killed: the others say whom they have lost, and where, and end.
 #[test]
 fn processes_whose_peer_is_killed_say_so_and_end() {
-    let begin = Instant::now();
-    let Some((stderr, statuses)) = demo_of_three("60000", |_, pid| kill("-KILL", pid)) else { return };
+    let Some((stderr, statuses)) = demo_of_three("600000", |_, pid| kill("-KILL", pid)) else { return };
     assert_eq!(statuses, [Some(2), Some(137), Some(2)], "{stderr}");
     for rank in [0, 2] {
         assert!(stderr.contains(&format!("rank {rank}: rank 1 is gone at ")), "rank {rank}: {stderr}");
     }
-    assert!(begin.elapsed() < Duration::from_secs(50), "long before the deadline");
 }
 
 /// One that is killed while it answers queries with its shard: its part of the keys and values is lost, and the others say so.
@@ -214,7 +211,7 @@ fn processes_whose_peer_is_killed_say_so_and_end() {
 fn processes_that_decode_over_shards_name_the_one_that_is_killed() {
     let arguments = ["generate", "--prompt", "import o", "--max-tokens", "1000", "--sp", "ring,kv=sharded"];
     // What is printed behind the prompt was decoded.
-    let killed = three("60000", &arguments, "import op", |_, pid| kill("-KILL", pid));
+    let killed = three("600000", &arguments, "import op", |_, pid| kill("-KILL", pid));
     let Some((stderr, statuses)) = killed else { return };
     assert_eq!(statuses, [Some(2), Some(137), Some(2)], "{stderr}");
     for rank in [0, 2] {
@@ -228,11 +225,7 @@ fn processes_have_the_deadline_of_the_environment() {
     let deadline_ms = 4000;
     let result = demo_of_three(&deadline_ms.to_string(), |folder, pid| {
         kill("-STOP", pid);
-        let begin = Instant::now();
-        while [0, 2].iter().any(|&rank| support::status(folder, rank).is_none()) {
-            assert!(begin.elapsed() < Duration::from_secs(40), "the default deadline is longer");
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        support::wait_for(folder, [0, 2].map(|rank| format!("{rank}.status")));
         kill("-CONT", pid);
     });
     let Some((stderr, statuses)) = result else { return };
@@ -241,7 +234,7 @@ fn processes_have_the_deadline_of_the_environment() {
         let start = format!("rank {rank}: rank 1 was silent for ");
         let line = stderr.split(&start).nth(1).unwrap_or_else(|| panic!("rank {rank}: {stderr}"));
         let waited: u64 = line.split(' ').next().unwrap().parse().unwrap();
-        assert!((deadline_ms..3 * deadline_ms).contains(&waited), "rank {rank}: {stderr}");
+        assert!((deadline_ms..60_000).contains(&waited), "rank {rank}: the default is longer: {stderr}");
     }
     for wrong in ["0", "1.5", "soon"] {
         let arguments = ["generate", "--prompt", "x"];
@@ -277,7 +270,7 @@ fn a_process_that_refuses_alone_says_so() {
         exec "$0" generate --prompt x --max-tokens 2 --sp ring $model"#;
     // Or the others are killed before they can say anything.
     command.args(["--enable-recovery", "sh", "-c", script, env!("CARGO_BIN_EXE_engine-mpi")]);
-    let output = support::finish(command, Duration::from_secs(60));
+    let output = support::finish(command);
     // What mpirun itself makes of it, where jobs may recover, is its own affair.
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(stderr.matches("rank 1: cannot read /nonexistent").count(), 1, "{stderr}");

@@ -131,6 +131,8 @@ pub(super) fn poll<X: Transport, T>(
 ) -> Result<T, Error> {
     let (rank, mut look, mut said) = (control.rank(), LOOK, None);
     loop {
+        // Before the question: a thread that got no core for long is late itself, and asks once more before it accuses anybody.
+        let waited = start.elapsed();
         control.check()?;
         if let Some(answer) = ask(control)? {
             if said.is_some() {
@@ -138,7 +140,6 @@ pub(super) fn poll<X: Transport, T>(
             }
             return Ok(answer);
         }
-        let waited = start.elapsed();
         if waited >= control.deadline() {
             return Err(control.accuse(late(), tag, stalled(waited)));
         }

@@ -117,6 +117,7 @@ impl<X: Transport> Nccl<X> {
         let start = Instant::now();
         let (rank, ranks) = (self.control.rank(), self.control.ranks());
         loop {
+            let waited = start.elapsed();
             if let Err(error) = self.control.check() {
                 return Err(self.spent(error));
             }
@@ -128,12 +129,12 @@ impl<X: Transport> Nccl<X> {
                 let error = self.control.accuse(gone, SET_UP, PeerFault::Gone);
                 return Err(self.spent(error));
             }
-            if state == IN_PROGRESS && start.elapsed() < self.control.deadline() {
+            if state == IN_PROGRESS && waited < self.control.deadline() {
                 std::thread::sleep(Duration::from_micros(20));
                 continue;
             }
             let message = match state {
-                IN_PROGRESS => format!("not done after {} ms", start.elapsed().as_millis()),
+                IN_PROGRESS => format!("not done after {} ms", waited.as_millis()),
                 _ => self.library.message(state),
             };
             let error = Error::Library { library: "NCCL", call, code: state.into(), message };
@@ -256,10 +257,10 @@ impl<X: Transport> Nccl<X> {
             tag,
             || from,
             |control| {
+                let waited = start.elapsed();
                 if is_complete(control, tag, done)? {
                     return Ok(Some(()));
                 }
-                let waited = start.elapsed();
                 match state(library, comm) {
                     SUCCESS | IN_PROGRESS if waited < control.deadline() / 8 * 7 => Ok(None),
                     SUCCESS | IN_PROGRESS if is_complete(control, tag, ready)? => Ok(None),

@@ -1,7 +1,7 @@
 //! A rank that fails on purpose: to see that everyone else notices.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{Buffer, Tag, Ticket, Transport};
 use crate::{Error, PeerFault};
@@ -11,8 +11,10 @@ use crate::{Error, PeerFault};
 pub enum Failure {
     /// It stops: the exchange fails at once and nothing is sent. Its caller should drop it.
     Dies,
-    /// It sleeps before it sends. Longer than the deadline it is lost, shorter it is only late.
-    Stalls(Duration),
+    /// It sleeps before it sends, for less than the deadline: it is only late.
+    Late(Duration),
+    /// It sends nothing until it hears that the others have given it up, or ten of its deadlines have passed.
+    Silent,
     /// It sends the right number of wrong bytes.
     SendsGarbage,
     /// It sends too few bytes.
@@ -60,7 +62,13 @@ impl<X: Transport> Transport for Faulty<X> {
                 let fault = PeerFault::Aborted("planned to die here".into());
                 return Err(Error::Peer { rank: self.rank(), peer: self.rank(), at: tag, fault });
             }
-            Failure::Stalls(time) => std::thread::sleep(time),
+            Failure::Late(time) => std::thread::sleep(time),
+            Failure::Silent => {
+                let end = Instant::now() + 10 * self.inner.deadline();
+                while self.inner.check().is_ok() && Instant::now() < end {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
             Failure::Calls(function) => function(),
             Failure::SendsGarbage => {
                 let mut bad = Buffer::clone(&send);

@@ -57,6 +57,8 @@ static std::map<std::string, int> failures;
 static std::set<std::string> hung;
 static std::map<std::string, World*> worlds;
 static std::vector<Communicator*> communicators;
+// How often a rank was told how its communicators fare.
+static std::map<int, int> asked;
 static int ids, version_number = 22809;
 
 struct Call {
@@ -131,6 +133,10 @@ void fake_nccl_break(int rank, int code) {
     for (Communicator* comm : communicators)
         if (comm->rank == rank) comm->state = code;
 }
+int fake_nccl_asked(int rank) {
+    std::lock_guard<std::mutex> lock(mutex);
+    return asked[rank];
+}
 void fake_nccl_version(int version) {
     std::lock_guard<std::mutex> lock(mutex);
     version_number = version;
@@ -183,6 +189,7 @@ int ncclCommInitRankConfig(Communicator** comm, int ranks, UniqueId id, int rank
 }
 int ncclCommGetAsyncError(Communicator* comm, int* state) {
     std::lock_guard<std::mutex> lock(mutex);
+    ++asked[comm->rank];
     if (comm->state == IN_PROGRESS && comm->world->present == comm->world->ranks && !hung.count("ncclCommInitRankConfig"))
         comm->state = SUCCESS;
     bool busy = !connected(comm) || (comm->finalized && !ended(comm));

@@ -170,6 +170,13 @@ impl Fakes {
         set(version);
     }
 
+    /// How often a rank was told how its communicators fare.
+    pub(crate) fn nccl_asked(&self, rank: i32) -> i32 {
+        // SAFETY: the source declares `int fake_nccl_asked(int)`.
+        let asked = unsafe { self.nccl.get::<extern "C" fn(i32) -> i32>(b"fake_nccl_asked") }.unwrap();
+        asked(rank)
+    }
+
     /// Breaks the communicators of a rank.
     pub(crate) fn nccl_break(&self, rank: i32, code: i32) {
         // SAFETY: the source declares `void fake_nccl_break(int, int)`.
@@ -218,7 +225,7 @@ pub(crate) fn ring_tag(step: usize) -> Tag {
 }
 
 /// Starts sending 64 bytes, all `value`, to the right, and receiving as many from the left, after what is on `compute`.
-pub(crate) fn post<D: DeviceTransport>(
+pub(crate) fn post<D: DeviceTransport + ?Sized>(
     end: &mut D,
     step: usize,
     value: u8,

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 /// Set in the ranks: where they may leave files.
 const FOLDER: &str = "SEQ_PARALLEL_MPI_TEST";
+/// For what ends by itself, on machines whose cores are busy: a test that hangs fails after this.
+pub(crate) const LIMIT: Duration = Duration::from_secs(300);
 
 /// Prints why a test does not run; fails it if the environment says that it must.
 fn skip(reason: &str) {
@@ -36,9 +38,27 @@ pub(crate) fn pid(folder: &Path, rank: usize) -> String {
     loop {
         match std::fs::read_to_string(folder.join(format!("{rank}.pid"))) {
             Ok(pid) if pid.ends_with('\n') => return pid.trim().to_string(),
-            _ => assert!(start.elapsed() < Duration::from_secs(30), "rank {rank} has not started"),
+            _ => assert!(start.elapsed() < LIMIT, "rank {rank} has not started"),
         }
         std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// In a rank: waits until all of `ranks` have come here, by files, so that a rank which fails next finds nobody in what came before.
+pub(crate) fn meet(rank: usize, ranks: usize) {
+    let folder = std::path::PathBuf::from(std::env::var_os(FOLDER).expect("the parent names it"));
+    std::fs::write(folder.join(format!("met.{rank}")), "").unwrap();
+    wait_for(&folder, (0..ranks).map(|rank| format!("met.{rank}")));
+}
+
+/// Waits until files are there: for what other ranks do meanwhile, however long it takes them.
+pub(crate) fn wait_for(folder: &Path, files: impl IntoIterator<Item = String>) {
+    let start = Instant::now();
+    for file in files {
+        while !folder.join(&file).exists() {
+            assert!(start.elapsed() < LIMIT, "{file} is not there");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 
@@ -64,18 +84,13 @@ pub(crate) fn mpirun(ranks: usize) -> Option<Command> {
     Some(command)
 }
 
-/// Waits for a command, and kills it when it takes longer than `limit`.
-pub(crate) fn finish(command: Command, limit: Duration) -> Output {
-    finish_while(command, limit, "", || {})
+/// Waits for a command, and kills it when it takes longer than [`LIMIT`].
+pub(crate) fn finish(command: Command) -> Output {
+    finish_while(command, "", || {})
 }
 
 /// As [`finish`]; `when` is called when standard output says `words`, which it must.
-pub(crate) fn finish_while(
-    mut command: Command,
-    limit: Duration,
-    words: &'static str,
-    when: impl FnOnce(),
-) -> Output {
+pub(crate) fn finish_while(mut command: Command, words: &'static str, when: impl FnOnce()) -> Output {
     let mut child =
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let start = Instant::now();
@@ -89,16 +104,16 @@ pub(crate) fn finish_while(
         }),
         read(child.stderr.take(), |_| {}),
     ];
-    let said = words.is_empty() || heard.recv_timeout(limit).is_ok();
+    let said = words.is_empty() || heard.recv_timeout(LIMIT).is_ok();
     if said {
         when();
     }
     while child.try_wait().unwrap().is_none() {
-        if start.elapsed() > limit {
+        if start.elapsed() > LIMIT {
             stop(&mut child);
             let [stdout, stderr] = readers.map(|reader| reader.join().unwrap());
             let words = [stdout, stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-            panic!("not done after {limit:?}:\n{}{}", words[0], words[1]);
+            panic!("not done after {LIMIT:?}:\n{}{}", words[0], words[1]);
         }
         std::thread::sleep(Duration::from_millis(10));
     }
@@ -167,7 +182,7 @@ pub(crate) fn with_ranks(
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", test, "--nocapture", "--test-threads=1"])
         .env(FOLDER, folder.path());
-    let output = finish(command, Duration::from_secs(60));
+    let output = finish(command);
     let words = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
     assert!(words[0].contains("running 1 test"), "{test} is not the name of one test:\n{}", words[0]);
     Some(Job { words, success: output.status.success(), folder })
