@@ -251,7 +251,10 @@ fn print_code(cubin: &Cubin, arguments: &Arguments) -> Result {
     let text = sass::disassemble(cubin)?;
     if arguments.loops {
         for found in sass::tensor_loops(&text) {
-            println!("    loop: {} instructions, {} of tensor cores", found.instructions, found.tensor);
+            println!(
+                "    loop: {} instructions, {} of tensor cores, {} that branches may skip",
+                found.instructions, found.tensor, found.skippable
+            );
         }
     }
     if arguments.sass {

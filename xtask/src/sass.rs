@@ -29,13 +29,15 @@ pub(crate) fn disassemble(cubin: &Cubin) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// A loop around tensor cores. What it counts is static: branches within it may skip a part.
+/// A loop around tensor cores. What it counts is static.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Loop {
     /// From the target of the branch back to that branch.
     pub(crate) instructions: usize,
     /// Of them, those of tensor cores.
     pub(crate) tensor: usize,
+    /// Of them, those that some branch within the loop skips, such as a mask that few tiles need.
+    pub(crate) skippable: usize,
 }
 
 /// Matrix instructions of tensor cores.
@@ -45,23 +47,26 @@ const TENSOR: &[&str] = &["HMMA", "IMMA", "DMMA", "QMMA", "HGMMA", "IGMMA", "QGM
 pub(crate) fn tensor_loops(sass: &str) -> Vec<Loop> {
     // (address, words without a predicate)
     let code: Vec<(u64, Vec<&str>)> = sass.lines().filter_map(instruction).collect();
+    // Where a branch leads to; nowhere if that is no instruction of this listing.
+    let target = |words: &[&str]| {
+        let address = words.iter().filter_map(|word| hex(word.strip_prefix("0x")?)).next_back()?;
+        code.iter().position(|(at, _)| *at == address).filter(|_| words[0].starts_with("BRA"))
+    };
     let mut loops: Vec<(usize, usize, Loop)> = Vec::new();
-    for (end, (address, words)) in code.iter().enumerate() {
-        if !words[0].starts_with("BRA") {
-            continue;
-        }
-        let target = words.iter().filter_map(|word| hex(word.strip_prefix("0x")?)).next_back();
-        let Some(begin) = target.filter(|target| target <= address).and_then(|target| {
-            // Absent where the branch leads to no instruction of this listing.
-            code.iter().position(|(address, _)| *address == target)
-        }) else {
-            continue;
-        };
+    for (end, (_, words)) in code.iter().enumerate() {
+        let Some(begin) = target(words).filter(|begin| *begin <= end) else { continue };
         let is_tensor = |words: &[&str]| TENSOR.contains(&words[0].split('.').next().unwrap_or_default());
         let tensor = code[begin..=end].iter().filter(|(_, words)| is_tensor(words)).count();
         let inner = loops.iter().any(|&(inner, _, _)| inner >= begin);
         if tensor > 0 && !inner {
-            loops.push((begin, end, Loop { instructions: end + 1 - begin, tensor }));
+            let mut skipped = vec![false; end - begin];
+            for at in begin..end {
+                if let Some(to) = target(&code[at].1).filter(|to| (at + 1..=end).contains(to)) {
+                    skipped[at + 1 - begin..to - begin].fill(true);
+                }
+            }
+            let skippable = skipped.iter().filter(|skipped| **skipped).count();
+            loops.push((begin, end, Loop { instructions: end + 1 - begin, tensor, skippable }));
         }
     }
     // Code that the compiler put out of a loop's way branches back into the loop: that is no loop of its own.
@@ -107,7 +112,7 @@ mod tests {
         /*00b0*/                   BRA 0x60 ;                     /* 0x0 */
         /*00c0*/                   BRA 0xc0 ;                     /* 0x0 */
         ";
-        assert_eq!(tensor_loops(sass), [Loop { instructions: 5, tensor: 2 }]);
+        assert_eq!(tensor_loops(sass), [Loop { instructions: 5, tensor: 2, skippable: 1 }]);
         assert_eq!(tensor_loops("no code"), []);
     }
 }

@@ -186,6 +186,19 @@ impl<E: Element> KeysValues<E> {
         self.v_cache[v..v + v_dim].copy_from_slice(&self.v[from * v_dim..][..v_dim]);
     }
 
+    /// Multiplies every key by the factor of its token.
+    pub(crate) fn scale_keys(&mut self, factor: impl Fn(usize) -> f32) {
+        for sequence in 0..self.batch() {
+            for token in 0..self.len(sequence) {
+                let first = (self.cu_seqlens[sequence] as usize + token) * self.kv_heads;
+                for x in &mut self.k[first * self.dims.0..][..self.kv_heads * self.dims.0] {
+                    *x = E::from_f32(x.to_f32() * factor(token));
+                }
+                (0..self.kv_heads).for_each(|head| self.store(sequence, token, head));
+            }
+        }
+    }
+
     /// The packed keys and values, for the oracle.
     pub(crate) fn packed(&self) -> RaggedKv<'_, E> {
         let tokens = self.cu_seqlens[self.batch()] as usize;

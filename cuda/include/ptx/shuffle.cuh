@@ -52,6 +52,10 @@ DEVICE int32_t warp_max(int32_t x) { return __reduce_max_sync(FULL_WARP, x); }
 DEVICE uint32_t warp_min(uint32_t x) { return __reduce_min_sync(FULL_WARP, x); }
 DEVICE int32_t warp_min(int32_t x) { return __reduce_min_sync(FULL_WARP, x); }
 
+// A value that all lanes share. Its reduction ends in a uniform register, so that what follows from it is computed once per warp, and
+// descriptors of products need no more moves; of a shuffle the compiler would know that nothing changes, and drop it. redux.sync
+DEVICE uint32_t warp_uniform(uint32_t x) { return __reduce_max_sync(FULL_WARP, x); }
+
 // The exclusive prefix sum over the warp: lane i gets x of lanes 0 … i - 1 added up.
 DEVICE uint32_t warp_prefix_sum(uint32_t x) {
     const uint32_t lane = lane_index();

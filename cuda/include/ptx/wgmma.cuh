@@ -24,18 +24,24 @@
 #error "ptx/wgmma.cuh needs sm_90a"
 #endif
 
-// Descriptor of a K-major operand at this shared address. To step K by 16 within the 64 values of a row, add 32 bytes to the
-// address. Fields: start / 16 (bits 0-13), leading offset / 16 (16-29, unused in this layout), 1024 bytes / 16 between groups of
-// 8 rows (32-45), swizzle mode 1 = 128 bytes (62-63).
+// Descriptor of a K-major operand at this shared address. To step K by 16 within the 64 values of a row, step by 32 bytes. Fields:
+// start / 16 (bits 0-13), leading offset / 16 (16-29, unused in this layout), 1024 bytes / 16 between groups of 8 rows (32-45),
+// swizzle mode 1 = 128 bytes (62-63).
 DEVICE uint64_t wgmma_descriptor(uint32_t address) {
     return static_cast<uint64_t>((address & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
-// Descriptor of an N-major operand at this shared address. To step K by 16, add 2048 bytes to the address. The leading offset is
-// that between panels of 64 columns.
+// Descriptor of an N-major operand at this shared address. To step K by 16, step by 2048 bytes. The leading offset is that between
+// panels of 64 columns.
 DEVICE uint64_t wgmma_descriptor_n_major(uint32_t address, uint32_t panel_bytes) {
     return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>((panel_bytes & 0x3ffff) >> 4) << 16 | 64ull << 32
          | 1ull << 62;
+}
+
+// The descriptor of the same layout `bytes` further on, a multiple of 16 that stays within shared memory: one addition to its low
+// word, where a descriptor of its own would take six instructions.
+DEVICE uint64_t wgmma_step(uint64_t descriptor, uint32_t bytes) {
+    return (descriptor & 0xffffffff00000000ull) | static_cast<uint32_t>(static_cast<uint32_t>(descriptor) + bytes / 16);
 }
 
 // Orders earlier register and shared-memory accesses before the next products. wgmma.fence

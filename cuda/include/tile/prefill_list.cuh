@@ -109,6 +109,7 @@ DEVICE void leave_rows(Rows& rows, float* state_o, float* state_ml, Element* out
                        const Item& item, const PrefillParams& params) {
     const bool resume = params.resume != 0 || (draw.flags & PREFILL_TILE_RESUME) != 0;
     const bool finish = lse != nullptr && (draw.flags & PREFILL_TILE_FINISH) != 0;
+    rows.settle();
     if (resume) rows.join_state(state_o, state_ml, finish, item, params);
     if (finish) {
         rows.normalise(lse, item, params);

@@ -141,14 +141,21 @@ DEVICE void store_pair<float>(float* place, float left, float right) {
 
 // Some warps' rows and their softmax state, as accumulators of 16x8 tiles: a lane holds rows lane/4 and lane/4 + 8 of each row
 // tile. The first of the warps is `FirstWarp`.
-template <uint32_t FirstWarp, uint32_t RowTiles, uint32_t KeyColumns, uint32_t VDim, bool SoftCap>
+//
+// O and l are relative to a reference. Where `Slack` is 0 that is the maximum so far, and O is multiplied whenever it grows. Else a row
+// moves its reference to the maximum only once that is more than `Slack` above it, in units of log2: what P and l lose by that is
+// nothing, for they are floating-point numbers, at most 2^Slack a key instead of 1; but the maximum takes registers of its own.
+// Either way a row's bits hang on its own keys alone, not on who shares its warp.
+template <uint32_t FirstWarp, uint32_t RowTiles, uint32_t KeyColumns, uint32_t VDim, bool SoftCap, uint32_t Slack>
 struct PrefillRows {
     static constexpr uint32_t KEY_TILES = KeyColumns / 8;
     static constexpr uint32_t V_TILES = VDim / 8;
 
+
     float o[RowTiles][V_TILES][4];
-    float m[RowTiles][2];  // in units of log2
-    float l[RowTiles][2];  // of this lane's columns alone
+    float m[RowTiles][2];     // the reference, in units of log2
+    float peak[RowTiles][2];  // the maximum, where there is slack
+    float l[RowTiles][2];     // of this lane's columns alone
 
     // First row of the warp, counted from the tile's first.
     static DEVICE uint32_t warp_row() { return (warp_index() - FirstWarp) * RowTiles * 16; }
@@ -165,6 +172,7 @@ struct PrefillRows {
 #pragma unroll
             for (uint32_t e = 0; e < 2; e++) {
                 m[r][e] = NEGATIVE_INFINITY;
+                peak[r][e] = NEGATIVE_INFINITY;
                 l[r][e] = 0.0f;
             }
 #pragma unroll
@@ -189,14 +197,23 @@ struct PrefillRows {
         }
     }
 
-    // Words of the hidden keys of a row tile, which has 4 · KEY_TILES scores in a lane; and the bit of score i of a key tile.
+    // Words of the hidden keys of a row tile, which has 4 · KEY_TILES scores in a lane; and the bit of score i of a key tile: bit
+    // n · 2 + i % 2 for its row's columns of key tile n, the second row in a word of its own or in the upper half.
+    static_assert(KEY_TILES <= 16, "a row's columns of a lane fill a word");
     static constexpr uint32_t HIDDEN = KEY_TILES > 8 ? 2 : 1;
     static DEVICE constexpr uint32_t hidden_bit(uint32_t n, uint32_t i) {
-        return HIDDEN == 2 ? 1u << (n * 2 + i % 2) : 1u << (n * 4 + i);
+        return 1u << (n * 2 + i % 2 + (HIDDEN == 1 ? i / 2 * 16 : 0));
     }
 
-    // Which of a tile's keys this lane's rows do not see, bit n · 2 + i for column i of key tile n; `of_row` is what each row of
-    // the block sees. Worked out before the scores take their registers.
+    // Bits of a row's keys from `key` on, of those from `lane_key` on that are this lane's: two of every eight.
+    static DEVICE uint32_t bits_from(uint32_t key, uint32_t lane_key) {
+        const uint32_t before = key > lane_key ? min(key - lane_key, KeyColumns) : 0;
+        const uint32_t columns = before / 8 * 2 + min(before % 8, 2u);
+        return columns < 32 ? ~0u << columns : 0;
+    }
+
+    // Which of a tile's keys this lane's rows do not see; `of_row` is what each row of the block sees. Worked out before the scores
+    // take their registers, and from the ends of what is seen: a comparison per key would take six times as many instructions.
     DEVICE void hide(uint32_t (&hidden)[RowTiles * HIDDEN], uint32_t first_key, const Visible* of_row) const {
         const uint32_t lane_key = first_key + accumulator_column(lane_index(), 0);
 #pragma unroll
@@ -204,14 +221,13 @@ struct PrefillRows {
 #pragma unroll
             for (uint32_t e = 0; e < 2; e++) {
                 const Visible visible = of_row[warp_row() + r * 16 + accumulator_row(lane_index(), 2 * e)];
-                uint32_t& bits = hidden[(r * 2 + e) * HIDDEN / 2];
-                if (e == 0 || HIDDEN == 2) bits = 0;
-#pragma unroll
-                for (uint32_t n = 0; n < KEY_TILES; n++) {
-#pragma unroll
-                    for (uint32_t i = 0; i < 2; i++) {
-                        if (!visible.sees(lane_key + n * 8 + i)) bits |= hidden_bit(n, 2 * e + i);
-                    }
+                const uint32_t bits = (~bits_from(visible.begin, lane_key) | bits_from(visible.end, lane_key)) &
+                                      bits_from(visible.sinks, lane_key);
+                uint32_t& word = hidden[(r * 2 + e) * HIDDEN / 2];
+                if (HIDDEN == 2) {
+                    word = bits;
+                } else {
+                    word = e == 0 ? bits & 0xffff : word | bits << 16;
                 }
             }
         }
@@ -231,11 +247,13 @@ struct PrefillRows {
         }
     }
 
-    // Moves the running maximum to take in a tile's scores, leaves P in `s`, and in `shrink` the factor that O still needs. The
-    // factor to units of log2 is positive, so the maximum is taken before it and each score meets it in the multiply-add that
-    // also takes the maximum away.
-    DEVICE void softmax(float (&s)[RowTiles][KEY_TILES][4], float (&shrink)[RowTiles][2], const PrefillParams& params) {
+    // Takes in a tile's scores: leaves P in `s`, and says whether some row of the warp may have moved its reference, for which O still
+    // needs the factors in `shrink`. The factor to units of log2 is positive, so the maximum is taken before it and each score
+    // meets it in the multiply-add that also takes the reference away.
+    DEVICE bool softmax(float (&s)[RowTiles][KEY_TILES][4], float (&shrink)[RowTiles][2], const PrefillParams& params) {
         const float to_log2 = (SoftCap ? params.soft_cap : params.scale) * LOG2_E;
+        float top[RowTiles][2];
+        bool moves = false;
 #pragma unroll
         for (uint32_t r = 0; r < RowTiles; r++) {
             float largest[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};
@@ -246,10 +264,28 @@ struct PrefillRows {
             }
 #pragma unroll
             for (uint32_t e = 0; e < 2; e++) {
-                const float m_new = fmaxf(m[r][e], warp_max<4>(largest[e]) * to_log2);
-                const float reference = m_new == NEGATIVE_INFINITY ? 0.0f : m_new;
-                shrink[r][e] = exp2_approx(m[r][e] - reference);
-                m[r][e] = m_new;
+                top[r][e] = fmaxf(Slack > 0 ? peak[r][e] : m[r][e], warp_max<4>(largest[e]) * to_log2);
+                moves |= rises(top[r][e], m[r][e]);
+            }
+        }
+        if (Slack == 0 || __any_sync(FULL_WARP, moves)) {
+            moves = true;
+#pragma unroll
+            for (uint32_t r = 0; r < RowTiles; r++) {
+#pragma unroll
+                for (uint32_t e = 0; e < 2; e++) {
+                    const bool moved = rises(top[r][e], m[r][e]);
+                    shrink[r][e] = moved ? exp2_approx(m[r][e] - top[r][e]) : 1.0f;
+                    m[r][e] = moved ? top[r][e] : m[r][e];
+                    l[r][e] *= shrink[r][e];
+                }
+            }
+        }
+#pragma unroll
+        for (uint32_t r = 0; r < RowTiles; r++) {
+#pragma unroll
+            for (uint32_t e = 0; e < 2; e++) {
+                const float reference = m[r][e] == NEGATIVE_INFINITY ? 0.0f : m[r][e];
                 float sum = 0.0f;
 #pragma unroll
                 for (uint32_t n = 0; n < KEY_TILES; n++) {
@@ -259,12 +295,19 @@ struct PrefillRows {
                         sum += s[r][n][i];
                     }
                 }
-                l[r][e] = l[r][e] * shrink[r][e] + sum;
+                l[r][e] += sum;
+                peak[r][e] = top[r][e];
             }
         }
+        return moves;
     }
 
-    // O as of the running maximum.
+    // Whether a maximum has left its row's reference behind.
+    static DEVICE bool rises(float top, float reference) {
+        return Slack > 0 ? top > reference + static_cast<float>(Slack) : top > reference;
+    }
+
+    // O as of the reference that softmax has moved.
     DEVICE void rescale(const float (&shrink)[RowTiles][2]) {
 #pragma unroll
         for (uint32_t r = 0; r < RowTiles; r++) {
@@ -274,6 +317,22 @@ struct PrefillRows {
                 for (uint32_t i = 0; i < 4; i++) o[r][v][i] *= shrink[r][i / 2];
             }
         }
+    }
+
+    // Makes the maximum the reference, as a state that is kept has it.
+    DEVICE void settle() {
+        if (Slack == 0) return;
+        float shrink[RowTiles][2];
+#pragma unroll
+        for (uint32_t r = 0; r < RowTiles; r++) {
+#pragma unroll
+            for (uint32_t e = 0; e < 2; e++) {
+                shrink[r][e] = m[r][e] == NEGATIVE_INFINITY ? 1.0f : exp2_approx(m[r][e] - peak[r][e]);
+                m[r][e] = peak[r][e];
+                l[r][e] *= shrink[r][e];
+            }
+        }
+        rescale(shrink);
     }
 
     // Calls `visit(r, e, row)` for each of this lane's rows that exist, with the row's index in out and lse.

@@ -27,8 +27,8 @@
 //          heads of a group share K and V and short chunks still fill a tile. Four warps split the rows. Keys stream in tiles
 //          of 64: K of the next tile loads during PV, V during QKᵀ (FlashAttention-2, algorithm 1). The list has the longest
 //          tiles first; blocks stay and draw one tile of one head after another, all heads of the longest first.
-// Budget:  255 registers, ROWS·QK_DIM·2 + 64·(QK_DIM + V_DIM)·2 + 2176 + 12·ROWS bytes of shared memory. A tile of keys at d 128 takes 1750
-//          instructions on sm_90a: 256 mma, 80 ldmatrix, and over a third that only tiles on an edge of the mask run.
+// Budget:  255 registers, ROWS·QK_DIM·2 + 64·(QK_DIM + V_DIM)·2 + 2176 + 12·ROWS bytes of shared memory. A tile of keys at d 128 takes 1380
+//          instructions on sm_90a: 256 mma, 80 ldmatrix, and 344 that only tiles on an edge of the mask run.
 // Limit:   flops: 2·(QK_DIM + V_DIM) per visible key and row on the tensor cores.
 #include "core.cuh"
 #include "prefill_params.h"
@@ -57,7 +57,7 @@ constexpr uint32_t Q_BYTES = ROWS * K_ROW;
 constexpr uint32_t K_BYTES = KEYS * K_ROW;
 constexpr uint32_t V_BYTES = KEYS * V_ROW;
 
-using Rows = PrefillRows<0, ROW_TILES, KEYS, V_DIM, SOFT_CAP>;
+using Rows = PrefillRows<0, ROW_TILES, KEYS, V_DIM, SOFT_CAP, 0>;
 using Tiles = KeyTiles<ROWS, KEYS>;
 constexpr uint32_t KEY_TILES = Rows::KEY_TILES;
 using Scores = float[ROW_TILES][KEY_TILES][4];
@@ -219,8 +219,7 @@ DEVICE void absorb(Rows& rows, Shared& shared, const PrefillParams& params) {
         if (tiles.needs_mask(first_key)) rows.mask(s, hidden);
         buffer ^= 1;
         place(places, buffer, next * KEYS, page, tiles.seen, params);
-        rows.softmax(s, shrink, params);
-        rows.rescale(shrink);
+        if (rows.softmax(s, shrink, params)) rows.rescale(shrink);
 
         cp_async_wait<0>();
         __syncthreads();  // V has landed for everyone, everyone has left K, and the next tile's rows have their places

@@ -11,23 +11,31 @@
 //          times the heads of a group, are no box for groups that do not divide 128). Warpgroups 1 and 2 multiply 64 rows each: Q·Kᵀ
 //          from shared memory, P·V with P from registers and V as an N-major operand. A warpgroup issues the next tile's Q·Kᵀ before
 //          this tile's P·V and works out its softmax while P·V runs (FlashAttention-3, algorithm 2); the two take turns at issuing, so
-//          that one's softmax meets the other's products.
+//          that one's softmax meets the other's products. Masks are worked out in tiles on their edge alone, and O is multiplied only
+//          where a row's maximum has left its reference 2^8 behind (FlashAttention-4's slack); states that are kept have the maximum.
 // Edges:   values that no row of the block sees become 0, for a weight of 0 would not silence a NaN: cp.async fills in zeros; boxes
 //          bring in whatever lies there, the next sequence for one, and the loading warp then waits for the box and overwrites these
 //          rows before it hands the tile on. Keys need no such care, their scores are masked.
 // Budget:  128 threads of 40 registers and 256 of 232; of shared memory 128·QK_DIM·2 bytes for q, 512·(QK_DIM + V_DIM) for the rings
 //          and 1.7 KB beside them: 162 KB at d 128. One block per SM.
-// Limit:   flops: 2·(QK_DIM + V_DIM) per visible key and row on the tensor cores. At d 128 a tile of keys takes 2048 clocks of them
-//          for 128 rows (64·128·128·2·2 FLOP per warpgroup at 4096 per clock and SM: 1024 clocks each) and 1024 of exp2 (16 per clock);
-//          the latter is hidden if the turns hold, which leaves the first tile, the last P·V and the epilogue of a tile of rows,
-//          about 3 tiles' worth, less where tiles of rows see few keys, since they do not overlap one another. Instructions are as
-//          scarce: the two multiplying warps of a scheduler issue 1003 each per tile, of 2048 slots. Loading by TMA adds none to speak of;
-//          by cp.async it adds 950, so that a tile takes 2960. Of 790 TFLOP/s that leaves 560 to 640 by TMA, 430 to 530 by cp.async.
+// Limit:   flops: 2·(QK_DIM + V_DIM) per visible key and row on the tensor cores. At d 128 a tile of 128 keys takes an SM 2048 clocks of
+//          them (64·128·128·2·2 FLOP per warpgroup at 4096 per clock: 1024 each). In that time its two multiplying warps take of each
+//          scheduler, by the machine code's count:
+//              issue   2 · 463 of 2048 slots; 2 · 663 where the tile is masked, 2 · 77 more where O is multiplied
+//              MUFU    2 · 64 exponentials, 8 clocks each: 1024
+//              FMA     2 · 64 multiply-adds, 64 additions and some 20 moves: 300
+//              ALU     2 · 70 maxima, 32 conversions and 40 for addresses, 2 clocks each: 570 (conversions at 16 a clock would take 512
+//                      of these units, or as many of MUFU)
+//          so that products are the limit if the turns hold, less the first tile, the last P·V and the epilogue of a tile of rows,
+//          about 3 tiles' worth, more where tiles of rows see few keys, since they do not overlap one another. Loading by TMA adds
+//          none to speak of; by cp.async it adds 950 slots, 1876 in all. Of 790 TFLOP/s that leaves 600 to 680 by TMA, 500 to 600 by
+//          cp.async.
 #include "core.cuh"
 #include "prefill_params.h"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/shuffle.cuh"
 #include "ptx/sync.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
@@ -46,6 +54,7 @@ constexpr uint32_t Q_LOADERS = TMA ? LOADERS - WARP_SIZE : LOADERS;  // of them,
 constexpr uint32_t ROWS = 128;
 constexpr uint32_t KEYS = 128;   // of a tile
 constexpr uint32_t SLOTS = 2;    // of each ring
+constexpr uint32_t SLACK = 8;    // of a row's reference, in units of log2
 
 // Registers of a thread when a block of 384 starts; then the loaders give some, and the multipliers take no more than these.
 constexpr uint32_t START_REGISTERS = 168;
@@ -63,7 +72,7 @@ constexpr uint32_t V_AT = K_AT + SLOTS * K_BYTES;
 constexpr uint32_t REST_AT = V_AT + SLOTS * V_BYTES;
 static_assert(ROWS * 128 == PANEL_BYTES && KEYS * 128 == PANEL_BYTES, "q, K and V have panels of one size");
 
-using Rows = PrefillRows<LOADERS / WARP_SIZE, 1, KEYS, V_DIM, SOFT_CAP>;
+using Rows = PrefillRows<LOADERS / WARP_SIZE, 1, KEYS, V_DIM, SOFT_CAP, SLACK>;
 using Tiles = KeyTiles<ROWS, KEYS>;
 using Scores = float[1][Rows::KEY_TILES][4];
 
@@ -297,38 +306,41 @@ struct Multiplier {
         if (lane_index() == 0) mbarrier_arrive(shared_address(&shared.empty[which][at.slot()]));
     }
 
+    // The operands of products: the group's rows of q, and the tiles of a turn.
+    DEVICE uint64_t queries() const { return wgmma_descriptor(warp_uniform(base + group * 64 * 128)); }
+    DEVICE uint64_t keys(Turn at) const { return wgmma_descriptor(warp_uniform(base + slot_at<K>(at))); }
+    DEVICE uint64_t values(Turn at) const {
+        return wgmma_descriptor_n_major(warp_uniform(base + slot_at<V>(at)), PANEL_BYTES);
+    }
+
     // Issues S = Q·Kᵀ.
-    DEVICE void multiply_keys(Scores& s) const {
-        const uint32_t q = base + group * 64 * 128, k = base + slot_at<K>(turn);
+    static DEVICE void multiply_keys(Scores& s, uint64_t q, uint64_t k) {
 #pragma unroll
         for (uint32_t step = 0; step < QK_DIM / 16; step++) {
             const uint32_t at = step / 4 * PANEL_BYTES + step % 4 * 32;
-            wgmma_ss<Element, KEYS>(reinterpret_cast<float(&)[KEYS / 2]>(s), wgmma_descriptor(q + at), wgmma_descriptor(k + at),
-                                    step > 0);
+            wgmma_ss<Element, KEYS>(reinterpret_cast<float(&)[KEYS / 2]>(s), wgmma_step(q, at), wgmma_step(k, at), step > 0);
         }
         wgmma_commit();
     }
 
     // Issues O += P·V.
-    DEVICE void multiply_values(Rows& rows, const uint32_t (&p)[KEYS / 16][4], Turn at) const {
-        const uint32_t v = base + slot_at<V>(at);
+    static DEVICE void multiply_values(Rows& rows, const uint32_t (&p)[KEYS / 16][4], uint64_t v) {
 #pragma unroll
         for (uint32_t step = 0; step < KEYS / 16; step++) {
-            wgmma_rs<Element, V_DIM>(reinterpret_cast<float(&)[V_DIM / 2]>(rows.o), p[step],
-                                     wgmma_descriptor_n_major(v + step * 16 * 128, PANEL_BYTES), true);
+            wgmma_rs<Element, V_DIM>(reinterpret_cast<float(&)[V_DIM / 2]>(rows.o), p[step], wgmma_step(v, step * 16 * 128), true);
         }
         wgmma_commit();
     }
 
-    // From scores to weights, and the factors that O still needs.
-    DEVICE void weigh(Rows& rows, Scores& s, float (&shrink)[1][2], uint32_t first_key, const PrefillParams& params) const {
+    // From scores to weights; whether O still needs the factors in `shrink`.
+    DEVICE bool weigh(Rows& rows, Scores& s, float (&shrink)[1][2], uint32_t first_key, const PrefillParams& params) const {
         rows.cap(s, params);
         if (shared.tiles.needs_mask(first_key)) {
             uint32_t hidden[Rows::HIDDEN];
             rows.hide(hidden, first_key, shared.tiles.of_row);
             rows.mask(s, hidden);
         }
-        rows.softmax(s, shrink, params);
+        return rows.softmax(s, shrink, params);
     }
 
     static DEVICE void pack(uint32_t (&p)[KEYS / 16][4], const Scores& s) {
@@ -345,39 +357,42 @@ struct Multiplier {
         float shrink[1][2];
         uint32_t p[KEYS / 16][4];
 
+        const uint64_t q = queries();
+        const uint64_t first = keys(turn);
         wait_full(K, turn);
         wait_turn();
         wgmma_fence();
-        multiply_keys(s);
+        multiply_keys(s, q, first);
         end_turn();
         wgmma_wait<0>();
         release(K, turn);
-        weigh(rows, s, shrink, tile * KEYS, params);
-        rows.rescale(shrink);
+        if (weigh(rows, s, shrink, tile * KEYS, params)) rows.rescale(shrink);
         pack(p, s);
         for (tile = tiles.after(tile); tile < tiles.end; tile = tiles.after(tile)) {
             const Turn before = turn;
             turn.count++;
+            const uint64_t k = keys(turn), v = values(before);
             wait_full(K, turn);
             wait_turn();
             wgmma_fence();
-            multiply_keys(s);
+            multiply_keys(s, q, k);
             wait_full(V, before);
-            multiply_values(rows, p, before);
+            multiply_values(rows, p, v);
             end_turn();
             wgmma_wait<1>();
             release(K, turn);
-            weigh(rows, s, shrink, tile * KEYS, params);
+            const bool moved = weigh(rows, s, shrink, tile * KEYS, params);
             // Never so; but a branch on the sums keeps the compiler from putting the exponentials behind the wait.
             if (rows.l[0][0] + rows.l[0][1] < 0.0f) __trap();
             wgmma_wait<0>();
             release(V, before);
-            rows.rescale(shrink);
+            if (moved) rows.rescale(shrink);
             pack(p, s);
         }
+        const uint64_t last = values(turn);
         wait_full(V, turn);
         wgmma_fence();
-        multiply_values(rows, p, turn);
+        multiply_values(rows, p, last);
         wgmma_wait<0>();
         release(V, turn);
         turn.count++;

@@ -9,9 +9,9 @@ emulator::device_test!(
 );
 
 /// One step: its sequences' queries, which are those of every step, with keys of its own.
-struct Step<E> {
-    case: Case,
-    tensors: Tensors<E>,
+pub(super) struct Step<E> {
+    pub(super) case: Case,
+    pub(super) tensors: Tensors<E>,
 }
 
 /// Steps of equal queries with these (keys of each sequence, mask).
@@ -28,9 +28,9 @@ fn steps<E: Element>(case: &Case, chunks: &[(&[usize], Mask)], seed: u64) -> Vec
 
 /// The states (m, l, O) that steps leave, as they lie in memory: `[queries, q_heads, v_dim]` and `[queries, q_heads, 2]`.
 #[derive(Debug, PartialEq)]
-struct States {
+pub(super) struct States {
     o: Vec<f32>,
-    ml: Vec<f32>,
+    pub(super) ml: Vec<f32>,
 }
 
 impl States {
@@ -43,7 +43,7 @@ impl States {
     }
 }
 
-fn run_steps<R: Rig, E: Storage + Element>(rig: &R, steps: &[Step<E>]) -> States {
+pub(super) fn run_steps<R: Rig, E: Storage + Element>(rig: &R, steps: &[Step<E>]) -> States {
     let rows = steps[0].case.queries() * steps[0].case.q_heads;
     // NaN: the first step starts anew over whatever is there.
     let (mut o, mut ml) = (rig.poisoned::<f32>(rows * steps[0].case.dims.1), rig.poisoned::<f32>(rows * 2));

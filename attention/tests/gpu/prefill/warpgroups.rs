@@ -2,10 +2,15 @@
 
 use cuda::table::dtype;
 
-use super::steps::carried;
+use super::steps::{Step, carried, run_steps};
 use super::*;
 
-emulator::device_test!(equals_the_oracle, is_deaf_to_hidden_keys, carries_a_state);
+emulator::device_test!(
+    equals_the_oracle,
+    is_deaf_to_hidden_keys,
+    carries_a_state,
+    maxima_that_climb_slowly_are_kept_all_the_same,
+);
 
 /// Whether the device has warpgroup products; says so where it has not.
 pub(crate) fn has_wgmma<R: Rig>(rig: &R) -> bool {
@@ -216,4 +221,43 @@ fn carries_a_state<R: Rig>(rig: &R) {
     let ring: [(&[usize], Mask); 3] =
         [full(&[200, 0, 3, 64]), full(&[1, 7, 0, 129]), (&[70, 3, 5, 20], Mask::Causal)];
     carried::<R, bf16>(rig, &wgmma(ragged), &ring, 71);
+}
+
+/// Maxima that rise from tile to tile, by less than what O follows at once and by more: the output is the oracle's, and the state has
+/// the maximum itself, not the reference that O was held at.
+fn maxima_that_climb_slowly_are_kept_all_the_same<R: Rig>(rig: &R) {
+    if !has_wgmma(rig) {
+        return;
+    }
+    // The largest of 128 scores is some 3.6, in units of log2; then 4.7, 6.5, 11, and 40 after that.
+    let factors = [1.0, 1.3, 1.8, 3.0, 11.0, 10.5];
+    let case = wgmma(Case::new((4, 2), (128, 128), &[(60, 700)], Cache::Contiguous, Mask::Full));
+    let mut climbing = tensors::<bf16>(&case, 91);
+    climbing.kv.scale_keys(|token| factors[token / 128]);
+    let expected = oracle(&case, &climbing);
+    let prefilled = prefill(rig, &case, &climbing, &case.cu_queries(), &lens(&case));
+    Comparison::attention(&prefilled.out, &expected.out, case.dims.1).assert(rig.name());
+    Comparison::new(&prefilled.lse, &expected.lse, Tolerance::LSE).assert(rig.name());
+
+    for keys in [500, 700] {
+        let (queries, heads, dim) = (case.queries(), case.q_heads, case.dims.0);
+        let case = Case { sequences: vec![(queries, keys)], ..case.clone() };
+        let mut climbing = tensors::<bf16>(&case, 92);
+        climbing.kv.scale_keys(|token| factors[token / 128]);
+        let dot = |row: usize, key: &[bf16]| -> f64 {
+            let q = &climbing.q[row * dim..][..dim];
+            q.iter().zip(key).map(|(q, k)| f64::from(q.to_f32()) * f64::from(k.to_f32())).sum()
+        };
+        let largest: Vec<f64> = (0..queries * heads)
+            .map(|row| {
+                let vectors = climbing.kv.k_cache.chunks(dim);
+                let of_head = vectors.skip(row % heads / 2).step_by(2);
+                of_head.map(|key| dot(row, key) / (dim as f64).sqrt()).fold(f64::NEG_INFINITY, f64::max)
+            })
+            .collect();
+        let states = run_steps(rig, &[Step { case, tensors: climbing }]);
+        let maxima: Vec<f32> = states.ml.iter().copied().step_by(2).collect();
+        Comparison::new(&maxima, &largest, Tolerance::LSE)
+            .assert(format_args!("{keys} keys on {}", rig.name()));
+    }
 }
