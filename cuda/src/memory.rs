@@ -88,6 +88,14 @@ macro_rules! common {
                 self.mapped || self.space == Space::Host
             }
 
+            /// Checks that the memory is the host's, of an argument that is to cross the link.
+            pub fn check_in_host_memory(&self, kernel: &str, argument: &'static str) -> Result<(), Error> {
+                match self.is_in_host_memory() {
+                    true => Ok(()),
+                    false => Err(Error::argument(kernel, argument, "pinned memory of the host", self.space)),
+                }
+            }
+
             /// Address of the first element, in the address space of [`space`](Self::space).
             pub fn address(&self) -> u64 {
                 self.address

@@ -38,8 +38,8 @@ fn read(gpu: &Gpu, weights: &Weights) -> Result<Vec<u8>, Error> {
 }
 
 #[test]
-fn packed_weights_are_seen_by_the_device() {
-    let Some(gpu) = gpu_or_skip("packed_weights_are_seen_by_the_device") else { return };
+fn packed_weights_are_seen_by_the_gpu() {
+    let Some(gpu) = gpu_or_skip("packed_weights_are_seen_by_the_gpu") else { return };
     let values: Vec<bf16> = random(71, 300 * 200);
     let matrix = RowMajor::from_slice(&values, [300, 200]).unwrap();
     for residency in [Residency::Host, Residency::HbmFraction(0.5)] {
@@ -60,8 +60,8 @@ fn packed_weights_are_seen_by_the_device() {
 
 /// A read-only mapping, pinned without a copy, outlives the file's handle.
 #[test]
-fn a_mapped_file_is_seen_by_the_device() {
-    let Some(gpu) = gpu_or_skip("a_mapped_file_is_seen_by_the_device") else { return };
+fn a_mapped_file_is_seen_by_the_gpu() {
+    let Some(gpu) = gpu_or_skip("a_mapped_file_is_seen_by_the_gpu") else { return };
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.safetensors");
     let values: Vec<bf16> = random(72, 128 * 64);

@@ -5,6 +5,7 @@
 //! there is no GPU the latter prints `SKIPPED` with the reason; with `REQUIRE_GPU=1` that is a failure.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytemuck::Pod;
@@ -52,7 +53,7 @@ pub trait Rig {
     fn write<T: Pod>(&self, buffer: &mut Self::Buffer<T>, at: usize, host: &[T]);
     /// Waits for the queue and copies a buffer back.
     fn download<T: Pod>(&self, buffer: &Self::Buffer<T>) -> Vec<T>;
-    /// The same for `len` elements from element `at` on, of a buffer that is not pinned.
+    /// The same for `len` elements from element `at` on.
     fn read<T: Pod>(&self, buffer: &Self::Buffer<T>, at: usize, len: usize) -> Vec<T>;
     /// A buffer as a kernel argument that is read.
     fn view<'a, T: Pod>(&self, buffer: &'a Self::Buffer<T>) -> View<'a, T>;
@@ -85,7 +86,7 @@ pub trait Rig {
     fn try_zeroed<T: Pod>(&self, len: usize) -> Result<Self::Buffer<T>, String>;
 
     /// What enqueues the same launches as `enqueue` whenever it is called: a CUDA graph where there is one; the emulator
-    /// calls `enqueue` itself. Whatever `enqueue` borrows it borrows for each launch anew.
+    /// calls `enqueue` itself. Whatever `enqueue` borrows it borrows for each launch anew; what it owns lives as long as what is given.
     fn record<'a>(&'a self, enqueue: Box<dyn Fn() + 'a>) -> Box<dyn Fn() + 'a>;
 }
 
@@ -308,28 +309,31 @@ impl Rig for GpuRig {
         });
         let graph = captured.unwrap_or_else(|error| panic!("capture on {}: {error}", self.name()));
         Box::new(move || {
-            // SAFETY: the buffers that the launches use are borrowed as long as this closure lives, and all work of this rig
-            // is ordered by its one stream, on the side by forks and joins.
+            // What `enqueue` owns the graph works on.
+            let _kept = &enqueue;
+            // SAFETY: the buffers that the launches use are borrowed, or owned by `enqueue`, as long as this closure lives, and all
+            // work of this rig is ordered by its one stream, on the side by forks and joins.
             unsafe { graph.replay(&self.stream) }
                 .unwrap_or_else(|error| panic!("replay on {}: {error}", self.name()));
         })
     }
 
     fn download<T: Pod>(&self, buffer: &GpuBuffer<T>) -> Vec<T> {
-        let bytes = self.stream.clone_dtoh(&buffer.bytes).expect("copy from the device");
-        self.stream.synchronize().expect("the queue ran without a fault");
-        let mut host = vec![T::zeroed(); buffer.len];
-        let size = buffer.len * size_of::<T>();
-        bytemuck::cast_slice_mut::<T, u8>(&mut host).copy_from_slice(&bytes[..size]);
-        host
+        self.read(buffer, 0, buffer.len)
     }
 
     fn read<T: Pod>(&self, buffer: &GpuBuffer<T>, at: usize, len: usize) -> Vec<T> {
-        let place = buffer.bytes.slice(at * size_of::<T>()..(at + len) * size_of::<T>());
-        let bytes = self.stream.clone_dtoh(&place).expect("copy from the device");
-        self.stream.synchronize().expect("the queue ran without a fault");
+        assert!(at + len <= buffer.len, "{len} elements at {at} of {}", buffer.len);
+        let place = at * size_of::<T>()..(at + len) * size_of::<T>();
         let mut host = vec![T::zeroed(); len];
-        bytemuck::cast_slice_mut::<T, u8>(&mut host).copy_from_slice(&bytes);
+        let to = bytemuck::cast_slice_mut::<T, u8>(&mut host);
+        if let Some(pinned) = &buffer.pinned {
+            // Waits for everything, so it is in order.
+            to.copy_from_slice(&pinned.read().expect("the queue ran without a fault")[place]);
+        } else if len > 0 {
+            self.stream.memcpy_dtoh(&buffer.bytes.slice(place), to).expect("copy from the device");
+        }
+        self.stream.synchronize().expect("the queue ran without a fault");
         host
     }
 
@@ -343,6 +347,9 @@ impl Rig for GpuRig {
     }
 
     fn view_mut<'a, T: Pod>(&self, buffer: &'a mut GpuBuffer<T>) -> ViewMut<'a, T> {
+        if let Some(pinned) = &mut buffer.pinned {
+            return pinned.view_mut(&self.stream).cast();
+        }
         let space = Space::Device(self.stream.context().ordinal());
         // SAFETY: the borrow keeps the allocation alive and exclusive, and all work of this rig is ordered by its one stream, on the side by forks and joins.
         unsafe { ViewMut::from_raw(buffer.address, buffer.len, space) }
@@ -361,8 +368,13 @@ impl Rig for GpuRig {
     }
 
     fn counters_are_zero(&self, workspace: &mut GpuBuffer<u8>, layout: &Layout) -> bool {
-        let bytes = self.download(workspace);
-        layout.counter_ranges().iter().all(|range| bytes[range.clone()].iter().all(|byte| *byte == 0))
+        // Workspaces may be hundreds of megabytes; counters are a few of their bytes.
+        let zero = |range: &Range<usize>| {
+            self.read(workspace, range.start, range.len()).iter().all(|byte| *byte == 0)
+        };
+        let zeros = layout.counter_ranges().iter().all(zero);
+        self.stream.synchronize().expect("the queue ran without a fault");
+        zeros
     }
 
     fn stress_launches(&self) -> usize {
@@ -396,7 +408,19 @@ pub fn gpu_or_skip(test: &str) -> Option<GpuRig> {
 /// # Panics
 /// If memory is short although `REQUIRE_GPU=1` demands that every test runs.
 pub fn zeroed_or_skip<R: Rig, T: Pod>(rig: &R, len: usize, test: &str) -> Option<R::Buffer<T>> {
-    match rig.try_zeroed(len) {
+    or_skip(rig, rig.try_zeroed(len), test)
+}
+
+/// The same in memory of the host that the device reads in place.
+///
+/// # Panics
+/// As [`zeroed_or_skip`].
+pub fn pinned_or_skip<R: Rig, T: Pod>(rig: &R, len: usize, test: &str) -> Option<R::Buffer<T>> {
+    or_skip(rig, rig.try_pinned(len), test)
+}
+
+fn or_skip<R: Rig, B>(rig: &R, buffer: Result<B, String>, test: &str) -> Option<B> {
+    match buffer {
         Ok(buffer) => Some(buffer),
         Err(reason) if std::env::var_os("REQUIRE_GPU").is_some_and(|v| v == "1") => {
             panic!("{test} on {}: REQUIRE_GPU=1, but {reason}", rig.name())

@@ -11,7 +11,7 @@ use cuda::params::{HybridGemmExpert, HybridGemmParams, HybridGemmSchedule, Hybri
 use cuda::status::Fault;
 use cuda::storage::Storage;
 use emulator::Order;
-use emulator::rig::{EmulatorRig, Rig, gpu_or_skip, zeroed_or_skip};
+use emulator::rig::{EmulatorRig, Rig, gpu_or_skip, pinned_or_skip, zeroed_or_skip};
 use half::bf16;
 use hybrid_gemm::gpu::{GroupedPlan, Plan};
 use hybrid_gemm::{
@@ -66,7 +66,7 @@ fn far<R: Rig>(rig: &R, rows: &Rows, alpha: f64) {
     let test = format!("far: {tokens} tokens, alpha {alpha}");
     let bytes = COLUMN_STRIDE + column_bytes;
     let reach = |stride: usize, row: usize| (tokens - 1) * stride + row;
-    let Some(mut host) = pinned_or_skip(rig, bytes, &test) else { return };
+    let Some(mut host) = pinned_or_skip::<_, u8>(rig, bytes, &test) else { return };
     let Some(mut hbm) = zeroed_or_skip::<_, u8>(rig, bytes, &test) else { return };
     let Some(mut x) = zeroed_or_skip::<_, bf16>(rig, reach(rows.x, k), &test) else { return };
     let Some(mut residual) = zeroed_or_skip::<_, f32>(rig, reach(rows.out, n), &test) else { return };
@@ -195,19 +195,6 @@ fn far<R: Rig>(rig: &R, rows: &Rows, alpha: f64) {
     compare(&format!("{case}, experts"), &found, &all(&expected, 122), 35.0 * 35.0);
 }
 
-fn pinned_or_skip<R: Rig>(rig: &R, bytes: usize, test: &str) -> Option<R::Buffer<u8>> {
-    match rig.try_pinned(bytes) {
-        Ok(buffer) => Some(buffer),
-        Err(reason) if std::env::var_os("REQUIRE_GPU").is_some_and(|value| value == "1") => {
-            panic!("{test} on {}: REQUIRE_GPU=1, but {reason}", rig.name())
-        }
-        Err(reason) => {
-            println!("SKIPPED {test} on {}: {reason}", rig.name());
-            None
-        }
-    }
-}
-
 /// Few tokens, each row past the end of the one before by 4 GiB, the last one of X past 2³² elements; many, whose second panel lies
 /// there.
 fn all<R: Rig>(rig: &R) {
@@ -224,11 +211,17 @@ fn emulator() {
     }
 }
 
-/// And partial sums of more than 4 GiB, which are too many for the emulator: 1027 weight-stationary columns of 16384 tokens.
 #[test]
 fn gpu() {
-    let Some(rig) = gpu_or_skip("far") else { return };
-    all(&rig);
+    if let Some(rig) = gpu_or_skip("far") {
+        all(&rig);
+    }
+}
+
+/// Partial sums of more than 4 GiB, which are too many for the emulator: 1027 weight-stationary columns of 16384 tokens.
+#[test]
+fn partial_sums_on_the_gpu() {
+    let Some(rig) = gpu_or_skip("far::partial_sums_on_the_gpu") else { return };
     let (tokens, sms) = (16384, cuda::launch::Device::sm_count(rig.device()).map_or(132, |sms| sms as usize));
     let tiling = Tiling::with_tile_k(65728, 128, Format::Float(DType::BF16), 64).expect("a tiling");
     let host: Weights = weights::<bf16>(104, tiling, Residency::Host);

@@ -94,7 +94,8 @@ pub struct GatherArgs<'a> {
     pub host_table: &'a View<'a, u32>,
     /// Device run of each slot `[rows, slots]`.
     pub slot_table: &'a View<'a, u32>,
-    /// Host memory `[host_pages, kv_heads, K|V, tokens, dim]` as bytes, mapped, 16-byte aligned.
+    /// Host memory `[host_pages, kv_heads, K|V, tokens, dim]` as bytes, mapped, 16-byte aligned; memory of the device is
+    /// refused.
     pub host: &'a View<'a, u8>,
     /// Device memory `[device_pages, K|V, tokens, dim]` as bytes, 16-byte aligned.
     pub device: ViewMut<'a, u8>,

@@ -273,7 +273,8 @@ pub struct FlushArgs<'a> {
     pub host_table: &'a View<'a, u32>,
     /// Device memory `[runs, K|V, tokens, dim]`, as bytes.
     pub device: &'a View<'a, u8>,
-    /// Host memory `[host_pages, kv_heads, K|V, tokens, dim]`, as bytes, mapped.
+    /// Host memory `[host_pages, kv_heads, K|V, tokens, dim]`, as bytes, mapped; memory of the device is
+    /// refused.
     pub host: ViewMut<'a, u8>,
     /// Not 0 for slots whose page is not in host memory yet `[rows, slots]`; updated.
     pub dirty: ViewMut<'a, u8>,

@@ -2,8 +2,10 @@
 
 use attention::testing::{Rng, shuffled_pages};
 use attention::{DType, FaultCode};
+use cuda::memory::{Space, View};
 use cuda::status::Fault;
-use emulator::rig::Rig;
+use emulator::Order;
+use emulator::rig::{EmulatorRig, Rig, pinned_or_skip};
 use sparse_attn::Error;
 use sparse_attn::bucketed_lru::Miss;
 use sparse_attn::gpu::{Gather, GatherArgs, GatherConfig, GatherPlan, ResolveConfig};
@@ -104,13 +106,19 @@ impl Case {
     }
 
     fn run<R: Rig>(&self, rig: &R) -> (Vec<u8>, Option<Fault>) {
+        let host = rig.pin(&self.host);
+        self.run_on(rig, &rig.view(&host))
+            .unwrap_or_else(|error| panic!("{:?} on {}: {error}", self.config, rig.name()))
+    }
+
+    /// The same with host pages elsewhere.
+    fn run_on<R: Rig>(&self, rig: &R, host: &View<'_, u8>) -> Result<(Vec<u8>, Option<Fault>), Error> {
         let plan = GatherPlan::new(self.config).expect("a valid plan");
         let kernel = Gather::prepare(rig.device(), &plan).expect("prepare");
         let words: Vec<u32> =
             self.misses.iter().flat_map(|miss| [miss.place, miss.page, miss.slot, miss.evicted]).collect();
         let (misses, num_misses) = (rig.upload(&words), rig.upload(&self.num_misses));
         let (host_table, slot_table) = (rig.upload(&self.host_table), rig.upload(&self.slot_table));
-        let host = rig.upload(&self.host);
         let mut device = rig.poisoned::<u8>(self.config.device_pages * self.config.page.bytes());
         let slots = self.config.resolve.rows * self.config.resolve.slots;
         let mut owners = rig.zeroed::<u32>(slots);
@@ -120,20 +128,18 @@ impl Case {
             num_misses: &rig.view(&num_misses),
             host_table: &rig.view(&host_table),
             slot_table: &rig.view(&slot_table),
-            host: &rig.view(&host),
+            host,
             device: rig.view_mut(&mut device),
             owners: rig.view_mut(&mut owners),
             status: rig.view_mut(&mut status),
         };
-        kernel
-            .run(rig.queue(), args)
-            .unwrap_or_else(|error| panic!("{:?} on {}: {error}", self.config, rig.name()));
+        kernel.run(rig.queue(), args)?;
         // Slots whose page did not arrive are free again, all others as they were.
         let freed = self.freed();
         let expected: Vec<u32> =
             (0..slots).map(|slot| if freed.contains(&slot) { NONE } else { 0 }).collect();
         assert_eq!(rig.download(&owners), expected, "{:?} on {}: owners", self.config, rig.name());
-        (rig.download(&device), Fault::decode(rig.download(&status)[0]))
+        Ok((rig.download(&device), Fault::decode(rig.download(&status)[0])))
     }
 }
 
@@ -206,7 +212,8 @@ fn host_pages_may_lie_past_two_gigabytes<R: Rig>(rig: &R) {
         Gather::prepare(rig.device(), &GatherPlan::new(config).expect("a valid plan")).expect("prepare");
     let mut rng = Rng::new(8);
     let runs: Vec<u8> = (0..2 * page.bytes()).map(|_| rng.bits() as u8).collect();
-    let mut host = rig.zeroed::<u8>(host_pages * 2 * page.bytes());
+    let test = "host_pages_may_lie_past_two_gigabytes";
+    let Some(mut host) = pinned_or_skip::<_, u8>(rig, host_pages * 2 * page.bytes(), test) else { return };
     rig.write(&mut host, (host_pages - 1) * 2 * page.bytes(), &runs);
     let (misses, num_misses) = (rig.upload(&[0, 0, 0, NONE, 0, 0, 0, NONE]), rig.upload(&[1, 1]));
     let (host_table, slot_table) = (rig.upload(&[host_pages as u32 - 1]), rig.upload(&[1, 0]));
@@ -227,6 +234,19 @@ fn host_pages_may_lie_past_two_gigabytes<R: Rig>(rig: &R) {
     let (first, second) = runs.split_at(page.bytes());
     assert!(rig.download(&device) == [second, first].concat(), "on {}", rig.name());
     assert_eq!(rig.download(&status)[0], 0, "on {}", rig.name());
+}
+
+/// Pages in memory of the device would be copied as well, and nobody would notice that nothing crosses the link.
+#[test]
+fn host_pages_on_the_device_are_refused() {
+    emulator::emulator_or_skip!();
+    let case = Case::new(config(2, 2, (8, 8), 1), &[2, 1], 9);
+    // SAFETY: refused before anybody follows the address.
+    let on_device = unsafe { View::<u8>::from_raw(4096, case.host.len(), Space::Device(0)) };
+    let refused =
+        case.run_on(&EmulatorRig::new(Order::Forward), &on_device).expect_err("refused").to_string();
+    assert!(refused.contains("`host`") && refused.contains("pinned memory of the host"), "{refused}");
+    assert!(refused.contains("found memory of device 0"), "{refused}");
 }
 
 #[test]

@@ -2,8 +2,10 @@
 
 use attention::testing::Rng;
 use attention::{DType, FaultCode, HeadShape};
+use cuda::memory::{Space, ViewMut};
 use cuda::status::Fault;
-use emulator::rig::Rig;
+use emulator::Order;
+use emulator::rig::{EmulatorRig, Rig};
 use sparse_attn::bucketed_lru::BucketedLru;
 use sparse_attn::gpu::{Close, CloseArgs, Extent, Flush, FlushArgs, PagesConfig, PagesPlan};
 use sparse_attn::metadata::{Metadata, NONE};
@@ -228,7 +230,7 @@ fn only_pages_that_arrive_are_clean<R: Rig>(rig: &R) {
     host_table[40 + 5] = 80;
     let (list, lens) = (rig.upload(&closing.concat()), rig.upload(&[2u32, 3]));
     let (table, memory) = (rig.upload(&host_table), rig.upload(&device));
-    let (mut host, mut dirty) = (rig.poisoned::<u8>(80 * run), rig.upload(&[1u8; 16]));
+    let (mut host, mut dirty) = (rig.pin(&vec![0xffu8; 80 * run]), rig.upload(&[1u8; 16]));
     let (mut counts, mut status) = (rig.zeroed::<u64>(16), rig.zeroed::<u64>(1));
     let args = FlushArgs {
         closing: [&rig.view(&list), &rig.view(&lens)],
@@ -253,6 +255,32 @@ fn only_pages_that_arrive_are_clean<R: Rig>(rig: &R) {
     assert_eq!((counts[6], counts[8 + 6]), (2, 1), "written pages on {name}");
     let fault = Fault::decode(rig.download(&status)[0]);
     assert_eq!(fault, Some(Fault { code: FaultCode::BadPage as u32, index: 1 }), "on {name}");
+}
+
+/// What is written back to memory of the device has not left it.
+#[test]
+fn host_pages_on_the_device_are_refused() {
+    emulator::emulator_or_skip!();
+    let rig = EmulatorRig::new(Order::Forward);
+    let config = config(8, true);
+    let kernel = Flush::prepare(rig.device(), &PagesPlan::new(config).unwrap()).unwrap();
+    let bytes = config.extent.page.bytes();
+    let (list, lens) = (rig.upload(&[NONE; 48]), rig.upload(&[0u32, 0]));
+    let (table, memory) = (rig.zeroed::<u32>(80), rig.zeroed::<u8>(config.extent.runs * bytes));
+    let (mut dirty, mut counts, mut status) =
+        (rig.zeroed::<u8>(16), rig.zeroed::<u64>(16), rig.zeroed::<u64>(1));
+    let args = FlushArgs {
+        closing: [&rig.view(&list), &rig.view(&lens)],
+        host_table: &rig.view(&table),
+        device: &rig.view(&memory),
+        // SAFETY: refused before anybody follows the address.
+        host: unsafe { ViewMut::from_raw(4096, 80 * bytes, Space::Device(0)) },
+        dirty: rig.view_mut(&mut dirty),
+        counts: rig.view_mut(&mut counts),
+        status: rig.view_mut(&mut status),
+    };
+    let refused = kernel.run(rig.queue(), args).expect_err("refused").to_string();
+    assert!(refused.contains("`host`") && refused.contains("pinned memory of the host"), "{refused}");
 }
 
 #[test]

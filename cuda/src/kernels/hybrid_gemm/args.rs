@@ -220,10 +220,8 @@ pub(super) fn launch<F: Function, X: Storage, O: Storage>(
             None => return Err(Error::argument(kernel, argument, format_args!("{len} bytes"), "none")),
         }
     }
-    if let Some(host) = args.host
-        && !host.is_in_host_memory()
-    {
-        return Err(Error::argument(kernel, "host", "pinned memory of the host", host.space()));
+    if let Some(host) = args.host {
+        host.check_in_host_memory(kernel, "host")?;
     }
     if experts > 0 && (row_major || args.bias.is_some()) {
         return wrong("experts", "packed weights and no bias".into(), experts as u64);

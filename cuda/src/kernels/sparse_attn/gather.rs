@@ -30,7 +30,7 @@ pub struct GatherArgs<'a> {
     pub host_table: &'a View<'a, u32>,
     /// Device run of each slot `[rows, slots]`.
     pub slot_table: &'a View<'a, u32>,
-    /// Host memory `[host_pages, kv_heads, run_bytes]`, mapped, 16-byte aligned.
+    /// Host memory `[host_pages, kv_heads, run_bytes]`, mapped, 16-byte aligned; memory of the device is refused.
     pub host: &'a View<'a, u8>,
     /// Device memory `[device_pages, run_bytes]`, 16-byte aligned.
     pub device: ViewMut<'a, u8>,
@@ -83,6 +83,7 @@ impl<F: Function> Gather<F> {
         args.slot_table.check(KERNEL, "slot_table", product(&[params.rows, params.slots]), 4)?;
         let host = product(&[params.host_pages, params.kv_heads, params.run_bytes]);
         args.host.check(KERNEL, "host", host, 16)?;
+        args.host.check_in_host_memory(KERNEL, "host")?;
         args.device.check(KERNEL, "device", product(&[params.device_pages, params.run_bytes]), 16)?;
         args.owners.check(KERNEL, "owners", product(&[params.rows, params.slots]), 4)?;
         args.status.check(KERNEL, "status", 1, 8)?;

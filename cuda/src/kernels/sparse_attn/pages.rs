@@ -250,7 +250,7 @@ pub struct FlushArgs<'a> {
     pub host_table: &'a View<'a, u32>,
     /// Device memory `[num_runs, run_bytes]`, 16-byte aligned.
     pub device: &'a View<'a, u8>,
-    /// Host memory `[host_pages, kv_heads, run_bytes]`, mapped, 16-byte aligned.
+    /// Host memory `[host_pages, kv_heads, run_bytes]`, mapped, 16-byte aligned; memory of the device is refused.
     pub host: ViewMut<'a, u8>,
     /// Not 0 for slots whose page is not in host memory yet `[rows, slots]`; updated.
     pub dirty: ViewMut<'a, u8>,
@@ -302,6 +302,7 @@ impl<F: Function> Flush<F> {
         args.host_table.check(KERNEL, "host_table", product(&[rows / kv_heads, max_pages]), 4)?;
         args.device.check(KERNEL, "device", product(&[params.num_runs, run_bytes]), 16)?;
         args.host.check(KERNEL, "host", product(&[params.host_pages, kv_heads, run_bytes]), 16)?;
+        args.host.check_in_host_memory(KERNEL, "host")?;
         args.dirty.check(KERNEL, "dirty", product(&[rows, slots]), 1)?;
         args.counts.check(KERNEL, "counts", (rows as usize).saturating_mul(COUNTS), 8)?;
         args.status.check(KERNEL, "status", 1, 8)?;

@@ -35,7 +35,8 @@ pub struct State<'a, E> {
 pub struct Memories<'a, E> {
     /// Device memory `[runs, K|V, tokens, dim]`, 16-byte aligned.
     pub runs: ViewMut<'a, E>,
-    /// Host memory `[host_pages, kv_heads, K|V, tokens, dim]` as bytes, mapped, 16-byte aligned.
+    /// Host memory `[host_pages, kv_heads, K|V, tokens, dim]` as bytes, mapped, 16-byte aligned; memory of the device is
+    /// refused.
     pub host: ViewMut<'a, u8>,
     /// Host page of each page of a request `[requests, max_pages]`.
     pub host_table: &'a View<'a, u32>,

@@ -365,6 +365,7 @@ impl<F: Function, E: Storage> Step<F, E> {
         self.check_tables(state)?;
         memories.runs.check(STEP, "runs", extent.runs * page.elements(), 16)?;
         memories.host.check(STEP, "host", extent.host_pages * extent.shape.kv_heads() * page.bytes(), 16)?;
+        memories.host.check_in_host_memory(STEP, "host")?;
         memories.host_table.check(STEP, "host_table", extent.requests * extent.max_pages, 4)?;
         Ok(())
     }

@@ -173,7 +173,7 @@ impl<'r, R: Rig> Layer<'r, R> {
             rows: RefCell::new(rig.upload(&tables.rows)),
             summaries: RefCell::new(rig.poisoned(plan.summary_elements())),
             runs: RefCell::new(rig.poisoned(extent.runs * page.elements())),
-            host: RefCell::new(rig.poisoned(extent.host_pages * KV_HEADS * page.bytes())),
+            host: RefCell::new(rig.pin(&vec![0xff; extent.host_pages * KV_HEADS * page.bytes()])),
             host_table: RefCell::new(rig.upload(&host_table)),
             workspace: RefCell::new(rig.workspace(plan.workspace())),
             status: RefCell::new(rig.zeroed(1)),
@@ -325,4 +325,27 @@ fn compare<R: Rig>(name: &str, layer: &Layer<'_, R>, cache: &mut Cache<f16>, ids
     assert_eq!(tables.ages[slots.clone()], fresh.ages[slots.clone()], "{name}: nobody's ages");
     assert_eq!(tables.slot_table[slots.clone()], fresh.slot_table[slots], "{name}: nobody's runs");
     assert_eq!(tables.counts[row * 8..], fresh.counts[row * 8..], "{name}: nobody's counts");
+}
+
+/// A whole step or prompt is refused before any of it is enqueued: its tables are as they were.
+#[test]
+fn host_pages_on_the_device_are_refused() {
+    use cuda::memory::{Space, ViewMut};
+    emulator::emulator_or_skip!();
+    let rig = &EmulatorRig::new(Order::Forward);
+    let layer = Layer::new(rig);
+    let vectors = rig.zeroed::<f16>(REQUESTS * PROMPT * KV_HEADS * DIM);
+    let lens = rig.upload(&[1u32, 0, 0]);
+    let (k, v, kv_len) = (rig.view(&vectors), rig.view(&vectors), rig.view(&lens));
+    let before = layer.tables();
+    arguments!(layer, |state, memories, status, workspace| {
+        // SAFETY: refused before anybody follows the address.
+        let host = unsafe { ViewMut::from_raw(4096, memories.host.len(), Space::Device(0)) };
+        let new = NewTokens { k: &k, v: &v, kv_len: &kv_len, new_len: None };
+        let args = PromptArgs { new, state, memories: Memories { host, ..memories }, status };
+        let refused = layer.step.prompt(rig.queue(), args, workspace).expect_err("refused").to_string();
+        assert!(refused.contains("`host`") && refused.contains("pinned memory of the host"), "{refused}");
+        Ok::<(), Error>(())
+    });
+    assert_eq!(layer.tables(), before);
 }
