@@ -168,11 +168,6 @@ fn compile_kernels(out: &Path, units: &[Unit], sanitize: bool, version: &[u8]) -
     }
     let mut common = DefaultHasher::new();
     (sanitize, version, include_str!("build.rs")).hash(&mut common);
-    for path in
-        files_below(Path::new("runtime")).iter().filter(|path| path.extension().is_some_and(|e| e == "h"))
-    {
-        (path, fs::read(path).unwrap_or_default()).hash(&mut common);
-    }
 
     let folder = out.join("units");
     fs::create_dir_all(&folder).expect("cannot create a folder for the translation units");
@@ -208,7 +203,8 @@ fn compile_kernels(out: &Path, units: &[Unit], sanitize: bool, version: &[u8]) -
     objects
 }
 
-/// The files that a unit's text includes, and those that they include, from the include path of kernels.
+/// The files that a unit's text includes, and those that they include, from the include path of kernels: the runtime's other headers
+/// are no business of theirs.
 fn included(text: &str) -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> = Vec::new();
     let mut texts = vec![text.to_string()];
@@ -216,7 +212,8 @@ fn included(text: &str) -> Vec<PathBuf> {
         let names =
             text.lines().filter_map(|line| line.trim().strip_prefix("#include \"")?.strip_suffix('"'));
         for name in names {
-            let paths = ["../kernels", "../include", "tests"].map(|folder| Path::new(folder).join(name));
+            let paths =
+                ["runtime", "../kernels", "../include", "tests"].map(|folder| Path::new(folder).join(name));
             let Some(path) = paths.into_iter().find(|path| path.exists()) else { continue };
             if !found.contains(&path) {
                 texts.push(fs::read_to_string(&path).unwrap_or_default());

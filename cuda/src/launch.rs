@@ -91,6 +91,8 @@ impl LaunchConfig {
 pub enum Access {
     /// The kernel only reads.
     Read,
+    /// The kernel only reads, and no kernel before it on the stream writes: it may read before those have ended.
+    Constant,
     /// The kernel reads and writes.
     Write,
 }
@@ -147,6 +149,17 @@ impl<'a> Arg<'a> {
             space: view.space(),
             stream: view.stream(),
             access: Access::Read,
+        }
+    }
+
+    /// A pointer to memory that the kernel only reads and that no kernel of its stream writes, or null: weights, which a
+    /// [programmatic](LaunchConfig::programmatic) launch may read before the kernels before it have ended.
+    pub fn constant<T: Pod>(name: &'static str, view: Option<&'a View<'_, T>>) -> Self {
+        match Arg::read_optional(name, view) {
+            Arg::Buffer { name, address, bytes, space, stream, .. } => {
+                Arg::Buffer { name, address, bytes, space, stream, access: Access::Constant }
+            }
+            other => other,
         }
     }
 

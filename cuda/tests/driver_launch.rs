@@ -330,9 +330,9 @@ fn one_row(shape: TensorShape) -> TensorShape {
 }
 
 #[test]
-fn drivers_that_do_not_tell_the_parameters_still_launch() {
+fn drivers_that_neither_load_nor_tell_the_parameters_still_launch() {
     let setup = Setup { options: &["-DNO_PARAM_INFO"], ..Setup::default() };
-    with_driver("drivers_that_do_not_tell_the_parameters_still_launch", setup, |fake| {
+    with_driver("drivers_that_neither_load_nor_tell_the_parameters_still_launch", setup, |fake| {
         Bench::new(fake, &SMALL).launch(&CONFIG).unwrap();
         assert!(fake.log()[0].starts_with("cuLaunchKernelEx small"));
     });

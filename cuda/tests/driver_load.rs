@@ -111,11 +111,27 @@ fn code_is_unloaded_with_its_last_user_and_not_under_a_running_kernel() {
     );
 }
 
+/// A driver that is left to be lazy loads code at the first launch, which may synchronize where nothing may.
+#[test]
+fn code_is_loaded_before_the_first_launch() {
+    with_driver("code_is_loaded_before_the_first_launch", Setup::default(), |fake| {
+        let gpu = Gpu::new(&fake.context(0)).unwrap();
+        fake.log();
+        gpu.load(&instance(&SMALL)).unwrap();
+        let log = fake.log();
+        let place = |call: &str| log.iter().position(|line| line.starts_with(call));
+        let (module, function) = (place("cuModuleLoadData"), place("cuFuncLoad small"));
+        assert!(module.is_some() && module < function, "{log:?}");
+        gpu.load(&instance(&SMALL)).unwrap();
+        assert_eq!(fake.log(), [""; 0], "once");
+    });
+}
+
 #[test]
 fn a_refused_cubin_is_explained_and_not_remembered() {
     with_driver("a_refused_cubin_is_explained_and_not_remembered", Setup::default(), |fake| {
         let gpu = Gpu::new(&fake.context(0)).unwrap();
-        for call in ["cuModuleLoadData", "cuModuleGetFunction"] {
+        for call in ["cuModuleLoadData", "cuModuleGetFunction", "cuFuncLoad"] {
             fake.fail(call, 218);
             let error = gpu.load(&instance(&SMALL)).unwrap_err();
             assert_eq!(

@@ -85,7 +85,7 @@ void bulk_store(void* dst, uint32_t src, uint32_t bytes) {
     const Stamp mark = under_way_stamp(self);
     self.step_time();  // so that two stores of one thread have different marks
     mark_shared(self, mark, src, bytes, Kind::Read, pc);
-    check_proxy_fence(self, src, bytes, "cp.async.bulk", pc);
+    check_proxy_fence(self, src, bytes, Kind::Read, "cp.async.bulk", pc);
     mark_global(self, mark, dst, bytes, pc);
     self.stores.stores.push_back({static_cast<unsigned char*>(dst), src, bytes, false, mark.bits});
     self.block->counters.async_copies++;

@@ -70,6 +70,9 @@ struct Thread {
     uint32_t detail;  // barrier id or mbarrier address
     const void* polled;
     uint64_t polled_value;
+    // programmatic dependent launch
+    bool dependency_waited;
+    uint32_t early_access;  // place of an access to what an earlier kernel may still write
     // checker
     uint32_t time;
     uint32_t fenced_time;  // of the last fence.proxy.async
@@ -138,6 +141,7 @@ struct Mbarrier {
     int64_t transactions;  // bytes expected and not yet copied
     uint32_t phase;
     Stamp initialised;
+    bool fenced;  // the initialisation, for the async proxy
     Gathering arriving;
     Clock* completed;  // what the last phase's arrivals knew
     bool has_waiters;

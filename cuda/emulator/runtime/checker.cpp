@@ -131,6 +131,12 @@ void access_global(const Thread& thread, uintptr_t address, size_t bytes, Kind k
         if (!write && launch.memory.constant(address, bytes)) return;
         fail_outside(launch.memory, address, bytes, write, pc);
     }
+    if (!thread.dependency_waited && !buffer->constant) {
+        if (CHECKED && launch.programmatic)
+            fail(pc, "%s before griddepcontrol.wait, which an earlier kernel may still write or read",
+                 global_range(*buffer, address, bytes).c_str());
+        if (!current->early_access) current->early_access = place_of(pc);
+    }
     Traffic& traffic = block.traffic[buffer->number];
     (write ? traffic.written : traffic.read) += bytes;
     if (!CHECKED || !buffer->writable) return;
@@ -175,6 +181,15 @@ inline __attribute__((always_inline)) void instrumented(uintptr_t address, const
 
 // ---- for the runtime ----------------------------------------------------------------------------------------------
 
+void grid_dependency_wait() {
+    Thread& self = *current;
+    if (CHECKED && self.early_access)
+        fail(__builtin_return_address(0),
+             "griddepcontrol.wait after an access to global memory at {@%x}, which an earlier kernel may still write or read",
+             self.early_access);
+    self.dependency_waited = true;
+}
+
 bool happened_before(const Thread& thread, Stamp stamp) { return shared_past(thread)(stamp); }
 
 void check_access(const void* address, size_t bytes, Kind kind, const void* pc) {
@@ -196,14 +211,17 @@ void check_shared(const Thread& thread, uint32_t address, size_t bytes, Kind kin
     access_shared(thread, shared_base(*thread.block) + (address - SHARED_FIRST), bytes, kind, pc);
 }
 
-void check_proxy_fence(const Thread& thread, uint32_t address, size_t bytes, const char* what, const void* pc) {
+void check_proxy_fence(const Thread& thread, uint32_t address, size_t bytes, Kind kind, const char* what,
+                       const void* pc) {
     if (!CHECKED) return;
     Block& block = *thread.block;
+    const SharedPast past = shared_past(thread);
     Conflict missing;
     const bool misses =
         block.shared_shadow.visit(shared_base(block) + (address - SHARED_FIRST), bytes, false, [&](Cell& cell) {
             const Stamp w = cell.write;
             if (w.block_tag() != block.tag || w.by_agent()) return false;  // written by the async proxy itself
+            if (!past(w)) return false;
             // The fence may be the writer's, after the write, or the reader's, after it had heard of the write.
             if (block.threads[w.thread()].fenced_time >= w.time()) return false;
             if (thread.fenced_knows && thread.fenced_knows->time[w.who()] >= w.time()) return false;
@@ -211,9 +229,9 @@ void check_proxy_fence(const Thread& thread, uint32_t address, size_t bytes, con
         });
     if (misses)
         fail(pc,
-             "%s reads shared memory that %s wrote through the generic proxy at {@%x}, without fence.proxy.async "
+             "%s %s shared memory that %s wrote through the generic proxy at {@%x}, without fence.proxy.async "
              "between",
-             what, thread_name(block, missing.other.thread()).c_str(), missing.place);
+             what, kind == Kind::Write ? "overwrites" : "reads", thread_name(block, missing.other.thread()).c_str(), missing.place);
 }
 
 Stamp under_way_stamp(const Thread& thread) {

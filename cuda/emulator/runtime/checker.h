@@ -23,9 +23,9 @@ void check_access(const void* address, size_t bytes, Kind kind, const void* pc);
 unsigned char* shared_bytes(uint32_t address, size_t bytes, size_t alignment, const char* what, const void* pc);
 // An access by another thread of the running warp.
 void check_shared(const Thread& thread, uint32_t address, size_t bytes, Kind kind, const void* pc);
-// A read by the running thread for an operation of the async proxy: writes through the generic proxy need a proxy
-// fence.
-void check_proxy_fence(const Thread& thread, uint32_t address, size_t bytes, const char* what, const void* pc);
+// A read or write by the running thread for an operation of the async proxy: earlier writes through the generic proxy need a
+// proxy fence. Writes that are not known to be earlier are the marks' to report.
+void check_proxy_fence(const Thread& thread, uint32_t address, size_t bytes, Kind kind, const char* what, const void* pc);
 
 // ---- asynchronous operations --------------------------------------------------------------------------------------
 // Between issue and completion the bytes are marked: nobody may touch what is being written, nor write what is being

@@ -137,7 +137,8 @@ void wgmma_rs(float* d, unsigned n, const uint32_t* a, uint64_t b_desc, bool add
 // ---- fences and order between blocks ------------------------------------------------------------------------------
 
 void fence_proxy_async();
-inline void fence_mbarrier_init() {}
+// What the thread initialised so far may be used by asynchronous copies.
+void fence_mbarrier_init();
 // Blocks are ordered by these alone. A fence with relaxed atomics beside it is an order on a GPU too, but the emulator
 // does not accept it: the wrappers say which word carries the order, a fence does not.
 uint32_t load_acquire_u32(const uint32_t* word);
@@ -151,8 +152,9 @@ uint64_t atomic_add_acq_rel_u64(uint64_t* word, uint64_t value);
 uint64_t atomic_add_release_u64(uint64_t* word, uint64_t value);
 uint64_t atomic_cas_acq_rel_u64(uint64_t* word, uint64_t compare, uint64_t value);
 inline void fence_acq_rel_gpu() {}
-// Programmatic dependent launch: launches run one after another here.
-inline void grid_dependency_wait() {}
+// Programmatic dependent launch: launches run one after another here, but before its wait a thread may touch no memory that a kernel
+// before might write.
+void grid_dependency_wait();
 inline void grid_dependency_launch() {}
 
 // Relaxed atomics, on global and shared memory.

@@ -15,6 +15,7 @@ struct Buffer {
     uintptr_t begin, end;
     const char* name;
     bool writable;
+    bool constant;    // no earlier kernel of the stream writes it
     bool alone;       // overlaps no other buffer
     unsigned number;  // among the launch's buffers
     Shadow* shadow;   // of writable buffers; overlapping ones share it

@@ -152,6 +152,7 @@ extern "C" int emulator_launch(EmulatorLaunch* request, void (*report)(void*, co
     launch.dynamic_shared = request->dynamic_shared;
     launch.order = (Order)request->order;
     launch.seed = request->seed;
+    launch.programmatic = request->programmatic != 0;
     launch.os_threads = (unsigned)std::min<uint64_t>(std::max(1u, request->os_threads), launch.blocks);
     launch.known_levels = Known::levels_for(launch.blocks);
 
@@ -174,7 +175,7 @@ extern "C" int emulator_launch(EmulatorLaunch* request, void (*report)(void*, co
     for (uint64_t i = 0; i < request->buffer_count; i++) {
         const EmulatorBuffer& b = request->buffers[i];
         if (b.bytes)
-            buffers.push_back({(uintptr_t)b.address, (uintptr_t)(b.address + b.bytes), b.name, b.writable != 0, false,
+            buffers.push_back({(uintptr_t)b.address, (uintptr_t)(b.address + b.bytes), b.name, b.writable != 0, b.constant != 0, false,
                                (unsigned)i, nullptr});
     }
     launch.memory.set_up(std::move(buffers), reinterpret_cast<uintptr_t>(parameters.get()),

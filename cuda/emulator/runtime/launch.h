@@ -23,6 +23,7 @@ struct Launch {
     uint32_t seed;
     unsigned os_threads;
     unsigned known_levels;
+    bool programmatic;
     void* const* arguments;
     GlobalMemory memory;
 
@@ -42,7 +43,7 @@ extern "C" {
 struct EmulatorBuffer {
     const char* name;
     uint64_t address, bytes;
-    uint32_t writable, padding;
+    uint32_t writable, constant;
     uint64_t read, written;  // out: bytes that the launch read and wrote
 };
 
@@ -54,6 +55,7 @@ struct EmulatorLaunch {
     const void* const* values;  // one per parameter: the address of its bytes
     EmulatorBuffer* buffers;
     uint64_t buffer_count;
+    uint32_t programmatic, padding;
     uint64_t switches, barriers, collectives, mma, async_copies, spins;  // out
 };
 

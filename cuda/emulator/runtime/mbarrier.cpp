@@ -34,6 +34,15 @@ Mbarrier& use(uint32_t address, const char* what, const void* pc) {
     return *m;
 }
 
+// The same for what the async proxy does with it, bytes of copies: a barrier orders an initialisation for threads alone.
+Mbarrier& use_async(uint32_t address, const char* what, const void* pc) {
+    Mbarrier& m = use(address, what, pc);
+    if (CHECKED && !m.fenced)
+        fail(pc, "%s: the mbarrier at shared address %u was initialised without fence.mbarrier_init after it", what,
+             address);
+    return m;
+}
+
 // Everything expected has come: the next phase begins and the waiting threads go on.
 void complete_phase_if_due(Block& block, Mbarrier& m) {
     if (m.pending != 0 || m.transactions != 0) return;
@@ -140,7 +149,12 @@ void advance_mbarriers(Block& block) {
 }
 
 void issue_pending(PendingCopy copy, const void* pc) {
-    use(copy.mbar, "asynchronous copy", pc);
+    // The arrival of a thread's cp.async is the thread's.
+    if (copy.kind == PendingCopy::CpAsyncArrival) {
+        use(copy.mbar, "asynchronous copy", pc);
+    } else {
+        use_async(copy.mbar, "asynchronous copy", pc);
+    }
     current->block->pending_copies.push_back(std::move(copy));
 }
 
@@ -179,6 +193,11 @@ void mbarrier_init(uint32_t mbar, uint32_t count) {
     set_shared(under_way_stamp(self), mbar, 8);
 }
 
+void fence_mbarrier_init() {
+    const Thread& self = *current;
+    for (Mbarrier& m : self.block->mbarriers) m.fenced |= m.initialised.thread() == self.linear;
+}
+
 void mbarrier_invalidate(uint32_t mbar) {
     const void* pc = CALLER;
     Block& block = *current->block;
@@ -196,13 +215,13 @@ void mbarrier_arrive(uint32_t mbar) {
 
 void mbarrier_arrive_expect_tx(uint32_t mbar, uint32_t bytes) {
     const void* pc = CALLER;
-    Mbarrier& m = use(mbar, "mbarrier.arrive.expect_tx", pc);
+    Mbarrier& m = use_async(mbar, "mbarrier.arrive.expect_tx", pc);
     m.transactions += bytes;
     arrive(*current, m, "mbarrier.arrive.expect_tx", pc);
 }
 
 void mbarrier_expect_tx(uint32_t mbar, uint32_t bytes) {
-    use(mbar, "mbarrier.expect_tx", CALLER).transactions += bytes;
+    use_async(mbar, "mbarrier.expect_tx", CALLER).transactions += bytes;
 }
 
 bool mbarrier_try_wait_parity(uint32_t mbar, uint32_t parity) {

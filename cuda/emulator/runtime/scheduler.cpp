@@ -269,6 +269,8 @@ bool Block::run(Launch& launched, uint64_t linear_index) {
         thread.fake_stack = nullptr;
         thread.pc = nullptr;
         thread.polled = nullptr;
+        thread.dependency_waited = false;
+        thread.early_access = 0;
         thread.time = 1;
         thread.stamp_bits = Stamp::make(tag, AGENTS + i, 1, false).bits;
         thread.fenced_time = 0;

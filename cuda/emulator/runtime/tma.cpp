@@ -17,6 +17,8 @@ namespace {
 void issue(PendingCopy copy, const void* pc) {
     Thread& self = *current;
     const Stamp mark = Stamp::make(self.block->tag, AGENTS + self.linear, 0, true);
+    const char* what = copy.kind == PendingCopy::Tile ? "tma_load_2d" : "cp.async.bulk";
+    check_proxy_fence(self, copy.dst, copy.bytes, Kind::Write, what, pc);
     mark_shared(self, mark, copy.dst, copy.bytes, Kind::Write, pc);
     copy.issuer = self.linear;
     copy.async_stamp = mark.bits;

@@ -81,14 +81,16 @@ void run_issue(Warp& warp, uint32_t) {
         product.d[lane] = o.d;
         product.a_registers[lane] = o.a;
     }
-    if (!warp.wgmma_fenced) fail(product.pc, "wgmma without wgmma_fence before the first product");
+    if (!warp.wgmma_fenced)
+        fail(product.pc,
+             "wgmma without wgmma_fence before the first product, or since a wait gave registers of products back");
     Thread& thread = warp.threads[0];
     product.mark = under_way_stamp(thread);
     thread.step_time();
     for_chunks(warp, product, [&](uint32_t address) {
         shared_bytes(address, 16, 16, "wgmma", product.pc);
         mark_shared(thread, product.mark, address, 16, Kind::Read, product.pc);
-        check_proxy_fence(thread, address, 16, "wgmma", product.pc);
+        check_proxy_fence(thread, address, 16, Kind::Read, "wgmma", product.pc);
     });
     warp.products.push_back(product);
 }
@@ -150,6 +152,8 @@ void run_wait(Warp& warp, uint32_t) {
     if (ends.size() <= pending) return;
     const size_t groups = ends.size() - pending, count = ends[groups - 1];
     for (size_t i = 0; i < count; i++) perform(warp, warp.products[i]);
+    // Their registers may be touched from here on, which the next product must be fenced from.
+    if (count > 0) warp.wgmma_fenced = false;
     warp.products.erase(warp.products.begin(), warp.products.begin() + count);
     ends.erase(ends.begin(), ends.begin() + groups);
     for (size_t& end : ends) end -= count;

@@ -24,7 +24,7 @@ pub(crate) struct Buffer {
     pub(crate) address: u64,
     pub(crate) bytes: u64,
     pub(crate) writable: u32,
-    pub(crate) padding: u32,
+    pub(crate) constant: u32,
     pub(crate) read: u64,
     pub(crate) written: u64,
 }
@@ -43,6 +43,8 @@ pub(crate) struct Launch {
     pub(crate) values: *const *const c_void,
     pub(crate) buffers: *mut Buffer,
     pub(crate) buffer_count: u64,
+    pub(crate) programmatic: u32,
+    pub(crate) padding: u32,
     pub(crate) switches: u64,
     pub(crate) barriers: u64,
     pub(crate) collectives: u64,

@@ -196,7 +196,7 @@ impl Function for EmulatedKernel {
                 address: *address,
                 bytes: *bytes as u64,
                 writable: u32::from(access == Access::Write),
-                padding: 0,
+                constant: u32::from(access == Access::Constant),
                 read: 0,
                 written: 0,
             });
@@ -228,6 +228,8 @@ impl Function for EmulatedKernel {
             values: values.as_ptr(),
             buffers: buffers.as_mut_ptr(),
             buffer_count: buffers.len() as u64,
+            programmatic: u32::from(config.programmatic),
+            padding: 0,
             switches: 0,
             barriers: 0,
             collectives: 0,

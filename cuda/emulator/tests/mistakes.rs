@@ -1,7 +1,7 @@
 //! Every planted mistake is found in every order, with a report that names it; its correct twin passes and computes the right
 //! thing.
 
-use crate::common::{launch, load, numbers, read, tensor, write};
+use crate::common::{constant, launch, launch_as, load, numbers, read, tensor, write};
 use cuda::Error;
 use cuda::launch::{Arg, Function};
 use cuda::tensor_map::TensorShape;
@@ -267,6 +267,18 @@ fn mbarriers() {
         (5, "wrong number of bytes", Reported(&["lacks 0 of 1 arrivals and 16 bytes"])),
         (6, "plain access", Reported(&["plain access to the mbarrier"])),
         (7, "unknown initialisation", Reported(&["no barrier makes that known", "there is no mbarrier"])),
+        (
+            8,
+            "missing mbarrier_init_fence",
+            Reported(&["was initialised without fence.mbarrier_init after it"]),
+        ),
+        (
+            9,
+            "mbarrier_init_fence of another thread",
+            Reported(&["was initialised without fence.mbarrier_init"]),
+        ),
+        (10, "missing proxy fence", Reported(&["cp.async.bulk overwrites shared memory that thread"])),
+        (11, "emptied and fenced", Right),
     ];
     let (tiles, input) = (5u32, numbers(5 * 64));
     check("mbarrier_ring", &cases, |queue, bug| {
@@ -293,6 +305,11 @@ fn tensor_maps() {
         (6, "missing proxy fence", Reported(&["without fence.proxy.async between"])),
         (7, "handed on before the other lanes are done", Reported(&[READ_RACE, WRITE_RACE, OVERWRITE_RACE])),
         (8, "wrong parity of the full slot", Reported(&[NEVER_WRITTEN, IN_FLIGHT, READ_RACE])),
+        (
+            9,
+            "missing proxy fence before a box",
+            Reported(&["tma_load_2d overwrites shared memory that thread"]),
+        ),
     ];
     let tiles = 3u32;
     let rows = tiles as usize * 64 - 5;
@@ -436,6 +453,11 @@ fn wgmma() {
         (3, "missing wgmma_fence", Reported(&["wgmma without wgmma_fence before the first product"])),
         (4, "operands overwritten", Reported(&[IN_FLIGHT, READ_RACE])),
         (5, "wait off by one", WrongResult),
+        (
+            6,
+            "wgmma_fence before the first step only",
+            Reported(&["or since a wait gave registers of products back"]),
+        ),
     ];
     let ((a, a_bits), (b, b_bits)) = (bf16_bits(3, 4096), bf16_bits(4, 4096));
     check("product_128", &cases, |queue, bug| {
@@ -448,6 +470,44 @@ fn wgmma() {
         launch(&load("product_128", &[]), queue, 1, 16384, &args)?;
         Ok(d == product(&a, &b, 64))
     });
+}
+
+/// A launch that may start early reads what it waits for behind its wait, and any kernel with a wait keeps to that.
+#[test]
+fn programmatic_launches() {
+    let cases = [
+        (
+            1,
+            "read before the wait",
+            &["griddepcontrol.wait after an access", "of `in` before griddepcontrol.wait"],
+        ),
+        (
+            2,
+            "write before the wait",
+            &["griddepcontrol.wait after an access", "of `out` before griddepcontrol.wait"],
+        ),
+        (3, "no wait", &["of `in` before griddepcontrol.wait"; 2]),
+        (4, "another thread's wait", &["of `in` before griddepcontrol.wait"; 2]),
+    ];
+    let (input, weights) = (numbers(32), numbers(64)[32..].to_vec());
+    for programmatic in [false, true] {
+        let run = |queue: &Queue, bug: u32| {
+            let mut out = vec![u32::MAX; 32];
+            let args = [
+                read("in", &input),
+                constant("weights", &weights),
+                write("out", &mut out),
+                Arg::value("bug", &bug),
+            ];
+            launch_as(&load("dependent", &[]), queue, programmatic, &args)?;
+            Ok((0..32).all(|i| out[i] == input[i].wrapping_mul(weights[i])))
+        };
+        // Without the launch's word for it nobody knows that a kernel without a wait has to wait.
+        let outcome = |bug, texts| if programmatic || bug < 3 { Reported(texts) } else { Right };
+        let cases: Vec<_> =
+            cases.iter().map(|&(bug, name, texts)| (bug, name, outcome(bug, texts))).collect();
+        check("dependent", &cases, run);
+    }
 }
 
 /// Templates of the same name in two variants of a kernel are not one.

@@ -6,7 +6,8 @@
 // the copy that refills it.
 //
 // Both addresses are multiples of the size. The `_zfill` forms copy `source_bytes` (0 up to the size) and fill the rest
-// with zeros; with 0 the source is not read, but its address must still be valid to form. `.cg` (16 bytes only) bypasses L1,
+// with zeros; with 0 the source is not read, but its address must still be valid to form, and aligned: ptxas keeps what is not copied in
+// the low bits of the source address, so that a misaligned one copies another number of bytes instead of faulting. `.cg` (16 bytes only) bypasses L1,
 // `.ca` keeps the line there.
 #pragma once
 

@@ -112,6 +112,25 @@ DEVICE uint64_t atomic_cas_acq_rel_u64(uint64_t* address, uint64_t expected, uin
 #endif
 }
 
+// Waits until all threads of the block have come, and orders memory between them. With Roles they may come to it at different places of
+// the code, as warps with roles do to a function that is inlined for each: PTX allows that without `.aligned` alone, and __syncthreads()
+// is aligned. The emulator tells barriers from one another by the line that calls. barrier.sync 0
+#ifdef __CUDACC__
+template <bool Roles>
+DEVICE void block_barrier() {
+    if constexpr (Roles) {
+        asm volatile("barrier.sync 0;" ::: "memory");
+    } else {
+        __syncthreads();
+    }
+}
+#else
+template <bool Roles>
+DEVICE void block_barrier(const char* file = __builtin_FILE(), unsigned line = __builtin_LINE()) {
+    emulator::block_barrier(emulator::Vote::None, 0, file, line);
+}
+#endif
+
 // Waits until `threads` threads (a multiple of 32, whole warps) have come to barrier `id` (1-15; 0 is __syncthreads),
 // those that only arrived included; orders memory between them. barrier.sync
 DEVICE void named_barrier_sync(uint32_t id, uint32_t threads) {

@@ -33,7 +33,8 @@ struct EightBit {
     DEVICE float code(float x, float min) const { return __fmaf_rn(x - min, reciprocal, ROUND); }
 };
 
-// A float as two numbers of tf32, whose sum misses it by 2⁻²³ at most.
+// A float as two numbers of tf32. The second has up to 13 bits, of which a tensor core takes 11, cutting off the others or rounding: the
+// sum misses x by 3·2⁻²³ of its leading power of two at most.
 struct TwoParts {
     uint32_t high;
     uint32_t low;

@@ -48,23 +48,23 @@ DEVICE void copy_tile(PrefillTile& tile, const PrefillTile* list, uint32_t entry
     }
 }
 
-// Draws the block's next tile with queries; false when none is left. The whole block calls, and has left the item before.
-// `work` counts draws; the grid's last one leaves it zero again.
-template <bool Paged, class Element>
+// Draws the block's next tile with queries; false when none is left. The whole block calls, with Roles
+// from different places, and has left the item before. `work` counts draws; the grid's last one leaves it zero again.
+template <bool Roles = false, bool Paged, class Element>
 DEVICE bool draw_tile(PrefillDraw& draw, PrefillItem<Element, Paged>& item, const PrefillBuffers<Element>& buffers,
                       uint32_t* work, uint64_t* status, const PrefillParams& params) {
     const uint32_t total = min(*buffers.tile_count, params.max_tiles) * params.kv_heads;
     for (;;) {
-        __syncthreads();
+        block_barrier<Roles>();
         if (threadIdx.x == 0) {
             draw.drawn = atomic_add_acq_rel_u32(work, 1);
             if (draw.drawn + 1 == total + gridDim.x) *work = 0;  // plain: nobody looks at it before the next launch
         }
-        __syncthreads();
+        block_barrier<Roles>();
         if (draw.drawn >= total) return false;
         const uint32_t entry = draw.drawn / params.kv_heads;
         copy_tile(item.tile, buffers.tiles, entry, 0);
-        __syncthreads();
+        block_barrier<Roles>();
         if (threadIdx.x == 0) {
             draw.flags = item.tile.flags;
             draw.fault = tile_fault<Paged>(item.tile, entry, params);
@@ -74,22 +74,22 @@ DEVICE bool draw_tile(PrefillDraw& draw, PrefillItem<Element, Paged>& item, cons
                 report_fault(status, draw.fault, entry);
             }
         }
-        __syncthreads();
+        block_barrier<Roles>();
         if (draw.fault == FAULT_NONE) return true;
     }
 }
 
-// Goes on to the next span of the item's rows; false if it was the last. The whole block calls.
-template <bool Paged, class Element>
+// Goes on to the next span of the item's rows; false if it was the last. The whole block calls, with Roles from different places.
+template <bool Roles = false, bool Paged, class Element>
 DEVICE bool next_span(PrefillDraw& draw, PrefillItem<Element, Paged>& item, const PrefillBuffers<Element>& buffers,
                       uint64_t* status, const PrefillParams& params) {
     // The rows stay those of the first span, whatever the others' entries say.
     constexpr uint32_t SPAN_WORD = 4;  // kv_start
     const uint32_t next = item.tile.next;
     if (next == 0) return false;
-    __syncthreads();  // everyone has left the span before
+    block_barrier<Roles>();  // everyone has left the span before
     copy_tile(item.tile, buffers.tiles, next, SPAN_WORD);
-    __syncthreads();
+    block_barrier<Roles>();
     if (threadIdx.x == 0) {
         draw.fault = tile_fault<Paged>(item.tile, next, params);
         if (draw.fault != FAULT_NONE) {
@@ -99,7 +99,7 @@ DEVICE bool next_span(PrefillDraw& draw, PrefillItem<Element, Paged>& item, cons
         }
         item.place(item.kv_head, buffers, params);
     }
-    __syncthreads();
+    block_barrier<Roles>();
     return true;
 }
 

@@ -1,16 +1,21 @@
-// C = A·B by TMA and wgmma: a whole, small matrix product in every form that kernels use.
+// C = A·B by wgmma: a whole, small matrix product in every form that kernels use.
 //
-// a_map   tensor map of A [M, K], 16-bit DTYPE, row-major, boxes of 64x64, 128-byte swizzle
-// b_map   the same of Bᵀ [N, K]; with WGMMA_RS in `form`, of B [K, N]
-// c       [M, N] f32; M a multiple of 64, N of 128; K any (TMA fills with zeros up to a multiple of 64)
+// a, b    A [M, K], 16-bit DTYPE, row-major, 16-byte aligned; Bᵀ [N, K], with WGMMA_RS in `form` B [K, N]
+// a_map   tensor map of `a`, boxes of 64x64, 128-byte swizzle
+// b_map   the same of `b`
+// c       [M, N] f32; M a multiple of 64, N of 128; K a multiple of 8 (loads fill with zeros up to a multiple of 64)
 // form    bit 0, WGMMA_RS: A comes from registers and B is N-major, else both come from shared memory, K-major;
-//         bit 1, WGMMA_N64: two products of 64 columns instead of one of 128
+//         bit 1, WGMMA_N64: two products of 64 columns instead of one of 128;
+//         bit 2, WGMMA_COPIES: tiles come by cp.async, a proxy fence and arrivals of all loaders, else by TMA
 //
 // Arch:    sm_90a.
-// Mapping: one 64x128 tile of C per block; warps 0-3 multiply, warp 4 loads; ring of two 24 KB slots.
+// Mapping: one 64x128 tile of C per block; warps 0-3 multiply, with registers that warps 4-7 gave them, which load; ring of two 24 KB
+//          slots.
 // Budget:  128 registers, 48 KB + 32 bytes of shared memory.
 // Limit:   none that matters: it exists to be compared with a plain product.
 #include "types.cuh"
+#include "ptx/bulk_copy.cuh"
+#include "ptx/cp_async.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
@@ -21,6 +26,10 @@ using Element = StorageOf<DTYPE>;
 
 constexpr uint32_t WGMMA_RS = 1;
 constexpr uint32_t WGMMA_N64 = 2;
+constexpr uint32_t WGMMA_COPIES = 4;
+constexpr uint32_t LOADERS = 128;
+constexpr int LOADER_REGISTERS = 40;
+constexpr int MULTIPLIER_REGISTERS = 216;  // with the loaders' 256 of what two threads have
 constexpr uint32_t TILE_BYTES = 64 * 64 * 2;
 constexpr uint32_t SLOT_BYTES = 3 * TILE_BYTES;
 constexpr int SLOTS = 2;
@@ -72,41 +81,70 @@ DEVICE void multiply(float* c, uint32_t n, uint32_t slots, uint32_t full, uint32
     }
 }
 
-KERNEL(160, 1)
-wgmma_product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map, float* c, uint32_t n, uint32_t k,
-              uint32_t form) {
+// What the box of a map at `column`, `row` would bring to `tile`: the loaders' copies. Columns are a multiple of 8.
+DEVICE void copy_box(uint32_t tile, const Element* from, uint32_t columns, uint32_t rows, uint32_t column, uint32_t row) {
+    for (uint32_t i = threadIdx.x % LOADERS; i < 64 * 8; i += LOADERS) {
+        const uint32_t x = column + i % 8 * 8, y = row + i / 8;
+        const bool inside = x < columns && y < rows;
+        cp_async_16_zfill(tile + Swizzle<128>::offset(i / 8, i % 8), from + (inside ? static_cast<uint64_t>(y) * columns + x : 0),
+                          inside ? 16 : 0);
+    }
+}
+
+KERNEL(256, 2)
+wgmma_product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map, const Element* a, const Element* b,
+              float* c, uint32_t n, uint32_t k, uint32_t form) {
     DYNAMIC_SHARED(shared);
     const uint32_t slots = shared_address(shared), full = slots + SLOTS * SLOT_BYTES, empty = full + 8 * SLOTS;
-    const uint32_t warp = warp_index(), lane = lane_index(), steps = ceil_div(k, 64u);
-    const bool rs = (form & WGMMA_RS) != 0;
+    const uint32_t steps = ceil_div(k, 64u);
+    const bool rs = (form & WGMMA_RS) != 0, copies = (form & WGMMA_COPIES) != 0;
     if (threadIdx.x == 0) {
         for (uint32_t slot = 0; slot < SLOTS; slot++) {
-            mbarrier_init(full + 8 * slot, 1);
+            mbarrier_init(full + 8 * slot, copies ? LOADERS : 1);
             mbarrier_init(empty + 8 * slot, 4);
         }
         mbarrier_init_fence();
     }
     __syncthreads();
 
-    if (warp == 4) {
-        if (lane != 0) return;
+    if (threadIdx.x >= LOADERS) {
+        give_registers<LOADER_REGISTERS>();
         RingPosition<SLOTS> at;
+        if (copies) {
+            for (uint32_t step = 0; step < steps; step++) {
+                const uint32_t a_tile = slots + at.slot * SLOT_BYTES;
+                mbarrier_wait(empty + 8 * at.slot, at.parity ^ 1);
+                copy_box(a_tile, a, k, gridDim.y * 64, step * 64, blockIdx.y * 64);
+                for (uint32_t half = 0; half < 2; half++) {
+                    const uint32_t b_tile = a_tile + TILE_BYTES * (1 + half), column = blockIdx.x * 128 + half * 64;
+                    copy_box(b_tile, b, rs ? n : k, rs ? k : n, rs ? column : step * 64, rs ? step * 64 : column);
+                }
+                cp_async_commit();
+                cp_async_wait<0>();
+                async_proxy_fence();  // each thread's own copies, before wgmma reads them
+                mbarrier_arrive(full + 8 * at.slot);
+                at.advance();
+            }
+            return;
+        }
+        if (threadIdx.x != LOADERS) return;
         tma_prefetch_map(a_map);
         tma_prefetch_map(b_map);
         for (uint32_t step = 0; step < steps; step++) {
-            const uint32_t a = slots + at.slot * SLOT_BYTES, barrier = full + 8 * at.slot;
+            const uint32_t a_tile = slots + at.slot * SLOT_BYTES, barrier = full + 8 * at.slot;
             mbarrier_wait(empty + 8 * at.slot, at.parity ^ 1);
             mbarrier_arrive_expect_bytes(barrier, SLOT_BYTES);
-            tma_load_2d(a, a_map, barrier, step * 64, blockIdx.y * 64);
+            tma_load_2d(a_tile, a_map, barrier, step * 64, blockIdx.y * 64);
             for (uint32_t half = 0; half < 2; half++) {
-                const uint32_t b = a + TILE_BYTES * (1 + half), column = blockIdx.x * 128 + half * 64;
-                tma_load_2d(b, b_map, barrier, rs ? column : step * 64, rs ? step * 64 : column);
+                const uint32_t b_tile = a_tile + TILE_BYTES * (1 + half), column = blockIdx.x * 128 + half * 64;
+                tma_load_2d(b_tile, b_map, barrier, rs ? column : step * 64, rs ? step * 64 : column);
             }
             at.advance();
         }
         return;
     }
-    switch (form) {
+    take_registers<MULTIPLIER_REGISTERS>();
+    switch (form & (WGMMA_RS | WGMMA_N64)) {
         case 0: return multiply<false, false>(c, n, slots, full, empty, steps);
         case WGMMA_RS: return multiply<true, false>(c, n, slots, full, empty, steps);
         case WGMMA_N64: return multiply<false, true>(c, n, slots, full, empty, steps);

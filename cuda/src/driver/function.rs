@@ -83,6 +83,13 @@ impl Loaded {
         // SAFETY: the module was just loaded and the name ends in NUL.
         let result = unsafe { sys::cuModuleGetFunction(&mut loaded.function, module, name.as_ptr()) };
         refused("cuModuleGetFunction", result)?;
+        // Else the driver, which is lazy since CUDA 12.2, may load the code at the first launch: perhaps in the middle of a capture.
+        type FuncLoad = unsafe extern "C" fn(sys::CUfunction) -> sys::CUresult;
+        // SAFETY: `CUresult cuFuncLoad(CUfunction function)`, of drivers from CUDA 12.4 on.
+        if let Some(load) = unsafe { gpu.driver().symbol::<FuncLoad>(c"cuFuncLoad") } {
+            // SAFETY: the function belongs to the context that is current.
+            refused("cuFuncLoad", unsafe { load(loaded.function) })?;
+        }
         loaded.raise_shared_limit(gpu)?;
         loaded.parameters = loaded.query_parameters(gpu)?;
         Ok(loaded)

@@ -241,7 +241,8 @@ kernel! {
 }
 
 impl<F: Function> VectorMemory<F> {
-    /// Enqueues the copies of `n` pieces: source `[n, 4]`, out `[9, n, 4]`, both 16-byte aligned.
+    /// Enqueues the copies of `n` pieces: source `[n, 4]`, out `[9, n, 4]`, both 16-byte aligned. A `programmatic` launch starts while
+    /// the previous kernel of the stream drains.
     ///
     /// # Errors
     /// [`Error::Argument`] names an argument that is too short or misaligned.
@@ -249,6 +250,7 @@ impl<F: Function> VectorMemory<F> {
         &self,
         queue: &F::Queue,
         n: usize,
+        programmatic: bool,
         source: &View<'_, u32>,
         out: &mut ViewMut<'_, u32>,
     ) -> Result<(), Error> {
@@ -256,8 +258,9 @@ impl<F: Function> VectorMemory<F> {
         source.check(Self::KERNEL, "source", n * 4, 16)?;
         out.check(Self::KERNEL, "out", 9 * n * 4, 16)?;
         let args = [Arg::read("source", source), Arg::write("out", out), Arg::value("n", &threads)];
+        let config = LaunchConfig { programmatic, ..LaunchConfig::new(threads.div_ceil(128), 128) };
         // SAFETY: the arguments are the kernel's parameters, each as long as the first `n` threads index it.
-        unsafe { self.function.launch(queue, &LaunchConfig::new(threads.div_ceil(128), 128), &args) }
+        unsafe { self.function.launch(queue, &config, &args) }
     }
 }
 

@@ -73,7 +73,7 @@ pub(super) const KERNELS: &[Kernel] = &[
     kernel!(
         "wgmma_product",
         Hopper,
-        160,
+        256,
         &[Constant { name: "DTYPE", allowed: &[dtype::F16, dtype::BF16] }],
         &[row(&[dtype::F16], 128, 49184), row(&[dtype::BF16], 128, 49184)]
     ),

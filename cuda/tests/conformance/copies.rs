@@ -81,7 +81,8 @@ fn vector_memory<R: Rig>(rig: &R) {
         let words: Vec<u32> = values.iter().map(|value| value.to_bits()).collect();
         let source = rig.upload(&words);
         let mut out = rig.poisoned::<u32>(9 * n * 4);
-        kernel.launch(rig.queue(), n, &rig.view(&source), &mut rig.view_mut(&mut out)).expect("launch");
+        let launched = kernel.launch(rig.queue(), n, false, &rig.view(&source), &mut rig.view_mut(&mut out));
+        launched.expect("launch");
         let out = rig.download(&out);
         let what = |plane| format!("plane {plane}, {n} pieces (seed {seed}), {}", rig.name());
         for plane in 0..8 {

@@ -14,5 +14,6 @@ mod isa;
 mod matrices;
 mod numbers;
 mod split;
+mod streams;
 mod warps;
 mod wgmma;

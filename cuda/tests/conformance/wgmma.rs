@@ -1,4 +1,4 @@
-//! TMA and wgmma: a whole product through tensor maps, swizzled tiles and warpgroup instructions.
+//! TMA, cp.async and wgmma: a whole product through tensor maps or copies, swizzled tiles and warpgroup instructions.
 
 use cuda::kernels::conformance::WgmmaProduct;
 use cuda::launch::Device;
@@ -13,8 +13,10 @@ emulator::device_test!(product_f16, product_bf16);
 
 const RS: u32 = WgmmaProduct::<<GpuRig as Rig>::Function>::RS;
 const N64: u32 = WgmmaProduct::<<GpuRig as Rig>::Function>::N64;
+const COPIES: u32 = WgmmaProduct::<<GpuRig as Rig>::Function>::COPIES;
 
-/// Every form: operands in shared memory and A in registers, K-major and N-major, 64 and 128 columns, added to and overwritten.
+/// Every form: operands in shared memory and A in registers, K-major and N-major, 64 and 128 columns, added to and overwritten; by boxes
+/// and by copies.
 fn product<R: Rig, E: Storage>(rig: &R, narrow: fn(f32) -> E, widen: fn(E) -> f32) {
     if !ArchClass::Hopper.runs_on(rig.device().arch()) {
         println!("SKIPPED wgmma: {} is not sm_90a", rig.device().arch());
@@ -24,7 +26,8 @@ fn product<R: Rig, E: Storage>(rig: &R, narrow: fn(f32) -> E, widen: fn(E) -> f3
     let seed = 51;
     let mut random = Random::new(seed);
     // Depths of less than a slot, one slot, two, more than the ring, and with a zero-filled rest.
-    let forms = [0, RS, N64, RS | N64].map(|form| ["integers", "random"].map(|case| (form, case)));
+    let forms = [0, RS, N64, RS | N64, COPIES, COPIES | RS]
+        .map(|form| ["integers", "random"].map(|case| (form, case)));
     for (m, n, k) in [(64, 128, 8), (64, 128, 64), (128, 128, 200), (64, 256, 320)] {
         for (form, case) in forms.into_iter().flatten() {
             let what = format!("{m}×{n}×{k}, form {form}, {case} (seed {seed}), {}", rig.name());

@@ -272,7 +272,14 @@ Result cuFuncGetAttribute(int* value, int attribute, Function* function) {
         default: return INVALID_VALUE;
     }
 }
+// Both are of drivers from CUDA 12.4 on.
 #ifndef NO_PARAM_INFO
+Result cuFuncLoad(Function* function) {
+    TRY("cuFuncLoad");
+    IN_CONTEXT(function->module->context);
+    note("cuFuncLoad " + function->name);
+    return OK;
+}
 Result cuFuncGetParamInfo(Function*, size_t index, size_t* offset, size_t* size) {
     TRY("cuFuncGetParamInfo");
     if (index >= parameter_sizes.size()) return INVALID_VALUE;

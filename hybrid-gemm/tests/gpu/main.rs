@@ -15,3 +15,4 @@ mod product;
 mod resident;
 mod small_m;
 mod staged;
+mod timed;

@@ -66,6 +66,8 @@ pub(crate) fn weights<E: Element>(seed: u64, tiling: Tiling, residency: hybrid_g
 pub(crate) struct Outcome<O> {
     /// O, gaps between its rows included.
     pub(crate) out: Vec<O>,
+    /// The kernel's counters, and the receipt that they are.
+    pub(crate) counted: HybridGemmTraffic,
     pub(crate) traffic: Traffic,
     pub(crate) fault: Option<Fault>,
     /// Whether counters of the workspace are zero again.
@@ -222,9 +224,11 @@ impl<'a, R: Rig, X: Storage + Element, O: Storage + Element> Stage<'a, R, X, O> 
     /// Waits for the call, and gives what it left behind.
     pub(crate) fn outcome(&self) -> Outcome<O> {
         let rig = self.rig;
+        let counted = rig.download(&self.traffic.borrow())[0];
         Outcome {
             out: rig.download(&self.out.borrow()),
-            traffic: self.plan.traffic(&rig.download(&self.traffic.borrow())[0]),
+            counted,
+            traffic: self.plan.traffic(&counted),
             fault: Fault::decode(rig.download(&self.status.borrow())[0]),
             clean: rig.counters_are_zero(&mut self.workspace.borrow_mut(), self.plan.workspace()),
         }

@@ -35,10 +35,28 @@ pub(crate) fn launch(
     unsafe { kernel.launch(queue, &config, args) }
 }
 
+/// Launches one block without shared memory, as one that may start early or not.
+pub(crate) fn launch_as(
+    kernel: &EmulatedKernel,
+    queue: &Queue,
+    programmatic: bool,
+    args: &[Arg<'_>],
+) -> Result<(), Error> {
+    let config = LaunchConfig { programmatic, ..LaunchConfig::new(1, kernel.instance().kernel.threads) };
+    // SAFETY: as in `launch`.
+    unsafe { kernel.launch(queue, &config, args) }
+}
+
 /// A buffer that a kernel reads.
 pub(crate) fn read<T: Pod>(name: &'static str, data: &[T]) -> Arg<'static> {
     let view = View::host(data);
     Arg::read(name, &view).detach()
+}
+
+/// A buffer that a kernel reads and no kernel before it writes.
+pub(crate) fn constant<T: Pod>(name: &'static str, data: &[T]) -> Arg<'static> {
+    let view = View::host(data);
+    Arg::constant(name, Some(&view)).detach()
 }
 
 /// A buffer that a kernel writes.

@@ -21,6 +21,7 @@ pub(crate) const KERNELS: &[Kernel] = &[
     planted("bounds", 32),
     planted("cp_async_ring", 64),
     planted("decode_like", 128),
+    planted("dependent", 32),
     planted("last_arriver_sum", 64),
     planted("mbarrier_ring", 96),
     planted("mma_tile", 32),

@@ -12,8 +12,9 @@ KERNEL(96, 1) mbarrier_ring(const uint32_t* in, uint32_t* out, uint32_t tiles, u
             mbarrier_init(full + 8 * slot, 1);
             mbarrier_init(empty + 8 * slot, bug == 3 ? 1 : 2);
         }
-        mbarrier_init_fence();
+        if (bug != 8 && bug != 9) mbarrier_init_fence();
     }
+    if (bug == 9 && threadIdx.x == 1) mbarrier_init_fence();
     if (bug != 7) __syncthreads();
     if (threadIdx.x >= 64) {
         if (threadIdx.x != 64) return;
@@ -30,6 +31,8 @@ KERNEL(96, 1) mbarrier_ring(const uint32_t* in, uint32_t* out, uint32_t tiles, u
         const uint32_t slot = tile % 2, round = tile / 2;
         if (bug != 2) mbarrier_wait(full + 8 * slot, round % 2);
         sum += reinterpret_cast<const uint32_t*>(shared)[slot * 64 + threadIdx.x];
+        if (bug == 10 || bug == 11) reinterpret_cast<uint32_t*>(shared)[slot * 64 + threadIdx.x] = 0;
+        if (bug == 11) async_proxy_fence();
         __syncwarp();
         const bool lost = bug == 1 && threadIdx.x == 32 && tile == 1;
         if (threadIdx.x % 32 == 0 && !lost) mbarrier_arrive(empty + 8 * slot);

@@ -17,15 +17,17 @@ KERNEL(128, 1) product_128(const uint4* a, const uint4* b, float* d, uint32_t bu
     if (bug != 2) __syncthreads();
     float acc[32];
     for (float& x : acc) x = 0.0f;
-    if (bug != 3) wgmma_fence();
-    for (uint32_t k = 0; k < 4; k++)
-        wgmma_ss<bf16, 64>(acc, wgmma_descriptor(base + 32 * k), wgmma_descriptor(base + 8192 + 32 * k), true);
-    wgmma_commit();
-    if (bug == 4) tiles[threadIdx.x] = make_uint4(0, 0, 0, 0);  // while it is being read
-    if (bug == 5) {
-        wgmma_wait<1>();  // one group too few
-    } else {
-        wgmma_wait<0>();
+    for (uint32_t step = 0; step < 2; step++) {
+        if (bug != 3 && (bug != 6 || step == 0)) wgmma_fence();
+        for (uint32_t k = 2 * step; k < 2 * step + 2; k++)
+            wgmma_ss<bf16, 64>(acc, wgmma_descriptor(base + 32 * k), wgmma_descriptor(base + 8192 + 32 * k), true);
+        wgmma_commit();
+        if (bug == 4) tiles[threadIdx.x] = make_uint4(0, 0, 0, 0);  // while it is being read
+        if (bug == 5) {
+            wgmma_wait<1>();  // one group too few
+        } else {
+            wgmma_wait<0>();
+        }
     }
     const uint32_t warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     for (uint32_t i = 0; i < 32; i++) d[(16 * warp + g + 8 * (i / 2 % 2)) * 64 + 8 * (i / 4) + 2 * t + i % 2] = acc[i];

@@ -61,6 +61,7 @@ KERNEL(96, 1) tma_ring(const __grid_constant__ TensorMap in, float* out, uint4* 
             bulk_commit();
             bulk_wait<0>();
         }
+        if (bug == 9) *reinterpret_cast<uint16_t*>(shared + slot * BYTES + threadIdx.x * 2) = 0;  // in the first row
         __syncwarp();
         if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + 8 * slot);
     }

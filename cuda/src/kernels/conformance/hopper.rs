@@ -104,7 +104,7 @@ impl<F: Function> BulkCopies<F> {
 }
 
 kernel! {
-    /// `wgmma_product`: C = A·Bᵀ by TMA and wgmma.
+    /// `wgmma_product`: C = A·Bᵀ by wgmma, of tiles that TMA or cp.async bring.
     WgmmaProduct = "wgmma_product", "DTYPE": dtype: i64
 }
 
@@ -113,6 +113,8 @@ impl<F: Function> WgmmaProduct<F> {
     pub const RS: u32 = 1;
     /// Form: two products of 64 columns instead of one of 128.
     pub const N64: u32 = 2;
+    /// Form: tiles come by cp.async instead of TMA.
+    pub const COPIES: u32 = 4;
 
     /// Enqueues the product of a `[m, k]` and b, `[n, k]` or with [`Self::RS`] `[k, n]`, into c `[m, n]`; m is a multiple of 64, n
     /// of 128. `E` is the type that the kernel was prepared for.
@@ -155,14 +157,17 @@ impl<F: Function> WgmmaProduct<F> {
         let args = [
             Arg::tensor("a_map", a, tensor(m, k)),
             Arg::tensor("b_map", b, of_b),
+            Arg::read("a", a),
+            Arg::read("b", b),
             Arg::write("c", c),
             Arg::value("n", &columns),
             Arg::value("k", &depth),
             Arg::value("form", &form),
         ];
-        let config = LaunchConfig::new((columns / 128, m as u32 / 64), 160).shared(49184);
+        let config = LaunchConfig::new((columns / 128, m as u32 / 64), 256).shared(49184);
         // SAFETY: the arguments are the kernel's parameters, `c` is as long as the grid indexes it, shared memory holds two
-        // slots and four barriers, and boxes stay within the maps, which the launch checks against their memory.
+        // slots and four barriers, and boxes stay within the maps, which the launch checks against their memory; copies stay
+        // within the same extents.
         unsafe { self.function.launch(queue, &config, &args) }
     }
 }

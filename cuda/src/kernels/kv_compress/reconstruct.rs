@@ -76,8 +76,8 @@ impl<F: Function, E: Storage> FdcReconstruct<F, E> {
         let config = LaunchConfig::new(blocks, THREADS).shared(shared as u32);
         let kernel_args = [
             Arg::read("pages", args.pages),
-            Arg::read("back_k", args.back_k),
-            Arg::read("back_v", args.back_v),
+            Arg::constant("back_k", Some(args.back_k)),
+            Arg::constant("back_v", Some(args.back_v)),
             Arg::write("k", &mut args.k),
             Arg::write("v", &mut args.v),
             Arg::value("params", params),
