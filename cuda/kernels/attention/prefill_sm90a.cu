@@ -377,6 +377,7 @@ struct Multiplier {
             wgmma_fence();
             multiply_keys(s, q, k);
             wait_full(V, before);
+            wgmma_fence();  // the wait for V stands between O and P and the fence above
             multiply_values(rows, p, v);
             end_turn();
             wgmma_wait<1>();
@@ -400,7 +401,7 @@ struct Multiplier {
 };
 
 // Both kinds of warpgroups meet here, at one place of the source, once the span's tiles are filled in.
-DEVICE void meet_for_span() { __syncthreads(); }
+DEVICE void meet_for_span() { block_barrier<true>(); }
 
 KERNEL(384, 1)
 prefill_sm90a(const Element* q,
@@ -451,19 +452,19 @@ prefill_sm90a(const Element* q,
 #else
         CopyLoader loader(shared, base);
 #endif
-        while (draw_tile(shared.draw, shared.item, buffers, work, status, params)) {
+        while (draw_tile<true>(shared.draw, shared.item, buffers, work, status, params)) {
             loader.queries(q, params);
             do {
                 shared.tiles.fill(threadIdx.x, shared.item, params);
                 meet_for_span();
                 loader.span(params);
-            } while (next_span(shared.draw, shared.item, buffers, status, params));
+            } while (next_span<true>(shared.draw, shared.item, buffers, status, params));
         }
     } else {
         take_registers<MULTIPLIER_REGISTERS>();
         Multiplier multiplier(shared, base);
         if (multiplier.group == 1) multiplier.end_turn();  // the first turn is group 0's
-        while (draw_tile(shared.draw, shared.item, buffers, work, status, params)) {
+        while (draw_tile<true>(shared.draw, shared.item, buffers, work, status, params)) {
             Rows rows;
             rows.start();
             bool first = true;
@@ -472,7 +473,7 @@ prefill_sm90a(const Element* q,
                 if (first) mbarrier_wait(shared_address(&shared.q_full), multiplier.q_parity);
                 first = false;
                 multiplier.span(rows, params);
-            } while (next_span(shared.draw, shared.item, buffers, status, params));
+            } while (next_span<true>(shared.draw, shared.item, buffers, status, params));
             multiplier.q_parity ^= 1;
 #if CARRY
             leave_rows(rows, state_o, state_ml, out, lse, shared.draw, shared.item, params);
