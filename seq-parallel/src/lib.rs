@@ -20,6 +20,7 @@
 //! | [`cost_model`], [`select`] | what each would take: the paper's formulas and corrected ones; the least |
 //! | [`simulate`] | rings of thousands of ranks on paper: links, stragglers, exposed communication |
 //! | [`transport`] | how ranks move bytes: threads, modelled delay, faults and deadlines |
+//! | [`mod@commit`] | a step that all ranks keep, or none: one rank decides |
 //! | [`fingerprint`] | what ranks must agree on before they start |
 //! | [`cpu`] | a list of tiles in f32 |
 //! | [`mod@reference`] | the oracle |
@@ -60,6 +61,7 @@
 //! # }
 //! ```
 
+pub mod commit;
 pub mod cost_model;
 pub mod cpu;
 pub mod decode;

@@ -25,7 +25,7 @@ use seq_parallel::testing::{Contents, sequences, spec};
 use seq_parallel::transport::local::{self, Local, World};
 use seq_parallel::transport::{Operation, Tag, Ticket, Transport};
 use seq_parallel::{Error, PeerFault};
-use support::{one_gpu, with_fakes};
+use support::{on_nccl, one_gpu, with_fakes};
 
 /// Memory of the stand-in driver, which is the host's: the emulator's kernels see it where it is.
 struct Memory {
@@ -334,17 +334,35 @@ fn blocks_belong_to_the_stream_of_the_kernels() {
         assert!(block(&kernels).view(&*kernels).is_ok());
         let refused = block(&other).view(&*kernels).map(drop).unwrap_err();
         assert!(matches!(refused, Error::Argument { argument: "block", .. }), "{refused}");
-        let (_, ends) = World::new(2).unwrap();
-        let mut end = one_gpu(&context, ends).remove(0);
-        let mut carrier = DeviceCarrier { transport: &mut end, after: &kernels };
-        for (held, space, argument) in [(&other, &kernels, "held"), (&kernels, &other, "space")] {
-            let tag = Tag::new(Operation::PassKv, 0);
-            let (mut held, space) = (Arc::new(block(held)), block(space));
-            let refused = carrier.post(tag, (1, &mut held, 64), (1, space, 64)).map(drop).unwrap_err();
-            assert!(
-                matches!(refused, Error::Argument { argument: found, .. } if found == argument),
-                "{refused}"
-            );
+        fn check<D: DeviceTransport>(
+            mut end: D,
+            block: impl Fn(&Arc<CudaStream>) -> CudaSlice<u8>,
+            [kernels, other]: [&Arc<CudaStream>; 2],
+        ) -> D {
+            let peer = 1 - end.control().rank();
+            for (held, space, argument) in [(other, kernels, "send"), (kernels, other, "recv")] {
+                let mut carrier = DeviceCarrier { transport: &mut end, after: kernels };
+                let tag = Tag::new(Operation::PassKv, 0);
+                let (mut held, space) = (Arc::new(block(held)), block(space));
+                let refused =
+                    carrier.post(tag, (peer, &mut held, 64), (peer, space, 64)).map(drop).unwrap_err();
+                let words = refused.to_string();
+                assert!(
+                    matches!(refused, Error::Argument { argument: found, .. } if found == argument)
+                        && words.contains("memory of the kernels' stream"),
+                    "{words}"
+                );
+            }
+            // The two that were refused have left nothing behind.
+            assert_eq!(end.traffic().messages, 0);
+            end.control().barrier().unwrap();
+            end
         }
+        local::run_on(one_gpu(&context, World::new(2).unwrap().1), |end| {
+            drop(check(end, block, [&kernels, &other]));
+        });
+        on_nccl(&context, World::new(2).unwrap().1, |_, nccl| {
+            check(nccl, block, [&kernels, &other]).close().unwrap();
+        });
     });
 }

@@ -114,19 +114,46 @@ impl Comm {
         Ok(all)
     }
 
-    /// Starts sending words.
+    /// Starts sending words, which is done as soon as they are on their way: whether anybody asks for them or not, where they are few.
     ///
     /// # Safety
     /// The words stay where they are and unchanged until [`Request::test`] has said that the request is done, or for ever.
     pub(crate) unsafe fn send(self, words: &[u64], to: usize, tag: i32) -> Result<Request, Failed> {
+        // SAFETY: as the caller says; the function is MPI's.
+        unsafe { self.start_sending("MPI_Isend", ffi::MPI_Isend, words, to, tag) }
+    }
+
+    /// As [`send`](Self::send), but done only when the receiver has asked for them.
+    ///
+    /// # Safety
+    /// As [`send`](Self::send).
+    pub(crate) unsafe fn send_to_receiver(
+        self,
+        words: &[u64],
+        to: usize,
+        tag: i32,
+    ) -> Result<Request, Failed> {
+        // SAFETY: as the caller says; the function is MPI's.
+        unsafe { self.start_sending("MPI_Issend", ffi::MPI_Issend, words, to, tag) }
+    }
+
+    /// # Safety
+    /// As [`send`](Self::send); the function is one of MPI's nonblocking sends.
+    unsafe fn start_sending(
+        self,
+        call: &'static str,
+        function: Sends,
+        words: &[u64],
+        to: usize,
+        tag: i32,
+    ) -> Result<Request, Failed> {
         let mut request = MaybeUninit::uninit();
         // SAFETY: a constant of the library, set before main.
         let word = unsafe { ffi::RSMPI_UINT64_T };
         let (buffer, count) = (words.as_ptr().cast(), count(words)?);
         // SAFETY: the buffer has `count` words and stays, as the caller says; the request is written to this frame.
-        let code =
-            unsafe { ffi::MPI_Isend(buffer, count, word, to as c_int, tag, self.0, request.as_mut_ptr()) };
-        check("MPI_Isend", code)?;
+        let code = unsafe { function(buffer, count, word, to as c_int, tag, self.0, request.as_mut_ptr()) };
+        check(call, code)?;
         // SAFETY: the call has succeeded, so it has written the request.
         Ok(Request(unsafe { request.assume_init() }))
     }
@@ -173,6 +200,17 @@ impl Comm {
         Ok(Some(words))
     }
 }
+
+/// A nonblocking send of MPI.
+type Sends = unsafe extern "C" fn(
+    *const c_void,
+    c_int,
+    ffi::MPI_Datatype,
+    c_int,
+    c_int,
+    ffi::MPI_Comm,
+    *mut ffi::MPI_Request,
+) -> c_int;
 
 fn count(words: &[u64]) -> Result<c_int, Failed> {
     // 16 GiB less one word: nobody passes longer blocks, and the library would say the same of a negative count.

@@ -1,6 +1,7 @@
 //! The transport: nonblocking sends and receives that are tested until a deadline, and notices beside them.
 //!
-//! Collectives are those of the trait, made of exchanges: MPI's own do not say which rank keeps the others waiting. Long messages move
+//! Collectives are those of the trait, made of exchanges: MPI's own do not say which rank keeps the others waiting. Messages are sent in
+//! MPI's synchronous mode, so that a wait that ends says of both peers that they have posted, of short messages, too. Long ones move
 //! while a rank is in a call of this transport, or by themselves where the network adapter moves them.
 //!
 //! A rank whose deadline is near tells all others for whom it waits, and hears the same of everybody who waits, however shortly. At the
@@ -24,7 +25,7 @@ use crate::number::Numbers;
 use crate::watchdog::{self, Call, Watchdog};
 
 /// Steps that have tags of their own; MPI promises tags up to 32767 only. The frame has the whole step.
-const STEPS: u32 = 4096;
+const STEPS: u32 = 2048;
 /// How long messages of a rank that has left may be on their way, and how many tests it may take to find them.
 const LAST_WORDS: (Duration, u32) = (Duration::from_millis(20), 50);
 /// How long a rank waits at most, before it reports a fault, until all others have said what they know of.
@@ -92,9 +93,10 @@ struct Fault {
     fault: PeerFault,
 }
 
-/// The fault that ranks agree on: of the earliest exchange, found by the first of the ranks.
+/// The fault that ranks agree on: of the earliest exchange; of several, what a rank says of itself, for it knows; then what the first of the
+/// ranks has found.
 fn first(found: &[(usize, Fault)]) -> Option<&(usize, Fault)> {
-    found.iter().min_by_key(|(finder, fault)| (fault.place.exchange, *finder))
+    found.iter().min_by_key(|(finder, fault)| (fault.place.exchange, fault.peer != *finder, *finder))
 }
 
 /// An exchange under way, with its buffers: MPI has their addresses until both requests are done, so one that is given up is leaked.
@@ -320,9 +322,10 @@ impl Mpi {
         loop {
             // Before anybody is heard: a process that got no core for long is late itself, and listens once more before it accuses.
             let waited = start.elapsed();
-            self.hear(place)?;
+            let heard = self.hear(place);
+            // What is here is given, whoever has failed since.
             match request.test() {
-                Ok(None) => {}
+                Ok(None) => heard?,
                 Ok(Some(words)) => {
                     self.goes_on();
                     return Ok(words);
@@ -444,7 +447,7 @@ impl Transport for Mpi {
             Err(failed) => return Err(self.fail(from, place, PeerFault::Unreachable(failed.message()))),
         };
         // SAFETY: likewise; what is shared by an `Arc` that is kept cannot be written.
-        let sending = match unsafe { self.data.send(send.words(), to, number(tag)) } {
+        let sending = match unsafe { self.data.send_to_receiver(send.words(), to, number(tag)) } {
             Ok(sending) => sending,
             Err(failed) => {
                 std::mem::forget(recv);
@@ -554,6 +557,10 @@ mod tests {
         // Of one exchange, what the first of the ranks has found.
         let found = [(3, ring.clone()), (1, fault(0, Operation::PassKv, 2, 9))];
         assert_eq!(first(&found).map(|(_, fault)| fault.peer), Some(0));
+        // But a rank knows best of itself.
+        let own = (2, fault(2, Operation::PassKv, 2, 9));
+        let found = [(0, fault(3, Operation::PassKv, 2, 9)), own, (1, fault(1, Operation::Barrier, 0, 10))];
+        assert_eq!(first(&found).map(|(finder, _)| *finder), Some(2));
         assert!(first(&[]).is_none());
     }
 }

@@ -218,6 +218,33 @@ fn hears(end: &mut Mpi) {
     }
 }
 
+/// A short message that nobody asks for: MPI could keep it aside and call it sent, but who should take it is waited for, and named. What
+/// moves blocks between devices knows by this that both peers have posted.
+#[test]
+fn who_does_not_take_a_short_message_is_named() {
+    recorded("who_does_not_take_a_short_message_is_named", 1, 0, |folder| {
+        let mut end = start(NEVER_PASSES);
+        let rank = end.rank();
+        let result = match rank {
+            // What it receives is here; only its own message stays.
+            0 => {
+                end.set_deadline(DEADLINE);
+                exchange(&mut end, 8, 1, 3)
+            }
+            1 => {
+                sleep_until_given_up(folder, &end);
+                return hears(&mut end);
+            }
+            2 => exchange(&mut end, 8, 3, 1),
+            _ => exchange(&mut end, 8, 0, 2).and_then(|_| end.barrier().map(|()| Buffer::new(0))),
+        };
+        match result.unwrap_err() {
+            Error::Peer { peer: 1, at, fault: PeerFault::Stalled { .. }, .. } => report(folder, rank, at),
+            other => panic!("rank {rank}: {other}"),
+        }
+    });
+}
+
 /// Rank 1 begins to wait for rank 2 just before rank 0 gives up waiting for rank 1: it says so, and rank 2 is named.
 #[test]
 fn who_has_just_begun_to_wait_is_not_silent() {

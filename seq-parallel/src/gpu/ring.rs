@@ -22,7 +22,7 @@ use cuda::memory::{View, ViewMut};
 use cuda::params::PrefillTile;
 use cuda::storage::Storage;
 
-use super::transport::{DeviceTransport, Incoming, Outgoing};
+use super::transport::{DeviceTransport, Incoming, Outgoing, check_stream};
 use super::{RingStep, RingStepArgs};
 use crate::Error;
 use crate::ring::{Carrier, Direction, Rotation};
@@ -52,17 +52,6 @@ impl<Q: Queue + ?Sized> Block<Q> for Buffer {
     }
 }
 
-/// Checks that a block was allocated on the stream of the kernels that read it. A slice has one event for its readers, which a copy
-/// records anew, so only the order of that stream keeps the memory until the kernels are done.
-fn check_stream(argument: &'static str, block: &CudaSlice<u8>, kernels: &CudaStream) -> Result<(), Error> {
-    let (own, theirs) = (block.stream().cu_stream(), kernels.cu_stream());
-    if own != theirs {
-        let expected = format!("memory of the kernels' stream {theirs:?}");
-        return Err(Error::argument(argument, expected, format!("that of {own:?}")));
-    }
-    Ok(())
-}
-
 /// Carries blocks in device memory, after what is queued on a stream.
 #[derive(Debug)]
 pub struct DeviceCarrier<'a, D> {
@@ -81,8 +70,6 @@ impl<D: DeviceTransport> Carrier for DeviceCarrier<'_, D> {
         (to, held, send_len): (usize, &mut Arc<CudaSlice<u8>>, usize),
         (from, space, recv_len): (usize, CudaSlice<u8>, usize),
     ) -> Result<Ticket, Error> {
-        check_stream("held", held, self.after)?;
-        check_stream("space", &space, self.after)?;
         let send = Outgoing { to, block: held.clone(), len: send_len };
         self.transport.exchange(tag, send, Incoming { from, space, len: recv_len }, self.after)
     }

@@ -63,14 +63,14 @@ pub trait DeviceTransport: Send {
     /// The caller's stream that blocks move on.
     fn stream(&self) -> &Arc<CudaStream>;
 
-    /// Starts sending one block and receiving another, once what is queued on `after` is done. Blocks that kernels use are to be allocated
-    /// on `after`, the kernels' stream: a slice has one event for its readers, which a copy records anew, so only that stream's order keeps
-    /// the memory until the kernels are done. Does not wait for other
-    /// ranks, but over NCCL, where a group between ranks that are not connected yet must be launched before the next.
+    /// Starts sending one block and receiving another, once what is queued on `after` is done: the kernels' stream, which both blocks were
+    /// allocated on. A slice has one event for its readers, which a copy records anew, so only that stream's order keeps the memory until the
+    /// kernels are done. Does not wait for other ranks, but over NCCL, where a group between ranks that are not connected yet must be
+    /// launched before the next.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a rank that is not there or is this one, or for a block that is too short; [`Error::Peer`] when a rank has
-    /// failed; [`Error::Library`] when CUDA or NCCL refuses a call.
+    /// [`Error::Argument`] for a rank that is not there or is this one, for a block that is too short, or for one of another stream than
+    /// `after`; [`Error::Peer`] when a rank has failed; [`Error::Library`] when CUDA or NCCL refuses a call.
     fn exchange(
         &mut self,
         tag: Tag,
@@ -106,6 +106,7 @@ pub(super) fn check_exchange<X: Transport>(
     control: &X,
     send: &Outgoing,
     recv: &Incoming,
+    after: &CudaStream,
 ) -> Result<(), Error> {
     transport::check_ends(control.rank(), control.ranks(), send.to, recv.from)?;
     for (argument, len, asked) in [("send", send.block.len(), send.len), ("recv", recv.space.len(), recv.len)]
@@ -113,6 +114,22 @@ pub(super) fn check_exchange<X: Transport>(
         if asked > len {
             return Err(Error::argument(argument, format!("at least {asked} bytes"), len));
         }
+    }
+    check_stream("send", &send.block, after)?;
+    check_stream("recv", &recv.space, after)
+}
+
+/// Checks that a block was allocated on the stream of the kernels that use it. A slice has one event for its readers, which a copy records
+/// anew, so only the order of that stream keeps the memory until the kernels are done.
+pub(super) fn check_stream(
+    argument: &'static str,
+    block: &CudaSlice<u8>,
+    kernels: &CudaStream,
+) -> Result<(), Error> {
+    let (own, theirs) = (block.stream().cu_stream(), kernels.cu_stream());
+    if own != theirs {
+        let expected = format!("memory of the kernels' stream {theirs:?}");
+        return Err(Error::argument(argument, expected, format!("that of {own:?}")));
     }
     Ok(())
 }

@@ -202,7 +202,7 @@ impl<X: Transport> DeviceTransport for OneGpu<X> {
         recv: Incoming,
         after: &CudaStream,
     ) -> Result<Ticket, Error> {
-        check_exchange(&self.control, &send, &recv)?;
+        check_exchange(&self.control, &send, &recv, after)?;
         self.control.check()?;
         let (rank, Outgoing { to, block, len: send_len }) = (self.control.rank(), send);
         let Incoming { from, space, len: recv_len } = recv;

@@ -186,9 +186,8 @@ impl<X: Transport> Nccl<X> {
         state(&self.library, &self.comm)
     }
 
-    /// Waits until both peers of an exchange have announced theirs. Who does not is found by the control transport, where its waits include
-    /// that the receiver has posted, as those of threads do; over one that sends small messages at once, as MPI does, only the peer that is
-    /// received from is known to be there, and it is accused where the other is late.
+    /// Waits until both peers of an exchange have announced theirs. Who does not is found by the control transport, whose waits include that
+    /// the receiver has posted.
     fn announced(&mut self, id: u64) -> Result<(), Error> {
         let Some(pending) = self.pending.get_mut(&id) else { return Ok(()) };
         let Some(announced) = pending.announced.take() else { return Ok(()) };
@@ -302,7 +301,7 @@ impl<X: Transport> DeviceTransport for Nccl<X> {
         recv: Incoming,
         after: &CudaStream,
     ) -> Result<Ticket, Error> {
-        check_exchange(&self.control, &send, &recv)?;
+        check_exchange(&self.control, &send, &recv, after)?;
         if let Err(error) = self.control.check() {
             return Err(self.spent(error));
         }

@@ -9,7 +9,7 @@ use crate::{Error, PeerFault};
 /// How a rank fails.
 #[derive(Debug, Clone, Copy)]
 pub enum Failure {
-    /// It stops: the exchange fails at once and nothing is sent. Its caller should drop it.
+    /// It stops: this exchange and whatever comes after fail at once, and nothing is sent. Its caller should drop it.
     Dies,
     /// It sleeps before it sends, for less than the deadline: it is only late.
     Late(Duration),
@@ -30,17 +30,26 @@ pub struct Faulty<X> {
     failure: Failure,
     /// Exchanges until then.
     left: usize,
+    /// Where it died.
+    died: Option<Tag>,
 }
 
 impl<X: Transport> Faulty<X> {
     /// Fails at exchange `exchange`, counted from 0.
     pub fn new(inner: X, failure: Failure, exchange: usize) -> Self {
-        Faulty { inner, failure, left: exchange }
+        Faulty { inner, failure, left: exchange, died: None }
     }
 
     /// The transport inside.
     pub fn into_inner(self) -> X {
         self.inner
+    }
+
+    /// The dead do nothing.
+    fn alive(&self) -> Result<(), Error> {
+        let Some(at) = self.died else { return Ok(()) };
+        let fault = PeerFault::Aborted("planned to die here".into());
+        Err(Error::Peer { rank: self.rank(), peer: self.rank(), at, fault })
     }
 }
 
@@ -53,14 +62,15 @@ impl<X: Transport> Transport for Faulty<X> {
         from: usize,
         recv: Buffer,
     ) -> Result<Ticket, Error> {
+        self.alive()?;
         let now = self.left == 0;
         self.left = self.left.wrapping_sub(1);
         let mut send = send;
         match self.failure {
             _ if !now => {}
             Failure::Dies => {
-                let fault = PeerFault::Aborted("planned to die here".into());
-                return Err(Error::Peer { rank: self.rank(), peer: self.rank(), at: tag, fault });
+                self.died = Some(tag);
+                self.alive()?;
             }
             Failure::Late(time) => std::thread::sleep(time),
             Failure::Silent => {
@@ -85,8 +95,13 @@ impl<X: Transport> Transport for Faulty<X> {
         self.inner.exchange(tag, to, send, from, recv)
     }
 
+    fn wait(&mut self, ticket: Ticket) -> Result<Buffer, Error> {
+        self.alive()?;
+        self.inner.wait(ticket)
+    }
+
     super::forward!(
-        (inner) (inner): rank, ranks, wait, seal, abort, check, is_gone, waits_for, accuse, gather_words_among, traffic, deadline,
+        (inner) (inner): rank, ranks, seal, abort, check, is_gone, waits_for, accuse, gather_words_among, traffic, deadline,
         set_deadline, computed,
     );
 }

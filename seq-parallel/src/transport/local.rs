@@ -203,12 +203,15 @@ impl Local {
     ) -> Result<T, Error> {
         let mut state = self.shared.lock();
         loop {
-            if let Some(error) = self.fault(&state, tag) {
-                return Err(error);
-            }
-            if let Some(found) = take(&mut state) {
+            // What is here is given, whoever has failed since: it was sent to be used. A group made anew has nothing for an old end.
+            if state.generation == self.generation
+                && let Some(found) = take(&mut state)
+            {
                 state.waiting[self.rank] = None;
                 return Ok(found);
+            }
+            if let Some(error) = self.fault(&state, tag) {
+                return Err(error);
             }
             if state.gone[peer] {
                 return Err(self.fail(&mut state, peer, tag, PeerFault::Gone));

@@ -129,11 +129,13 @@ pub enum Operation {
     DecodeQuery,
     /// Partial outputs of shards on their way back; steps are layers.
     DecodePartial,
+    /// All have done their part (step 0); it is kept (step 1); all have been told (step 2).
+    Commit,
 }
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Operation; 8] = [
+    pub const ALL: [Operation; 9] = [
         Operation::PassKv,
         Operation::PassQ,
         Operation::AllToAll,
@@ -142,6 +144,7 @@ impl Operation {
         Operation::Barrier,
         Operation::DecodeQuery,
         Operation::DecodePartial,
+        Operation::Commit,
     ];
 }
 
@@ -183,6 +186,7 @@ impl std::fmt::Display for Tag {
             Operation::Barrier => "barrier",
             Operation::DecodeQuery => "decode (queries to shards)",
             Operation::DecodePartial => "decode (outputs of shards)",
+            Operation::Commit => "commit",
         };
         write!(f, "{name} step {}", self.step)
     }
@@ -232,8 +236,9 @@ pub trait Transport: Send {
         recv: Buffer,
     ) -> Result<Ticket, Error>;
 
-    /// Waits until both halves of an exchange are done: the message is here, and nothing reads what was sent any more. Asks of the
-    /// other ranks that they have posted their halves, not that they wait too.
+    /// Waits until both halves of an exchange are done: the message is here, and nothing reads what was sent any more. Then both of the
+    /// other ranks have posted their halves, for short messages, too; that they wait, is not asked of them. What is done is given even if a
+    /// rank has failed since; the next exchange says so.
     ///
     /// # Errors
     /// [`Error::Peer`] when a rank has failed, which is at the deadline at the latest.

@@ -224,7 +224,8 @@ pub(crate) fn ring_tag(step: usize) -> Tag {
     Tag::new(Operation::PassKv, step)
 }
 
-/// Starts sending 64 bytes, all `value`, to the right, and receiving as many from the left, after what is on `compute`.
+/// Starts sending 64 bytes, all `value`, to the right, and receiving as many from the left, after what is on `compute`. A value that is not
+/// 0 is copied there, which no stream that is stuck comes back from.
 pub(crate) fn post<D: DeviceTransport + ?Sized>(
     end: &mut D,
     step: usize,
@@ -232,10 +233,11 @@ pub(crate) fn post<D: DeviceTransport + ?Sized>(
     compute: &Arc<CudaStream>,
 ) -> Result<Ticket, Error> {
     let (rank, ranks) = (end.control().rank(), end.control().ranks());
-    let stream = compute.context().new_stream().unwrap();
-    let block = Arc::new(stream.clone_htod(&[value; 64]).unwrap());
-    let space = stream.alloc_zeros(64).unwrap();
-    let send = Outgoing { to: (rank + 1) % ranks, block, len: 64 };
+    let (mut block, space) = (compute.alloc_zeros(64).unwrap(), compute.alloc_zeros(64).unwrap());
+    if value != 0 {
+        compute.memcpy_htod(&[value; 64], &mut block).unwrap();
+    }
+    let send = Outgoing { to: (rank + 1) % ranks, block: Arc::new(block), len: 64 };
     let recv = Incoming { from: (rank + ranks - 1) % ranks, space, len: 64 };
     end.exchange(ring_tag(step), send, recv, compute)
 }
