@@ -1,8 +1,9 @@
 //! Products whose weights lie in HBM, in pinned host memory or in both: gate and up of an 8B Llama, `[28672, 4096]`.
 //!
 //! Cases are `tokens/share in HBM`, for many tokens also alpha or `staged`. Figures are of bytes over the link and from HBM
-//! together; int4 from host memory stands beside bf16 from host memory under the same names. Group `link` has what the same
-//! weights take by the copy engine and by loads of the SMs alone, which is what products from host memory are measured by.
+//! together; int4, with zero points too, and fp8 in blocks from host memory stand beside bf16 from host memory under the same
+//! names. Group `link` has what the same weights take by the copy engine and by loads of the SMs alone, which is what products
+//! from host memory are measured by.
 //!
 //! Experts are those of Qwen3-30B-A3B, gate and up, `[1536, 2048]` × 128, eight to a token.
 
@@ -30,8 +31,13 @@ use longkv_cuda::workspace::Workspace;
 
 const N: usize = 28672;
 const K: usize = 4096;
-const FORMATS: [(&str, Format); 3] =
-    [("bf16", Format::Float(DType::BF16)), ("int8", Format::Int8), ("int4", Format::Int4 { group: 128 })];
+const FORMATS: [(&str, Format); 5] = [
+    ("bf16", Format::Float(DType::BF16)),
+    ("int8", Format::Int8),
+    ("int4", Format::Int4 { group: 128 }),
+    ("int4-zero-points", Format::Int4ZeroPoints { group: 128 }),
+    ("fp8-blocks", Format::Fp8Blocks),
+];
 
 /// Random values, never zeros, which draw less power; a few megabytes of them, repeated, are enough for that.
 fn values(len: usize, seed: u64) -> Vec<bf16> {

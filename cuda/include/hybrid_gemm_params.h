@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-/* Constants of the packed layout of weights: hybrid-gemm/src/pack.rs. */
+/* Constants of the packed layout of weights: hybrid-gemm/src/pack. */
 enum HybridGemmLayout {
     /* Output features of a tile. */
     HYBRID_TILE_ROWS = 64,
@@ -13,15 +13,23 @@ enum HybridGemmLayout {
     /* Tokens of a panel of hybrid_small_m. */
     HYBRID_SMALL_PANEL = 64,
     /* Tokens of a panel of hybrid_large_m. */
-    HYBRID_LARGE_PANEL = 256
+    HYBRID_LARGE_PANEL = 256,
+    /* Output features, and inputs, of a block of fp8 weights. */
+    HYBRID_FP8_BLOCK = 128
 };
 
-/* Values of the constant FORMAT: how weights are stored. Other values are int4 codes in groups of so many inputs. */
+/* Values of the constant FORMAT: how weights are stored. Other values are int4 codes in groups of so many inputs, a multiple of 32. */
 enum HybridGemmFormat {
     /* As X. */
     HYBRID_FORMAT_FLOAT = 0,
     /* Signed codes of 8 bits with one f32 scale per output feature. */
-    HYBRID_FORMAT_INT8 = 1
+    HYBRID_FORMAT_INT8 = 1,
+    /* fp8 e4m3 with one f32 scale per output feature. */
+    HYBRID_FORMAT_FP8_ROWS = 2,
+    /* fp8 e4m3 with one f32 scale per block. */
+    HYBRID_FORMAT_FP8_BLOCKS = 3,
+    /* Added to the inputs of a group: int4 codes with zero points. */
+    HYBRID_FORMAT_ZERO_POINTS = 1
 };
 
 /* The function between product and residual. */

@@ -10,7 +10,7 @@ pub const HEADER_DIGESTS: &[(&str, &str)] = &[
     ("hack_append_params.h", "0cf237835d324da496bad60f99fce8340db80df7522d0f16f948896b33bd9f4c"),
     ("hack_decode_params.h", "e12f4ad7aca8ed0caec2bd17dc3dda2690f7691835804a3593ba6ea4d05f660d"),
     ("hack_prefill_params.h", "17f9dff541e61bf3193a769f6b05e07dc40753096f7e6d9519c383383b18352e"),
-    ("hybrid_gemm_params.h", "1fde7a1fb3e83505ce0c0d89fd4e986ee0a8d845b02bc76dd653662063d75795"),
+    ("hybrid_gemm_params.h", "15e56944677325f859789ff8e40a705f0a65a185ff10fe645d13754cbf7bd86c"),
     ("merge_states_params.h", "a1ca4ca86a37067ead0a7fdbb4a70c68ff2be74458bddc317fa12c2d18667ee8"),
     ("pack_params.h", "71bdac650f73e5af2c1b6597525ec402a30260efeeccac62f11793faab91c4c4"),
     ("prefill_params.h", "4711692d4d02c34e47bbd523e61a960b6031b52270e1ff13f1fdc1d4ac59ac09"),
@@ -588,13 +588,21 @@ pub const HYBRID_SLAB_BYTES: HybridGemmLayout = 8192;
 pub const HYBRID_SMALL_PANEL: HybridGemmLayout = 64;
 #[doc = " Tokens of a panel of hybrid_large_m."]
 pub const HYBRID_LARGE_PANEL: HybridGemmLayout = 256;
-#[doc = " Constants of the packed layout of weights: hybrid-gemm/src/pack.rs."]
+#[doc = " Output features, and inputs, of a block of fp8 weights."]
+pub const HYBRID_FP8_BLOCK: HybridGemmLayout = 128;
+#[doc = " Constants of the packed layout of weights: hybrid-gemm/src/pack."]
 pub type HybridGemmLayout = ::core::ffi::c_uint;
 #[doc = " As X."]
 pub const HYBRID_FORMAT_FLOAT: HybridGemmFormat = 0;
 #[doc = " Signed codes of 8 bits with one f32 scale per output feature."]
 pub const HYBRID_FORMAT_INT8: HybridGemmFormat = 1;
-#[doc = " Values of the constant FORMAT: how weights are stored. Other values are int4 codes in groups of so many inputs."]
+#[doc = " fp8 e4m3 with one f32 scale per output feature."]
+pub const HYBRID_FORMAT_FP8_ROWS: HybridGemmFormat = 2;
+#[doc = " fp8 e4m3 with one f32 scale per block."]
+pub const HYBRID_FORMAT_FP8_BLOCKS: HybridGemmFormat = 3;
+#[doc = " Added to the inputs of a group: int4 codes with zero points."]
+pub const HYBRID_FORMAT_ZERO_POINTS: HybridGemmFormat = 1;
+#[doc = " Values of the constant FORMAT: how weights are stored. Other values are int4 codes in groups of so many inputs, a multiple of 32."]
 pub type HybridGemmFormat = ::core::ffi::c_uint;
 #[doc = " None."]
 pub const HYBRID_IDENTITY: HybridGemmActivation = 0;

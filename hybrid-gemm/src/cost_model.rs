@@ -146,13 +146,15 @@ impl CostModel<'_> {
             }
         };
         let rows = tiling.n().min(columns.end * TILE_ROWS) - columns.start * TILE_ROWS;
+        // Scales of blocks lie in HBM, and come with every fetch of their tile.
+        let fetches = os.len() as u64 * groups + ws.len() as u64 + hbm.len() as u64 * panels;
         Traffic {
             link_tiles: tiles(&os) * groups + tiles(&ws) + staged.link_tiles,
             link_bytes: placement.column_bytes(os) * groups
                 + placement.column_bytes(ws.clone())
                 + staged_bytes,
             hbm_tiles: tiles(&hbm) * panels,
-            hbm_weight_bytes: placement.column_bytes(hbm) * panels,
+            hbm_weight_bytes: placement.column_bytes(hbm) * panels + placement.column_scale_bytes() * fetches,
             staged_bytes,
             activation_bytes: columns.len() as u64 * tokens * (tiling.k() * self.operands.x.size()) as u64,
             partial_bytes: partials,
@@ -167,8 +169,9 @@ impl CostModel<'_> {
             .iter()
             .filter(|launch| launch.schedule.tokens > 0)
             .map(|launch| {
-                let [_, _, hbm] = columns(&launch.schedule);
-                self.placement.column_bytes(hbm)
+                let [os, _, hbm] = columns(&launch.schedule);
+                let scales = (hbm.end - os.start) as u64 * self.placement.column_scale_bytes();
+                self.placement.column_bytes(hbm) + scales
             })
             .sum();
         weights + traffic.staged_bytes + traffic.partial_bytes + traffic.output_bytes + self.x_bytes(launches)

@@ -1,7 +1,7 @@
 //! What happens to a sum on its way to O: scale, bias, activation, residual, rounding.
 //!
-//! In this order, all in f32: the scale of the output feature (int8), the bias, the activation, the residual; then one rounding
-//! to the output type.
+//! In this order, all in f32: the scale of the output feature (int8, fp8 by rows), the bias, the activation, the residual; then one
+//! rounding to the output type.
 
 use crate::pack::{RowMajor, TILE_ROWS};
 use crate::{DType, Error};

@@ -12,7 +12,8 @@
 //! |---|---|
 //! | [`weights`] | where W lives: a mapped safetensors file, packed memory, the split between host and HBM |
 //! | [`pack`] | the packed layout: contiguous tiles, swizzled before they cross the link |
-//! | [`Format`], [`quantized`] | f16, bf16, int8 per output feature, int4 in groups |
+//! | [`Format`], [`quantized`] | f16, bf16, int8 per output feature, int4 in groups with or without zero points, fp8 by rows or blocks |
+//! | [`codes`], [`e4m3`] | matrices that a checkpoint has quantised already; the numbers of fp8 |
 //! | [`schedule`] | which block does what in which order: the one function that kernel, CPU and simulation walk |
 //! | [`path`] | the paths and their launches |
 //! | [`cost_model`], [`device_profile`] | bytes per link, time, the closed-form alpha, break-even points; rates of devices |
@@ -69,10 +70,12 @@
 //!
 //! Source: the C2CServe paper, HybridGEMM.
 
+pub mod codes;
 pub mod controller;
 pub mod cost_model;
 pub mod cpu;
 pub mod device_profile;
+pub mod e4m3;
 mod element;
 pub mod epilogue;
 mod error;
@@ -92,12 +95,13 @@ pub mod traffic;
 pub mod tuner;
 pub mod weights;
 
+pub use codes::Codes;
 pub use cost_model::{Bound, CostModel, Operands, Prediction};
 pub use device_profile::{DeviceProfile, MigSlice};
 pub use element::{DType, Element};
 pub use epilogue::{Activation, EpilogueSpec};
 pub use error::Error;
-pub use format::Format;
+pub use format::{FP8_BLOCK, Format};
 pub use matrix::{MatrixView, MatrixViewMut};
 pub use pack::{RowMajor, Tiling};
 pub use path::{Launch, Path};

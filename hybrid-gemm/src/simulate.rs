@@ -352,12 +352,23 @@ impl<'a> Run<'a> {
             Finish::Output => step.tokens as u64 * model.operands.output_bytes(rows),
             _ => 0,
         };
+        // Scales of blocks come from HBM with every fetch of their tile; L2 serves the later ones.
+        let (scales, fetches) = match (step.fetch, step.role) {
+            (Fetch::Kept | Fetch::Peer, _) => (0, 1),
+            (_, Role::WeightStationary) => (model.placement.block_scale_bytes(step.k_tile), 1),
+            (Fetch::Hbm, _) => (model.placement.block_scale_bytes(step.k_tile), self.schedule.panels()),
+            (Fetch::Link, _) => {
+                (model.placement.block_scale_bytes(step.k_tile), self.schedule.panel_groups())
+            }
+        };
+        self.traffic.hbm_weight_bytes += scales;
         self.traffic.flops += flops;
         self.traffic.activation_bytes += x;
         self.traffic.partial_bytes += partials * panel;
         self.traffic.output_bytes += output;
 
-        let memory = x as f64 * self.x_share + (partials * panel + output) as f64;
+        let scales = scales as f64 / fetches as f64;
+        let memory = x as f64 * self.x_share + (partials * panel + output) as f64 + scales;
         self.hbm_bytes += memory;
         let math_s = flops as f64 * model.device.sm_count as f64 / model.device.flops_per_s;
         self.blocks[block].pending = 2;

@@ -2,7 +2,8 @@
 //!
 //! Counts are of what the kernel asks for, tile by tile. Host memory is not cached on the device, so the link carries exactly
 //! what is asked of it; HBM carries less, because L2 serves repeated reads (see [`CostModel`](crate::CostModel)).
-//! Vectors of length n (bias, scales) are left out.
+//! Scales and zero points that lie in tiles count with them, scales of blocks count for HBM, where they lie; vectors of length n
+//! (bias, scales of output features) are left out.
 
 use std::iter::Sum;
 use std::ops::AddAssign;
@@ -16,7 +17,7 @@ pub struct Traffic {
     pub link_bytes: u64,
     /// Weight tiles fetched from HBM.
     pub hbm_tiles: u64,
-    /// Bytes of weights from HBM.
+    /// Bytes of weights from HBM, scales of blocks included, whatever holds their codes.
     pub hbm_weight_bytes: u64,
     /// Bytes of weights that a copy engine wrote to HBM, of the link's: slab by slab, each counted when its copy is done, by the launch
     /// behind it. Slabs that a call without tokens or with a bad schedule leaves unread are copied all the same, and are in it.

@@ -88,6 +88,8 @@ fn break_even_points() {
         ("H200 at 35 GB/s", break_even_tokens(BF16, &h200.with_link(35e9)), 20_000.0),
         ("GH200", break_even_tokens(BF16, &gh200), 1_867.0),
         ("H200, int4", break_even_tokens(int4, &h200), 3_646.0),
+        ("with zero points", break_even_tokens(Format::Int4ZeroPoints { group: 128 }, &h200), 3_646.0),
+        ("H200, fp8", break_even_tokens(Format::Fp8Blocks, &h200), 7_292.0),
         ("share of H200 at 4096 tokens", 1000.0 * free_host_share(BF16, &h200, 4096), 280.9),
         ("share of GH200 at 4096 tokens", free_host_share(BF16, &gh200, 4096), 1.0),
         ("gain of H200", 1e3 / free_hbm_fraction(&h200), 1008.3),

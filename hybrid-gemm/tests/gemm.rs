@@ -139,7 +139,13 @@ fn bitwise_results_do_not_depend_on_the_batch() {
     let (n, k) = (150, 700);
     let (x, w): (Vec<f16>, Vec<f16>) = (random(5, 300 * k), random(6, n * k));
     let matrix = RowMajor::from_slice(&w, [n, k]).unwrap();
-    for format in [Format::Float(DType::F16), Format::Int8, Format::Int4 { group: 64 }] {
+    for format in [
+        Format::Float(DType::F16),
+        Format::Int8,
+        Format::Int4 { group: 64 },
+        Format::Int4ZeroPoints { group: 64 },
+        Format::Fp8Blocks,
+    ] {
         let tiling = Tiling::new(n, k, format).unwrap();
         let gemm = prepare(matrix, tiling, Residency::HbmFraction(0.3), config(300, DType::F16)).unwrap();
         let (all, _) = run::<f16, f16>(&gemm, &x, None, None).unwrap();

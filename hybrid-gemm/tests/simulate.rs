@@ -18,6 +18,50 @@ fn plan(n: usize, k: usize, hbm: f64, tokens: usize, device: DeviceProfile) -> G
     GemmPlan::new(placement, GemmConfig::new(tokens, DType::BF16, device)).unwrap()
 }
 
+/// Formats whose scales come in tiles, with zero points, and from beside the matrix, where partial tiles and blocks end.
+#[test]
+fn traffic_of_quantised_weights_is_the_closed_forms() {
+    let device = || DeviceProfile::gh200().slice(MigSlice::TwoG);
+    let mut simulated = 0;
+    for (format, bits, scale_bits) in [
+        (Format::Int4 { group: 128 }, 4.0, 16.0 / 128.0),
+        (Format::Int4ZeroPoints { group: 128 }, 4.0, 20.0 / 128.0),
+        (Format::Int4ZeroPoints { group: 32 }, 4.0, 20.0 / 32.0),
+        (Format::Fp8Rows, 8.0, 0.0),
+        (Format::Fp8Blocks, 8.0, 0.0),
+    ] {
+        for (n, k, tokens) in [(1024, 1024, 16), (1000, 1000, 300), (2048, 512, 600)] {
+            for hbm in [0.0, 0.4, 1.0] {
+                let placement =
+                    Placement::packed(Tiling::new(n, k, format).unwrap(), Residency::HbmFraction(hbm))
+                        .unwrap();
+                let plan = GemmPlan::new(placement, GemmConfig::new(tokens, DType::BF16, device())).unwrap();
+                let alphas = [0.25, 0.5].map(|alpha| Path::Direct { alpha });
+                for path in plan.candidates(tokens).into_iter().map(|candidate| candidate.path).chain(alphas)
+                {
+                    let Ok(launches) = plan.launches_of(path, tokens) else { continue };
+                    let case = format!("{format}, {path}: {tokens} × [{n}, {k}], {hbm} in HBM");
+                    let predicted = plan.model().predict(&launches);
+                    let found = simulate(&plan, path, tokens).unwrap();
+                    assert_eq!(found.traffic, predicted.traffic, "{case}");
+                    let hbm_bytes = predicted.hbm_bytes as f64;
+                    assert!((found.hbm_bytes - hbm_bytes).abs() <= 1e-9 * hbm_bytes, "{case}: {hbm_bytes}");
+                    simulated += 1;
+                }
+            }
+        }
+        // Bytes of a matrix of whole tiles, to the last one: codes with what lies among them, and a scale for each slab of fp8.
+        let (n, k) = (1024, 1024);
+        let placement = Placement::packed(Tiling::new(n, k, format).unwrap(), Residency::Host).unwrap();
+        let plan = GemmPlan::new(placement, GemmConfig::new(16, DType::BF16, device())).unwrap();
+        let traffic = simulate(&plan, Path::Direct { alpha: 1.0 }, 16).unwrap().traffic;
+        assert_eq!(traffic.link_bytes as f64, (n * k) as f64 * (bits + scale_bits) / 8.0, "{format}");
+        let beside = if format == Format::Fp8Blocks { n / 64 * (k / 128) * 4 } else { 0 };
+        assert_eq!(traffic.hbm_weight_bytes, beside as u64, "{format}");
+    }
+    assert!(simulated > 150, "{simulated} products");
+}
+
 /// GH200 and its slices.
 fn slices() -> Vec<DeviceProfile> {
     let gh200 = DeviceProfile::gh200();

@@ -79,6 +79,19 @@ DEVICE constexpr uint16_t f16_from_e4m3(uint8_t b) {
                                         | bit_cast<uint32_t>(bit_cast<float>(m << 20) * bit_cast<float>(0x7b800000u))));  // · 2^120
 }
 
+// Two E4M3 in the upper bytes of two halves as f16 bits, 2^-8 of their values: the exponent moves from bias 7 to 15. NaN becomes
+// NaN: its magnitude alone carries into the exponent's highest bit.
+DEVICE constexpr uint32_t f16x2_in_256ths(uint32_t upper) {
+    const uint32_t magnitudes = upper >> 1 & 0x3f803f80;
+    return (upper & 0x80008000) | magnitudes | ((magnitudes + 0x00800080) & 0x40004000);
+}
+
+// The same as bf16 bits, 2^-120 of their values. The magnitude of NaN alone carries out of the exponent, and clears its upper bits.
+DEVICE constexpr uint32_t bf16x2_in_2_120ths(uint32_t upper) {
+    const uint32_t magnitudes = upper >> 4 & 0x07f007f0;
+    return (upper & 0x80008000) | magnitudes | (~(magnitudes + 0x78107810) & 0x78007800);
+}
+
 // E5M2 as f16 bits: E5M2 is the upper byte of f16.
 DEVICE constexpr uint16_t f16_from_e5m2(uint8_t b) {
     return (b & 0x7f) > 0x7c ? 0x7fff : static_cast<uint16_t>(b << 8);
@@ -188,6 +201,54 @@ DEVICE uint32_t cvt_f16x2_e4m3x2(uint16_t packed) {
 #else
     return software::f16_from_e4m3(static_cast<uint8_t>(packed))
            | static_cast<uint32_t>(software::f16_from_e4m3(static_cast<uint8_t>(packed >> 8))) << 16;
+#endif
+}
+
+// Bytes 2·Pair and 2·Pair + 1 of `word` in the upper bytes of two halves. prmt
+template <int Pair>
+DEVICE uint32_t upper_bytes(uint32_t word) {
+    return __byte_perm(word, 0, Pair == 0 ? 0x1404 : 0x3424);
+}
+
+// Pair `Pair` (0: the lower) of four packed fp8 E4M3 -> packed f16, exact, subnormals too, by what every architecture has:
+// bits to their places, and a multiplication by 2^8. mul.rn.f16x2
+template <int Pair>
+DEVICE uint32_t arithmetic_f16x2_e4m3x4(uint32_t word) {
+    const uint32_t x = software::f16x2_in_256ths(upper_bytes<Pair>(word));
+#ifdef __CUDACC__
+    uint32_t halves;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(halves) : "r"(x), "r"(0x5c005c00));
+    return halves;
+#else
+    const float low = software::f32_from_f16(static_cast<uint16_t>(x));
+    const float high = software::f32_from_f16(static_cast<uint16_t>(x >> 16));
+    return software::f16_from_f32(low * 256) | static_cast<uint32_t>(software::f16_from_f32(high * 256)) << 16;
+#endif
+}
+
+// The same by an instruction where there is one. cvt.rn.f16x2.e4m3x2 (sm_89; arithmetic before)
+template <int Pair>
+DEVICE uint32_t cvt_f16x2_e4m3x4(uint32_t word) {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 890
+    return cvt_f16x2_e4m3x2(static_cast<uint16_t>(word >> 16 * Pair));
+#else
+    return arithmetic_f16x2_e4m3x4<Pair>(word);
+#endif
+}
+
+// Pair `Pair` of four packed fp8 E4M3 -> packed bf16, exact, subnormals too: bits to their places, and a multiplication by 2^120,
+// added to -0, which keeps signs of zeros. fma.rn.bf16x2 (sm_80)
+template <int Pair>
+DEVICE uint32_t cvt_bf16x2_e4m3x4(uint32_t word) {
+    const uint32_t x = software::bf16x2_in_2_120ths(upper_bytes<Pair>(word));
+#ifdef __CUDACC__
+    uint32_t halves;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(halves) : "r"(x), "r"(0x7b807b80), "r"(0x80008000));
+    return halves;
+#else
+    constexpr float SCALE = bit_cast<float>(0x7b800000u);
+    const float low = bit_cast<float>(x << 16) * SCALE, high = bit_cast<float>(x & 0xffff0000) * SCALE;
+    return software::bf16_from_f32(low) | static_cast<uint32_t>(software::bf16_from_f32(high)) << 16;
 #endif
 }
 

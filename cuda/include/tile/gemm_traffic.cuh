@@ -26,7 +26,9 @@ struct BlockTraffic {
     // A launch that refuses its schedule does no role's work: its time is nobody's.
     DEVICE void refuse() { started_ns = 0; }
 
-    DEVICE void weights(const TileStep& step, bool starts_tile, uint32_t bytes) {
+    // `bytes` where the tile lies, and `beside` of scales, which lie in HBM.
+    DEVICE void weights(const TileStep& step, bool starts_tile, uint32_t bytes, uint32_t beside) {
+        counts.hbm_weight_bytes += beside;
         if (step.fetch == TileFetch::LINK) {
             counts.link_tiles += starts_tile;
             counts.link_bytes += bytes;

@@ -1,18 +1,20 @@
 // Weights and activations of hybrid GEMM in shared memory, and the tensor cores' operands made of them.
 //
 // A slab is 64 output features x 128 bytes of codes, the 16-byte chunk c of row r at chunk c ^ (r % 8): the layout of
-// hybrid-gemm/src/pack.rs, in which packed weights already lie in memory. It covers 64 inputs of f16 and bf16, 128 of int8,
-// 256 of int4, behind which come its int4 scales, f16 [groups, 64]. Activations come in chunks of [tokens, 64 inputs].
+// hybrid-gemm/src/pack, in which packed weights already lie in memory. It covers 64 inputs of f16 and bf16, 128 of int8 and
+// fp8, 256 of int4, behind which come its int4 scales, f16 [groups, 64], and zero points [groups, 32 bytes], those of rows g and
+// g + 8 of 16 in one byte. Activations come in chunks of [tokens, 64 inputs].
 //
 // Weights are the A operand (16 output features), activations the B operand (8 tokens). Sums over K may take their terms in
 // any order, so codes go to the columns of A where ldmatrix puts them, and B follows:
 //
 //   16-bit:  lane t of a group of four has inputs 2t, 2t+1 and 2t+8, 2t+9 of 16; B by ldmatrix
-//   int8:    4t … 4t+3 of 16; B is eight bytes of the token's row
+//   8-bit:   4t … 4t+3 of 16; B is eight bytes of the token's row
 //   int4:    8t … 8t+7 of 32, for two products; B is sixteen bytes of the token's row
 //
-// Codes become 16-bit floats exactly; their scales never touch them: that of int8 belongs to the epilogue, that of an int4
-// group multiplies the group's sum in f32, 64 inputs at most at a time.
+// Codes become 16-bit floats exactly, less their zero points where they have some, which are small integers too. Scales never touch
+// them: that of int8 and of fp8 by rows belongs to the epilogue, that of an int4 group or of a block of fp8 multiplies the group's
+// sum in f32, 64 inputs at most at a time. A slab lies in one block of fp8, so a block's scale comes with the slab.
 #pragma once
 
 #include "core.cuh"
@@ -34,21 +36,36 @@ template <int Format>
 struct WeightFormat {
     static constexpr bool FLOAT = Format == HYBRID_FORMAT_FLOAT;
     static constexpr bool INT8 = Format == HYBRID_FORMAT_INT8;
-    static constexpr bool INT4 = !FLOAT && !INT8;
+    static constexpr bool BLOCKS = Format == HYBRID_FORMAT_FP8_BLOCKS;
+    static constexpr bool FP8 = Format == HYBRID_FORMAT_FP8_ROWS || BLOCKS;
+    static constexpr bool BYTES = INT8 || FP8;
+    static constexpr bool INT4 = !FLOAT && !BYTES;
+    static constexpr bool ZERO_POINTS = INT4 && Format % 32 == HYBRID_FORMAT_ZERO_POINTS;
+    // Scales that wait for the epilogue, and scales of sums on the way.
+    static constexpr bool CHANNEL_SCALES = INT8 || Format == HYBRID_FORMAT_FP8_ROWS;
+    static constexpr bool GROUPED = INT4 || BLOCKS;
     // Inputs of a slab.
-    static constexpr uint32_t INPUTS = FLOAT ? 64 : INT8 ? 128 : 256;
+    static constexpr uint32_t INPUTS = FLOAT ? 64 : BYTES ? 128 : 256;
     // Chunks of activations that go with a slab.
     static constexpr uint32_t X_CHUNKS = INPUTS / X_CHUNK_INPUTS;
     // Inputs that share a scale.
-    static constexpr uint32_t GROUP = INT4 ? Format : INPUTS;
+    static constexpr uint32_t GROUP = INT4 ? Format / 32 * 32 : INPUTS;
+    static_assert(!BLOCKS || (GROUP == HYBRID_FP8_BLOCK && HYBRID_FP8_BLOCK % HYBRID_TILE_ROWS == 0), "a slab lies in one block");
     // Inputs whose sum a scale multiplies at a time: a group, or a chunk of activations of it.
     static constexpr uint32_t SCALED = GROUP < X_CHUNK_INPUTS ? GROUP : X_CHUNK_INPUTS;
-    // Bytes of a slab's scales.
-    static constexpr uint32_t SCALE_BYTES = INT4 ? INPUTS / GROUP * HYBRID_TILE_ROWS * 2 : 0;
+    // Bytes of a group's scales and zero points, and of those of a slab.
+    static constexpr uint32_t GROUP_SCALE_BYTES = INT4 ? HYBRID_TILE_ROWS * 2 : 0;
+    static constexpr uint32_t GROUP_ZERO_BYTES = ZERO_POINTS ? HYBRID_TILE_ROWS / 2 : 0;
+    static constexpr uint32_t ZEROS_AT = INPUTS / GROUP * GROUP_SCALE_BYTES;
+    static constexpr uint32_t SCALE_BYTES = ZEROS_AT + INPUTS / GROUP * GROUP_ZERO_BYTES;
+    // Bytes of a slab's scale that lies beside the matrix, and room for all of its scales in shared memory, where tiles start at
+    // multiples of 128.
+    static constexpr uint32_t BESIDE_BYTES = BLOCKS ? sizeof(float) : 0;
+    static constexpr uint32_t SCALE_ROOM = ceil_div(SCALE_BYTES + BESIDE_BYTES, 128u) * 128;
 
     // Where chunk `chunk` of a token's 128 bytes lies: the reads of B above meet no bank conflict.
     static DEVICE uint32_t x_chunk(uint32_t token, uint32_t chunk) {
-        return FLOAT ? chunk ^ token % 8 : INT8 ? chunk ^ token % 4 * 2 : chunk ^ token % 2 * 4;
+        return FLOAT ? chunk ^ token % 8 : BYTES ? chunk ^ token % 4 * 2 : chunk ^ token % 2 * 4;
     }
 };
 
@@ -111,7 +128,23 @@ struct WeightSource {
     bool aligned;  // rows, for 16-byte reads
 };
 
-// Starts to bring slab `slab` of a tile to shared memory: codes to `codes`, scales to `scales`; gives the bytes asked for.
+// The scales of an expert's output features, for the epilogue.
+template <int Format>
+DEVICE const float* channel_scales(const float* scales, const HybridGemmParams& params, uint32_t expert) {
+    return WeightFormat<Format>::CHANNEL_SCALES ? scales + static_cast<uint64_t>(expert) * params.n : nullptr;
+}
+
+// Starts to bring the scale of slab `slab` of a column: that of its block, of an expert's [ceil(n / 128), ceil(k / 128)]. One thread
+// calls.
+DEVICE void stage_block_scale(unsigned char* place, const float* scales, const HybridGemmParams& params, uint32_t expert,
+                              uint32_t column, uint32_t slab) {
+    const uint64_t block_rows = ceil_div(params.n, uint32_t(HYBRID_FP8_BLOCK));
+    const uint64_t row = expert * block_rows + column / (HYBRID_FP8_BLOCK / HYBRID_TILE_ROWS);
+    cp_async_4(shared_address(place), scales + row * ceil_div(params.k, uint32_t(HYBRID_FP8_BLOCK)) + slab);
+}
+
+// Starts to bring slab `slab` of a tile to shared memory: codes to `codes`, scales that lie with them to `scales`; gives
+// the bytes asked for.
 template <uint32_t Threads, int Format, class Element>
 DEVICE uint32_t stage_slab(unsigned char* codes, unsigned char* scales, const WeightSource& source, const HybridGemmParams& params,
                            uint32_t column, uint32_t k_tile, uint32_t slab, uint64_t policy) {
@@ -161,38 +194,62 @@ DEVICE uint32_t floats_of_int8(uint32_t codes) {
     return fma2(Element{}, (codes & 0x007f007f) | Bits::BASE, Bits::ONE, (codes & 0x00800080) | Bits::BASE | PAIR_SIGNS);
 }
 
-// Exact floats of two codes of 4 bits, stored as code + 8 in bits 0-3 of the halves of `codes`.
+// What is added to two codes of 4 bits for a zero point: -(2ⁿ + zero), twice. Symmetric codes are stored 8 higher.
 template <class Element>
-DEVICE uint32_t floats_of_int4(uint32_t codes) {
-    using Bits = PairBits<Element>;
-    return fma2(Element{}, (codes & 0x000f000f) | Bits::BASE, Bits::ONE, 0x00080008 | Bits::BASE | PAIR_SIGNS);
+DEVICE uint32_t less_zero_point(uint32_t zero) {
+    return zero * 0x00010001 | PairBits<Element>::BASE | PAIR_SIGNS;
 }
 
-// A operands of 32 inputs, number `half` of the slab: rows row0 … row0 + 15, for two products of 16 inputs.
+// Exact floats of two codes of 4 bits in bits 0-3 of the halves of `codes`, less a zero point: 2ⁿ + c less 2ⁿ + zero.
+template <class Element>
+DEVICE uint32_t floats_of_int4(uint32_t codes, uint32_t less_zero) {
+    using Bits = PairBits<Element>;
+    return fma2(Element{}, (codes & 0x000f000f) | Bits::BASE, Bits::ONE, less_zero);
+}
+
+// Exact floats of pair `Pair` of four fp8 e4m3.
+template <int Pair>
+DEVICE uint32_t floats_of_fp8(f16, uint32_t codes) { return cvt_f16x2_e4m3x4<Pair>(codes); }
+template <int Pair>
+DEVICE uint32_t floats_of_fp8(bf16, uint32_t codes) { return cvt_bf16x2_e4m3x4<Pair>(codes); }
+
+// A operands of 32 inputs, number `half` of the slab: rows row0 … row0 + 15, for two products of 16 inputs. `scales` are those of the
+// slab.
 template <int Format, class Element>
-DEVICE void load_weights(uint32_t (&a)[2][4], uint32_t slab, uint32_t row0, uint32_t half) {
+DEVICE void load_weights(uint32_t (&a)[2][4], uint32_t slab, const unsigned char* scales, uint32_t row0, uint32_t half) {
     using W = WeightFormat<Format>;
-    if (W::FLOAT) {
+    if constexpr (W::FLOAT) {
         load_fragment_a<SLAB_ROW_BYTES>(a[0], slab, row0, half * 4);
         load_fragment_a<SLAB_ROW_BYTES>(a[1], slab, row0, half * 4 + 2);
-    } else if (W::INT8) {
+    } else if constexpr (W::BYTES) {
         uint32_t codes[4];  // rows g and g + 8 of 16 inputs, then of the next 16
         load_fragment_a<SLAB_ROW_BYTES>(codes, slab, row0, half * 2);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            a[i / 2][i % 2] = floats_of_int8<Element>(__byte_perm(codes[i], 0, 0x4140));
-            a[i / 2][i % 2 + 2] = floats_of_int8<Element>(__byte_perm(codes[i], 0, 0x4342));
+            if constexpr (W::INT8) {
+                a[i / 2][i % 2] = floats_of_int8<Element>(__byte_perm(codes[i], 0, 0x4140));
+                a[i / 2][i % 2 + 2] = floats_of_int8<Element>(__byte_perm(codes[i], 0, 0x4342));
+            } else {
+                a[i / 2][i % 2] = floats_of_fp8<0>(Element{}, codes[i]);
+                a[i / 2][i % 2 + 2] = floats_of_fp8<1>(Element{}, codes[i]);
+            }
         }
     } else {
         uint32_t codes[2];  // rows g and g + 8
         const uint32_t row = row0 + lane_index() % 16;
         ldmatrix_x2(codes, slab + Swizzle<SLAB_ROW_BYTES>::offset(row, half));
+        uint32_t zeros = 0x88;
+        if constexpr (W::ZERO_POINTS) {
+            const unsigned char* const of_group = scales + W::ZEROS_AT + half * 32 / W::GROUP * W::GROUP_ZERO_BYTES;
+            zeros = of_group[row0 / 2 + lane_index() / 4];
+        }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            a[0][i] = floats_of_int4<Element>(codes[i]);
-            a[0][i + 2] = floats_of_int4<Element>(codes[i] >> 4);
-            a[1][i] = floats_of_int4<Element>(codes[i] >> 8);
-            a[1][i + 2] = floats_of_int4<Element>(codes[i] >> 12);
+            const uint32_t less_zero = less_zero_point<Element>(zeros >> 4 * i & 0xf);
+            a[0][i] = floats_of_int4<Element>(codes[i], less_zero);
+            a[0][i + 2] = floats_of_int4<Element>(codes[i] >> 4, less_zero);
+            a[1][i] = floats_of_int4<Element>(codes[i] >> 8, less_zero);
+            a[1][i + 2] = floats_of_int4<Element>(codes[i] >> 12, less_zero);
         }
     }
 }
@@ -211,7 +268,7 @@ DEVICE void load_activations(uint32_t (&b)[2][2], const unsigned char* chunk, ui
     }
     const uint32_t token = token0 + lane / 4, t = lane % 4;
     const unsigned char* const row = chunk + token * SLAB_ROW_BYTES;
-    if (W::INT8) {
+    if (W::BYTES) {
 #pragma unroll
         for (uint32_t i = 0; i < 2; i++) {
             const uint32_t at = W::x_chunk(token, half * 4 + i * 2 + t / 2) * 16 + t % 2 * 8;
@@ -232,84 +289,105 @@ template <int Format, class Element, int RowTiles, int TokenTiles>
 struct SlabSums {
     using W = WeightFormat<Format>;
 
-    // Group sums take the registers in which the second half's operands would wait.
-    static constexpr int HALVES_AT_ONCE = W::INT4 && RowTiles > 1 ? 1 : 2;
-
     float sums[RowTiles][TokenTiles][4];
-    float group[W::INT4 ? RowTiles : 1][W::INT4 ? TokenTiles : 1][4];  // of the int4 group under way
 
     DEVICE void clear() {
 #pragma unroll
         for (int row = 0; row < RowTiles; row++) {
 #pragma unroll
-            for (int token = 0; token < TokenTiles; token++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) sums[row][token][i] = 0;
-            }
+            for (int token = 0; token < TokenTiles; token++) clear(sums[row][token]);
         }
-        clear_group();
     }
 
-    DEVICE void clear_group() {
-        if constexpr (W::INT4) {
+    static DEVICE void clear(float (&sum)[4]) {
 #pragma unroll
-            for (int row = 0; row < RowTiles; row++) {
-#pragma unroll
-                for (int token = 0; token < TokenTiles; token++) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++) group[row][token][i] = 0;
-                }
-            }
-        }
+        for (int i = 0; i < 4; i++) sum[i] = 0;
     }
 
     // Adds the products of chunk `chunk` of the slab's activations.
     DEVICE void add(const unsigned char* slab, const unsigned char* scales, const unsigned char* x, uint32_t chunk, uint32_t row0,
                     uint32_t token0) {
         const uint32_t codes = shared_address(slab);
-#pragma unroll HALVES_AT_ONCE
-        for (uint32_t half = 0; half < 2; half++) {
-            const uint32_t slab_half = chunk * 2 + half;
-            uint32_t a[RowTiles][2][4];
+        if constexpr (W::GROUPED) {
 #pragma unroll
-            for (int row = 0; row < RowTiles; row++) load_weights<Format, Element>(a[row], codes, row0 + row * 16, slab_half);
+            for (uint32_t part = 0; part < X_CHUNK_INPUTS / W::SCALED; part++) {
+                add_scaled(codes, scales, x, chunk, part, row0, token0);
+            }
+        } else {
 #pragma unroll
-            for (int token = 0; token < TokenTiles; token++) {
-                uint32_t b[2][2];
-                load_activations<Format>(b, x, token0 + token * 8, half);
+            for (uint32_t half = 0; half < 2; half++) {
+                uint32_t a[RowTiles][2][4];
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
+                for (int row = 0; row < RowTiles; row++) {
+                    load_weights<Format, Element>(a[row], codes, scales, row0 + row * 16, chunk * 2 + half);
+                }
 #pragma unroll
-                    for (int row = 0; row < RowTiles; row++) {
-                        if constexpr (W::INT4) {
-                            mma_16(Element{}, group[row][token], a[row][i], b[i]);
-                        } else {
-                            mma_16(Element{}, sums[row][token], a[row][i], b[i]);
-                        }
+                for (int token = 0; token < TokenTiles; token++) {
+                    uint32_t b[2][2];
+                    load_activations<Format>(b, x, token0 + token * 8, half);
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+#pragma unroll
+                        for (int row = 0; row < RowTiles; row++) mma_16(Element{}, sums[row][token], a[row][i], b[i]);
                     }
                 }
-            }
-            if constexpr (W::INT4) {
-                if ((slab_half + 1) * 32 % W::SCALED == 0) fold(scales + slab_half * 32 / W::GROUP * HYBRID_TILE_ROWS * 2, row0);
             }
         }
     }
 
-    // Ends an int4 group, or a chunk of it: its sums times the rows' scales.
-    DEVICE void fold(const unsigned char* scales, uint32_t row0) {
-        const f16* const of_rows = reinterpret_cast<const f16*>(scales) + row0 + lane_index() / 4;
+    // The same of inputs that share a scale: part `part` of the chunk. Their weights wait in registers, so that their sums, eight
+    // tokens at a time, need few.
+    DEVICE void add_scaled(uint32_t codes, const unsigned char* scales, const unsigned char* x, uint32_t chunk, uint32_t part,
+                           uint32_t row0, uint32_t token0) {
+        constexpr uint32_t HALVES = W::SCALED / 32;
+        const uint32_t first_half = chunk * 2 + part * HALVES;  // of the slab
+        uint32_t a[HALVES][RowTiles][2][4];
+#pragma unroll
+        for (uint32_t half = 0; half < HALVES; half++) {
+#pragma unroll
+            for (int row = 0; row < RowTiles; row++) {
+                load_weights<Format, Element>(a[half][row], codes, scales, row0 + row * 16, first_half + half);
+            }
+        }
+        float2 scale[RowTiles];
 #pragma unroll
         for (int row = 0; row < RowTiles; row++) {
-            const float low = to_f32(of_rows[row * 16]), high = to_f32(of_rows[row * 16 + 8]);
+            scale[row] = scales_of(scales + first_half * 32 / W::GROUP * W::GROUP_SCALE_BYTES, row0 + row * 16);
+        }
 #pragma unroll
-            for (int token = 0; token < TokenTiles; token++) {
+        for (int token = 0; token < TokenTiles; token++) {
+            float group[RowTiles][4];
+#pragma unroll
+            for (int row = 0; row < RowTiles; row++) clear(group[row]);
+#pragma unroll
+            for (uint32_t half = 0; half < HALVES; half++) {
+                uint32_t b[2][2];
+                load_activations<Format>(b, x, token0 + token * 8, part * HALVES + half);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+#pragma unroll
+                    for (int row = 0; row < RowTiles; row++) mma_16(Element{}, group[row], a[half][row][i], b[i]);
+                }
+            }
+#pragma unroll
+            for (int row = 0; row < RowTiles; row++) {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    sums[row][token][i] = __fmaf_rn(i < 2 ? low : high, group[row][token][i], sums[row][token][i]);
+                    sums[row][token][i] = __fmaf_rn(i < 2 ? scale[row].x : scale[row].y, group[row][i], sums[row][token][i]);
                 }
             }
         }
-        clear_group();
+    }
+
+    // The scales of a group for rows g and g + 8 of the 16 from row0 on: one for both in a block.
+    static DEVICE float2 scales_of(const unsigned char* scales, uint32_t row0) {
+        if constexpr (W::BLOCKS) {
+            const float scale = *reinterpret_cast<const float*>(scales);
+            return make_float2(scale, scale);
+        } else {
+            const f16* const of_rows = reinterpret_cast<const f16*>(scales) + row0 + lane_index() / 4;
+            return make_float2(to_f32(of_rows[0]), to_f32(of_rows[8]));
+        }
     }
 
     // Stores the sums to shared memory, `tile` by sums_index; theirs start at row0 and token0.

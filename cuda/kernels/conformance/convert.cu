@@ -43,6 +43,13 @@ DEVICE uint32_t convert_one(uint32_t operation, uint32_t a, uint32_t b) {
         case 22: return software::e5m2_from_f32(x);
         case 23: return software::f16_from_e4m3(tiny);
         case 24: return software::f16_from_e5m2(tiny);
+        // Four fp8 in a word, pair by pair.
+        case 25: return cvt_f16x2_e4m3x4<0>(a);
+        case 26: return cvt_f16x2_e4m3x4<1>(a);
+        case 27: return arithmetic_f16x2_e4m3x4<0>(a);
+        case 28: return arithmetic_f16x2_e4m3x4<1>(a);
+        case 29: return cvt_bf16x2_e4m3x4<0>(a);
+        case 30: return cvt_bf16x2_e4m3x4<1>(a);
         default: __trap();
     }
     return 0;

@@ -34,7 +34,7 @@ constexpr uint32_t PANEL = HYBRID_LARGE_PANEL;
 constexpr int X_STAGES = 2;
 constexpr uint32_t X_BYTES = PANEL * SLAB_ROW_BYTES;
 constexpr uint32_t SLAB_SLOTS = 4;  // a tile of weights has as many slabs at most
-constexpr uint32_t SLOT_BYTES = HYBRID_SLAB_BYTES + Weight::SCALE_BYTES;
+constexpr uint32_t SLOT_BYTES = HYBRID_SLAB_BYTES + Weight::SCALE_ROOM;
 constexpr uint32_t SLABS_AT = X_STAGES * X_BYTES;
 constexpr uint32_t SUMS_TOKENS = X_BYTES / (HYBRID_TILE_ROWS * sizeof(float));  // that a chunk's place holds sums of
 
@@ -109,8 +109,6 @@ hybrid_large_m(const Element* x, const unsigned char* host, const unsigned char*
         const TileWalk walk(product.schedule, blockIdx.x);
         const uint32_t items = walk.own_items();
         if (items == 0) continue;
-        const GemmEpilogue epilogue{scales == nullptr ? nullptr : scales + static_cast<uint64_t>(product.expert) * params.n, bias,
-                                    residual, out};
         const bool from_hbm = walk.role == TileRole::HBM;
         WeightSource source{from_hbm ? hbm + product.hbm_offset : host + product.host_offset, from_hbm ? product.hbm_first : 0,
                             from_hbm ? params.hbm_row_major != 0 : params.host_row_major != 0, false};
@@ -129,7 +127,11 @@ hybrid_large_m(const Element* x, const unsigned char* host, const unsigned char*
                 const uint32_t bytes =
                     stage_slab<THREADS, FORMAT, Element>(slot, slot + HYBRID_SLAB_BYTES, source, params, step.column, step.k_tile,
                                                          ahead.chunk / Weight::X_CHUNKS, policy);
-                if (counts) counter.weights(step, ahead.chunk == 0, bytes);
+                if (Weight::BLOCKS && counts) {
+                    stage_block_scale(slot + HYBRID_SLAB_BYTES, scales, params, product.expert, step.column,
+                                      k_slab + ahead.chunk / Weight::X_CHUNKS);
+                }
+                if (counts) counter.weights(step, ahead.chunk == 0, bytes, Weight::BESIDE_BYTES);
             }
             if (counts && ahead.chunk == 0) {
                 const uint32_t inputs = params.tile_slabs * Weight::INPUTS, left = params.k - step.k_tile * inputs;
@@ -173,6 +175,8 @@ hybrid_large_m(const Element* x, const unsigned char* host, const unsigned char*
                     // Nobody needs the activations any more, and they are not refilled before the next barrier: their place
                     // takes the sums of part of the tokens at a time.
                     float* const sums = reinterpret_cast<float*>(shared + stage * X_BYTES);
+                    // What only the end of an item needs is found there: until then it would take registers.
+                    const GemmEpilogue epilogue{channel_scales<FORMAT>(scales, params, product.expert), bias, residual, out};
 #pragma unroll 1
                     for (uint32_t first = 0; first < step.tokens; first += SUMS_TOKENS) {
                         const uint32_t left = step.tokens - first;

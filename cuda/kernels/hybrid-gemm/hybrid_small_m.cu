@@ -2,12 +2,13 @@
 //
 // x            [max_tokens, k] X_DTYPE, rows x_stride apart
 // host, hbm    the columns of W on either side: packed as in tile/weight_slab.cuh, or row-major [n, k] X_DTYPE
-// scales       [n] f32 of int8, bias [n] f32, residual [max_tokens, out columns] of O's type; null where there is none
+// scales       f32 [n] of int8 and of fp8 by rows, [ceil(n / 128), ceil(k / 128)] of fp8 in blocks; null in other formats
+// bias         [n] f32, residual [max_tokens, out columns] of O's type; null where there is none
 // out          [max_tokens, out columns] f32, f16 or bf16, rows out_stride apart
 // partials     [k_splits, columns, max_tokens, 64] f32, arrivals [columns, panels] u32, zero before and after: k_splits > 1
 // schedule     which block does what: tile/tile_schedule.cuh. It may change between replays of a graph
 // experts      [experts], offsets [experts + 1] u32: where the weights and the rows of each expert of a grouped product are
-//              (tile/gemm_products.cuh), scales then [experts, n]; null for a single product
+//              (tile/gemm_products.cuh), scales then [experts, …]; null for a single product
 // traffic      what was moved is added to it; may be null
 // status       FAULT_BAD_LENGTH (tokens), FAULT_BAD_INDEX (panel, K tiles, cluster, an expert's weights), FAULT_BAD_RANGE
 //              (columns, blocks, an expert's rows), with the launch's first column, or the expert: O is then zero in the
@@ -22,7 +23,7 @@
 // Arch:    sm_80 and later.
 // Mapping: grid (blocks of the schedule, k_splits), one block per SM. Each of four warps has 16 output features and all
 //          tokens of the panel.
-// Budget:  128 registers up to 16 tokens (160 with int4), 224 for 64; a ring of up to 96 KiB.
+// Budget:  128 registers up to 16 tokens (160 with scales of groups or blocks), 224 for 64; a ring of up to 96 KiB.
 // Limit:   bytes of W: over the link and from HBM, both at once.
 #include "core.cuh"
 #include "hybrid_gemm_params.h"
@@ -44,7 +45,7 @@ constexpr uint32_t THREADS = 128;
 constexpr uint32_t TOKEN_TILES = TOKENS / 8;
 constexpr uint32_t X_CHUNK_BYTES = TOKENS * SLAB_ROW_BYTES;
 constexpr uint32_t SCALES_AT = HYBRID_SLAB_BYTES;
-constexpr uint32_t X_AT = SCALES_AT + Weight::SCALE_BYTES;
+constexpr uint32_t X_AT = SCALES_AT + Weight::SCALE_ROOM;
 constexpr uint32_t STAGE_BYTES = X_AT + Weight::X_CHUNKS * X_CHUNK_BYTES;
 constexpr uint32_t RING_BYTES = 96 * 1024;
 constexpr int STAGES = RING_BYTES / STAGE_BYTES < 10 ? RING_BYTES / STAGE_BYTES : 10;
@@ -127,8 +128,6 @@ hybrid_small_m(const Element* x, const unsigned char* host, const unsigned char*
         const TileWalk walk(product.schedule, blockIdx.x);
         const uint32_t items = walk.own_items();
         if (items == 0) continue;
-        const GemmEpilogue epilogue{scales == nullptr ? nullptr : scales + static_cast<uint64_t>(product.expert) * params.n, bias,
-                                    residual, out};
         const bool from_hbm = walk.role == TileRole::HBM;
         WeightSource source{from_hbm ? hbm + product.hbm_offset : host + product.host_offset, from_hbm ? product.hbm_first : 0,
                             from_hbm ? params.hbm_row_major != 0 : params.host_row_major != 0, false};
@@ -142,9 +141,13 @@ hybrid_small_m(const Element* x, const unsigned char* host, const unsigned char*
             const TileStep& step = ahead.step;
             const uint32_t bytes = stage_slab<THREADS, FORMAT, Element>(stage, stage + SCALES_AT, source, params, step.column,
                                                                         step.k_tile, ahead.slab, policy);
+            if (Weight::BLOCKS && counts) {
+                const uint32_t slab = step.k_tile * params.tile_slabs + ahead.slab;
+                stage_block_scale(stage + SCALES_AT, scales, params, product.expert, step.column, slab);
+            }
             if (counts) {
                 HybridGemmTraffic& count = tail.traffic.counts;
-                tail.traffic.weights(step, ahead.slab == 0, bytes);
+                tail.traffic.weights(step, ahead.slab == 0, bytes, Weight::BESIDE_BYTES);
                 if (ahead.slab == 0) {
                     const uint64_t products = static_cast<uint64_t>(step.tokens) * inputs_of(step.k_tile);
                     count.activation_bytes += products * sizeof(Element);
@@ -205,6 +208,8 @@ hybrid_small_m(const Element* x, const unsigned char* host, const unsigned char*
                 block.clear();
                 __syncthreads();
                 if (params.k_splits == 1 || merge(step, sums)) {
+                    // What only the end of an item needs is found there: until then it would take registers.
+                    const GemmEpilogue epilogue{channel_scales<FORMAT>(scales, params, product.expert), bias, residual, out};
                     epilogue.finish<THREADS>(params, sums, product.first_row + step.first_token, step.tokens, step.column);
                     if (counts) tail.traffic.counts.output_bytes += step.tokens * epilogue.bytes(params, rows_of(step.column));
                 }

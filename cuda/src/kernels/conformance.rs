@@ -294,6 +294,12 @@ pub enum Conversion {
     SoftwareE5m2FromF32 = 22,
     SoftwareF16FromE4m3 = 23,
     SoftwareF16FromE5m2 = 24,
+    F16x2FromLowE4m3x4 = 25,
+    F16x2FromHighE4m3x4 = 26,
+    ArithmeticF16x2FromLowE4m3x4 = 27,
+    ArithmeticF16x2FromHighE4m3x4 = 28,
+    Bf16x2FromLowE4m3x4 = 29,
+    Bf16x2FromHighE4m3x4 = 30,
 }
 
 kernel! {

@@ -12,6 +12,7 @@ emulator::device_test!(
     packing_keeps_the_order,
     tf32_rounds_ties_away,
     fp8_widening_is_exact,
+    fp8_pairs_of_words_are_exact,
     fp8_narrowing_saturates,
     approximations_keep_their_error,
 );
@@ -234,6 +235,34 @@ fn fp8_widening_is_exact<R: Rig>(rig: &R) {
             let value = decode(x as u8);
             (!value.is_nan()).then(|| u32::from(f16::from_f32(value).to_bits()))
         });
+    }
+}
+
+/// Every pair of codes, with others in the word's other half: values, signs of zeros, subnormals and NaN.
+fn fp8_pairs_of_words_are_exact<R: Rig>(rig: &R) {
+    let pairs: Vec<u32> = (0..=0xffff).collect();
+    // The other half holds anything, NaN among it.
+    let low: Vec<u32> = pairs.iter().map(|pair| pair | (pair ^ 0x7f80) << 16).collect();
+    let high: Vec<u32> = pairs.iter().map(|pair| pair << 16 | (pair ^ 0x00ff)).collect();
+    type Widen = fn(u16) -> f32;
+    let f16_value: Widen = |bits| f16::from_bits(bits).to_f32();
+    let bf16_value: Widen = |bits| bf16::from_bits(bits).to_f32();
+    for (conversion, words, widen) in [
+        (Conversion::F16x2FromLowE4m3x4, &low, f16_value),
+        (Conversion::F16x2FromHighE4m3x4, &high, f16_value),
+        (Conversion::ArithmeticF16x2FromLowE4m3x4, &low, f16_value),
+        (Conversion::ArithmeticF16x2FromHighE4m3x4, &high, f16_value),
+        (Conversion::Bf16x2FromLowE4m3x4, &low, bf16_value),
+        (Conversion::Bf16x2FromHighE4m3x4, &high, bf16_value),
+    ] {
+        let found = convert(rig, conversion, words, words);
+        for (&pair, &found) in pairs.iter().zip(&found) {
+            for (byte, half) in [(pair as u8, found as u16), ((pair >> 8) as u8, (found >> 16) as u16)] {
+                let (value, half) = (decode_e4m3(byte), widen(half));
+                let same = value.to_bits() == half.to_bits() || value.is_nan() && half.is_nan();
+                assert!(same, "{conversion:?}, {}: {pair:#06x} gave {found:#010x}", rig.name());
+            }
+        }
     }
 }
 

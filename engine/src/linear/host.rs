@@ -44,8 +44,12 @@ impl HostOptions {
             "stored" => None,
             "int8" => Some(Format::Int8),
             "int4" => Some(Format::Int4 { group: 64 }),
+            "int4-zero-points" => Some(Format::Int4ZeroPoints { group: 64 }),
+            "fp8-rows" => Some(Format::Fp8Rows),
+            "fp8-blocks" => Some(Format::Fp8Blocks),
             other => {
-                return Err(mode.refuse(format!("format: expected stored, int8 or int4, found {other:?}")));
+                let known = "stored, int8, int4, int4-zero-points, fp8-rows or fp8-blocks";
+                return Err(mode.refuse(format!("format: expected {known}, found {other:?}")));
             }
         };
         let alpha = match mode.option("alpha", "auto".to_string(), "a number")?.as_str() {
@@ -186,7 +190,14 @@ mod tests {
         let mut rng = fastrand::Rng::with_seed(19);
         let w = Array2::from_shape_simple_fn((64, 96), || rng.f32() - 0.5);
         let weight = || Weight { matrix: w.to_shared(), bias: None, stored: attention::DType::F32 };
-        for (mode, bound) in [("host:1", 0.0), ("host:1,format=int8", 0.003), ("host:1,format=int4", 0.04)] {
+        for (mode, bound) in [
+            ("host:1", 0.0),
+            ("host:1,format=int8", 0.003),
+            ("host:1,format=int4", 0.04),
+            ("host:1,format=int4-zero-points", 0.035),
+            ("host:1,format=fp8-rows", 0.032),
+            ("host:1,format=fp8-blocks", 0.032),
+        ] {
             let options = HostOptions::new(&mode.parse().unwrap()).unwrap();
             let found = Host::new(weight(), options, Arc::default()).unwrap();
             let worst = (&found.matrix() - &w).iter().fold(0.0f32, |worst, error| worst.max(error.abs()));

@@ -25,7 +25,7 @@ pub const METHODS: &[Method] = &[
     Method { name: "dense", summary: "all weights in memory, in f32", file: false, options: &[], with: &[] },
     Method {
         name: "host",
-        summary: "a share in host memory, the rest in HBM: host:0.75[,format=stored|int8|int4][,alpha=auto|0..1][,ceilings=JSON]",
+        summary: "a share in host memory, the rest in HBM: host:0.75[,format=stored|int8|int4|int4-zero-points|fp8-rows|fp8-blocks][,alpha=auto|0..1][,ceilings=JSON]",
         // The share stands where other methods have a file.
         file: true,
         options: &["format", "alpha", "ceilings"],

@@ -124,7 +124,11 @@ fn bad_arguments() {
         ),
         ("no share", &["generate", "--prompt", "x", "--weights", "host"], &["host:SHARE"]),
         ("share over 1", &["eval", "--text", &text, "--weights", "host:1.5"], &["host:1.5", "0 to 1"]),
-        ("unknown format", &["demo", "--weights", "host:0.5,format=int3"], &["stored, int8 or int4", "int3"]),
+        (
+            "unknown format",
+            &["demo", "--weights", "host:0.5,format=int3"],
+            &["stored, int8, int4, int4-zero-points, fp8-rows or fp8-blocks", "int3"],
+        ),
         (
             "unknown ranks mode",
             &["generate", "--prompt", "x", "--ranks", "2", "--sp", "mob"],

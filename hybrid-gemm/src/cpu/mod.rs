@@ -286,6 +286,7 @@ impl<'a> Block<'a> {
     fn fetch(&mut self, step: &Step) {
         let placement = self.weights.placement();
         let bytes = placement.tile_bytes(step.column, step.k_tile);
+        let scale_bytes = placement.block_scale_bytes(step.k_tile);
         match step.fetch {
             Fetch::Kept => return,
             // The first block of the cluster has fetched it for all.
@@ -293,10 +294,11 @@ impl<'a> Block<'a> {
             Fetch::Link => {
                 self.traffic.link_tiles += 1;
                 self.traffic.link_bytes += bytes;
+                self.traffic.hbm_weight_bytes += scale_bytes;
             }
             Fetch::Hbm => {
                 self.traffic.hbm_tiles += 1;
-                self.traffic.hbm_weight_bytes += bytes;
+                self.traffic.hbm_weight_bytes += bytes + scale_bytes;
             }
         }
         self.tile.resize(TILE_ROWS * placement.tiling().inputs(step.k_tile), 0.0);
@@ -304,6 +306,7 @@ impl<'a> Block<'a> {
             Some(slab) => slab.decode_tile(placement, step.column, step.k_tile, &mut self.tile),
             None => self.weights.decode_tile(step.column, step.k_tile, &mut self.tile),
         }
+        self.weights.scale_blocks(step.column, step.k_tile, &mut self.tile);
     }
 
     /// Which of the block's partial sums belong to the step's column.

@@ -26,8 +26,8 @@ pub struct DeviceWeights<'a> {
     pub host: Option<&'a View<'a, u8>>,
     /// The columns in HBM: [`Weights::hbm_bytes`](crate::Weights::hbm_bytes). None where there are none.
     pub hbm: Option<&'a View<'a, u8>>,
-    /// Scale of each output feature `[n]` in formats that have one:
-    /// [`Weights::channel_scales`](crate::Weights::channel_scales).
+    /// Scales beside the matrix, in formats that have some: [`Weights::scales`](crate::Weights::scales), those of experts one behind
+    /// the other.
     pub scales: Option<&'a View<'a, f32>>,
     /// How the columns are placed: that of one matrix, or of every expert. What a plan was not made for is refused.
     pub placements: &'a [Placement],

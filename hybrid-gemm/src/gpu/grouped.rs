@@ -142,7 +142,7 @@ impl GroupedPlan {
 pub struct GroupedArgs<'a, X, O> {
     /// X `[max_tokens, k]`, the rows of an expert together; rows past the last offset are not read.
     pub x: &'a View<'a, X>,
-    /// The columns of all experts by [`GroupedPlan::table`]; scales `[experts, n]`.
+    /// The columns of all experts by [`GroupedPlan::table`]; scales of each expert one behind the other.
     pub weights: DeviceWeights<'a>,
     /// [`GroupedPlan::table`], `[experts]`.
     pub table: &'a View<'a, HybridGemmExpert>,

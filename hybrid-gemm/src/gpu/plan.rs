@@ -318,6 +318,9 @@ pub(super) fn weight_format(tiling: &Tiling, x: DType) -> Result<WeightFormat, E
         (Format::Float(_), _) => Ok(WeightFormat::Float),
         (Format::Int8, _) => Ok(WeightFormat::Int8),
         (Format::Int4 { group }, _) => Ok(WeightFormat::Int4 { group }),
+        (Format::Int4ZeroPoints { group }, _) => Ok(WeightFormat::Int4ZeroPoints { group }),
+        (Format::Fp8Rows, _) => Ok(WeightFormat::Fp8Rows),
+        (Format::Fp8Blocks, _) => Ok(WeightFormat::Fp8Blocks),
     }
 }
 

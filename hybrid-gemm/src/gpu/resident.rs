@@ -60,7 +60,7 @@ impl ResidentWeights {
             Err(_) => pin(gpu, weights)?,
         };
         let hbm = Kept::new(to_device(stream, weights.hbm_bytes())?);
-        let scales = Kept::new(to_device(stream, weights.channel_scales())?);
+        let scales = Kept::new(to_device(stream, weights.scales())?);
         arrived(stream)?;
         Ok(Self { ordinal, hbm, scales, weights })
     }
@@ -92,7 +92,7 @@ impl ResidentWeights {
             }
         };
         let hbm = (placement.hbm_columns() > 0).then(|| View::device(&*self.hbm.0, stream));
-        let scaled = placement.tiling().format().has_channel_scale();
+        let scaled = !self.weights.scales().is_empty();
         let scales = scaled.then(|| View::device(&*self.scales.0, stream));
         let placements = std::slice::from_ref(placement);
         run(DeviceWeights { host: host.as_ref(), hbm: hbm.as_ref(), scales: scales.as_ref(), placements })
@@ -184,7 +184,7 @@ impl ResidentExperts {
             host = Some(arena);
         }
         let hbm = experts.iter().map(Weights::hbm_bytes).collect::<Vec<_>>().concat();
-        let scales = experts.iter().map(Weights::channel_scales).collect::<Vec<_>>().concat();
+        let scales = experts.iter().map(Weights::scales).collect::<Vec<_>>().concat();
         let experts = ResidentExperts {
             placements: experts.iter().map(|expert| *expert.placement()).collect(),
             host,

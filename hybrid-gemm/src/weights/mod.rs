@@ -16,8 +16,10 @@ use std::sync::Arc;
 pub use file::{FileTensor, MappedFile};
 pub use placement::Placement;
 
+use crate::codes::Codes;
 use crate::element::widen_bytes;
-use crate::pack::{RowMajor, TILE_ROWS, Tiling, pack_column, unpack_tile};
+use crate::format::FP8_BLOCK;
+use crate::pack::{RowMajor, Source, TILE_ROWS, Tiling, block_scales, pack_column, unpack_tile};
 use crate::{DType, Error, Format};
 
 /// Bytes at which kernels read host memory in place: a 16-byte vector, which is also what tensor maps ask for.
@@ -124,8 +126,8 @@ pub struct Weights {
     placement: Placement,
     host: Part,
     hbm: Part,
-    /// Scale of each output feature `[n]`, in formats that have one.
-    channel_scales: Arc<[f32]>,
+    /// Scales that lie beside the matrix, see [`Format::scales`].
+    scales: Arc<[f32]>,
 }
 
 impl Weights {
@@ -147,16 +149,52 @@ impl Weights {
             let expected = format!("[{}, {}], the shape of the tiling", tiling.n(), tiling.k());
             return Err(Error::argument("weights", expected, format!("{:?}", matrix.shape())));
         }
+        Weights::pack_source(&Source::Values(matrix), tiling, residency)
+    }
+
+    /// Packs a matrix that is quantised already, as it is.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for an empty matrix or a fraction outside 0..=1.
+    pub fn pack_codes(codes: Codes<'_>, residency: Residency) -> Result<Self, Error> {
+        let [n, k] = codes.shape();
+        Weights::pack_codes_tiled(codes, Tiling::new(n, k, codes.format())?, residency)
+    }
+
+    /// The same in tiles of the caller's choice.
+    ///
+    /// # Errors
+    /// As [`pack_codes`](Self::pack_codes), and [`Error::Argument`] when the tiling is for another shape or format.
+    pub fn pack_codes_tiled(codes: Codes<'_>, tiling: Tiling, residency: Residency) -> Result<Self, Error> {
+        if (codes.shape(), codes.format()) != ([tiling.n(), tiling.k()], tiling.format()) {
+            let expected = format!("[{}, {}] of {}, as the tiling", tiling.n(), tiling.k(), tiling.format());
+            return Err(Error::argument(
+                "codes",
+                expected,
+                format!("{:?} of {}", codes.shape(), codes.format()),
+            ));
+        }
+        Weights::pack_source(&Source::Codes(codes), tiling, residency)
+    }
+
+    fn pack_source(source: &Source<'_>, tiling: Tiling, residency: Residency) -> Result<Self, Error> {
         let placement = Placement::packed(tiling, residency)?;
         let (columns, host_columns) = (tiling.column_tiles(), placement.host_columns());
-        let mut scales = match tiling.format().has_channel_scale() {
+        // Known before, or found column by column.
+        let known = match source {
+            Source::Codes(codes) => codes.scales().to_vec(),
+            Source::Values(matrix) if tiling.format() == Format::Fp8Blocks => block_scales(matrix)?,
+            Source::Values(_) => Vec::new(),
+        };
+        let mut found = match known.is_empty() && tiling.format().has_channel_scale() {
             true => vec![0.0; columns * TILE_ROWS],
             false => Vec::new(),
         };
-        let host = pack_part(&tiling, &matrix, 0..host_columns, &mut scales)?;
-        let hbm = pack_part(&tiling, &matrix, host_columns..columns, &mut scales)?;
-        scales.truncate(tiling.n());
-        Ok(Weights { placement, host, hbm, channel_scales: scales.into() })
+        let host = pack_part(&tiling, source, 0..host_columns, &mut found, &known)?;
+        let hbm = pack_part(&tiling, source, host_columns..columns, &mut found, &known)?;
+        found.truncate(tiling.n());
+        let scales = if known.is_empty() { found } else { known };
+        Ok(Weights { placement, host, hbm, scales: scales.into() })
     }
 
     /// Uses a tensor of a mapped file in place for the host part; the HBM part is a packed copy.
@@ -171,8 +209,8 @@ impl Weights {
             Placement::packed(tiling, residency)?.with_host_layout(Layout::RowMajor(matrix.dtype()));
         let host = Part { memory: tensor.memory().clone(), start: tensor.start() };
         let columns = placement.host_columns()..tiling.column_tiles();
-        let hbm = pack_part(&tiling, &matrix, columns, &mut [])?;
-        Ok(Weights { placement, host, hbm, channel_scales: Arc::new([]) })
+        let hbm = pack_part(&tiling, &Source::Values(matrix), columns, &mut [], &[])?;
+        Ok(Weights { placement, host, hbm, scales: Arc::new([]) })
     }
 
     /// Tiles, and which of them lie in host memory.
@@ -185,9 +223,15 @@ impl Weights {
         (&self.host.memory, self.host.start)
     }
 
+    /// Scales that lie beside the matrix: of each output feature `[n]`, of each block `[ceil(n / 128), ceil(k / 128)]`, or none, as
+    /// the format has it ([`Format::scales`]).
+    pub fn scales(&self) -> &[f32] {
+        &self.scales
+    }
+
     /// Scale of each output feature `[n]`; empty in formats that have none.
     pub fn channel_scales(&self) -> &[f32] {
-        &self.channel_scales
+        if self.placement.tiling().format().has_channel_scale() { &self.scales } else { &[] }
     }
 
     /// The matrix `[n, k]` in f32, scales applied.
@@ -211,14 +255,27 @@ impl Weights {
                 tile.resize(TILE_ROWS * inputs, 0.0);
                 self.decode_tile(column, k_tile, &mut tile);
                 for (row, tile) in tile.chunks_exact(inputs).take(tiling.rows(column)).enumerate() {
-                    let row = column * TILE_ROWS + row;
-                    let scale = self.channel_scales.get(row).copied().unwrap_or(1.0);
-                    let at = row * k + k_tile * tiling.tile_k();
-                    values[at..].iter_mut().zip(tile).for_each(|(value, code)| *value = scaled(*code, scale));
+                    let (row, first) = (column * TILE_ROWS + row, k_tile * tiling.tile_k());
+                    for (input, code) in tile.iter().enumerate() {
+                        let scale = self.scale(row, first + input);
+                        values[row * k + first + input] = scaled(*code, scale);
+                    }
                 }
             }
         }
         values
+    }
+
+    /// The scale beside the matrix that a weight has; 1 in formats without.
+    fn scale(&self, row: usize, input: usize) -> f32 {
+        let tiling = self.placement.tiling();
+        match tiling.format() {
+            Format::Fp8Blocks => {
+                self.scales[row / FP8_BLOCK * tiling.k().div_ceil(FP8_BLOCK) + input / FP8_BLOCK]
+            }
+            format if format.has_channel_scale() => self.scales[row],
+            _ => 1.0,
+        }
     }
 
     /// The bytes of the columns in host memory, in the layout of [`Placement::host_layout`].
@@ -264,7 +321,23 @@ impl Weights {
         ColumnBytes { first: columns.start, bytes: &part.memory.bytes()[start..start + len] }
     }
 
-    /// Decodes a tile to `out` `[64, inputs]`, rows past n as zeros, without the scales of output features.
+    /// Multiplies a decoded tile `[64, inputs]` by the scales of its blocks, in the format that has them.
+    pub(crate) fn scale_blocks(&self, column: usize, k_tile: usize, tile: &mut [f32]) {
+        let tiling = self.placement.tiling();
+        if tiling.format() != Format::Fp8Blocks {
+            return;
+        }
+        // A column tile lies in one row of blocks.
+        let (row, first) = (column * TILE_ROWS, k_tile * tiling.tile_k());
+        for of_row in tile.chunks_exact_mut(tiling.inputs(k_tile)) {
+            for (block, values) in of_row.chunks_mut(FP8_BLOCK).enumerate() {
+                let scale = self.scale(row, first + block * FP8_BLOCK);
+                values.iter_mut().for_each(|value| *value *= scale);
+            }
+        }
+    }
+
+    /// Decodes a tile to `out` `[64, inputs]`, rows past n as zeros, without the scales beside the matrix.
     pub(crate) fn decode_tile(&self, column: usize, k_tile: usize, out: &mut [f32]) {
         self.columns(column..column + 1).decode_tile(&self.placement, column, k_tile, out);
     }
@@ -313,9 +386,10 @@ impl AsRef<[u8]> for Arena {
 
 fn pack_part(
     tiling: &Tiling,
-    matrix: &RowMajor<'_>,
+    source: &Source<'_>,
     columns: Range<usize>,
     scales: &mut [f32],
+    blocks: &[f32],
 ) -> Result<Part, Error> {
     use rayon::prelude::*;
     let bytes = columns.len() * tiling.column_bytes();
@@ -331,6 +405,8 @@ fn pack_part(
         .par_chunks_mut(tiling.column_bytes())
         .zip(per_column)
         .enumerate()
-        .try_for_each(|(index, (out, scales))| pack_column(tiling, matrix, first + index, out, scales))?;
+        .try_for_each(|(index, (out, scales))| {
+            pack_column(tiling, source, first + index, out, scales, blocks)
+        })?;
     Ok(Part { memory: HostMemory::new(Arena(arena)), start: 0 })
 }

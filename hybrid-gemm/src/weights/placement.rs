@@ -71,6 +71,16 @@ impl Placement {
         bytes as u64
     }
 
+    /// Bytes of the scales that a kernel fetches from beside the matrix with a tile, from HBM wherever the tile lies.
+    pub const fn block_scale_bytes(&self, k_tile: usize) -> u64 {
+        self.tiling.block_scale_bytes(k_tile) as u64
+    }
+
+    /// The same for all tiles of a column.
+    pub fn column_scale_bytes(&self) -> u64 {
+        (0..self.tiling.k_tiles()).map(|k_tile| self.block_scale_bytes(k_tile)).sum()
+    }
+
     /// Bytes of whole columns.
     pub fn column_bytes(&self, columns: Range<usize>) -> u64 {
         let columns = columns.start..columns.end.max(columns.start);

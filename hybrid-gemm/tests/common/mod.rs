@@ -23,7 +23,7 @@ pub(crate) fn random<E: Element>(seed: u64, len: usize) -> Vec<E> {
     (0..len).map(|_| E::from_f32(value())).collect()
 }
 
-pub(crate) const FORMATS: [Format; 7] = [
+pub(crate) const FORMATS: [Format; 12] = [
     Format::Float(DType::F32),
     Format::Float(DType::F16),
     Format::Float(DType::BF16),
@@ -31,6 +31,11 @@ pub(crate) const FORMATS: [Format; 7] = [
     Format::Int4 { group: 32 },
     Format::Int4 { group: 64 },
     Format::Int4 { group: 128 },
+    Format::Int4ZeroPoints { group: 32 },
+    Format::Int4ZeroPoints { group: 64 },
+    Format::Int4ZeroPoints { group: 128 },
+    Format::Fp8Rows,
+    Format::Fp8Blocks,
 ];
 
 /// Runs one product on poisoned memory.

@@ -443,6 +443,23 @@ fn plans_explain_themselves() {
             vec!["256 tokens in panels of 64", "hybrid_large_m does not take tiles of int4 in groups of 32"],
         ),
         (
+            "the same with zero points",
+            plan(Format::Int4ZeroPoints { group: 32 }, 256, &|config| GemmConfig {
+                path: PathChoice::Direct,
+                ..config
+            })
+            .expect("a plan")
+            .explain(256),
+            vec!["hybrid_large_m does not take tiles of int4 with zero points in groups of 32"],
+        ),
+        (
+            "fp8 in blocks",
+            plan(Format::Fp8Blocks, 256, &|config| GemmConfig { path: PathChoice::Direct, ..config })
+                .expect("a plan")
+                .explain(256),
+            vec!["of fp8 in blocks of 128 × 128 on", "hybrid_large_m, panels of 256 tokens"],
+        ),
+        (
             "a budget of one SM, half in HBM",
             {
                 let tiling = Tiling::new(4096, 4096, bf16).expect("a tiling");

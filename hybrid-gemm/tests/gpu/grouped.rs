@@ -78,7 +78,7 @@ fn run<R: Rig, X: Storage + Element, O: Storage + Element>(
     let columns = config.epilogue.out_columns(tiling.n());
     let host = RefCell::new(rig.pin(&parts(experts, Weights::host_bytes)));
     let hbm = RefCell::new(rig.upload(&parts(experts, Weights::hbm_bytes)));
-    let scales: Vec<f32> = experts.iter().flat_map(Weights::channel_scales).copied().collect();
+    let scales: Vec<f32> = experts.iter().flat_map(Weights::scales).copied().collect();
     let (has_scales, scales) = (!scales.is_empty(), rig.upload(&scales));
     let x = rig.upload(x);
     let schedule = RefCell::new(rig.zeroed::<HybridGemmSchedule>(1));
@@ -257,12 +257,14 @@ fn format<R: Rig, X: Storage + Element>(rig: &R, format: Format, [n, k]: [usize;
     verify(&case, &plan, &experts, &x, &rows, &outcomes[0]);
 }
 
-/// Scales of each expert, int4 groups, and the gate of a feed-forward layer.
+/// Scales of each expert's rows and blocks, int4 groups with and without zero points, and the gate of a feed-forward layer.
 fn formats_of_experts<R: Rig>(rig: &R) {
     let plain = EpilogueSpec::plain(DType::F16);
     let gated = EpilogueSpec { activation: Activation::SwiGlu, ..plain };
     format::<R, bf16>(rig, Format::Int8, [130, 200], plain);
     format::<R, bf16>(rig, Format::Int4 { group: 128 }, [72, 520], plain);
+    format::<R, bf16>(rig, Format::Int4ZeroPoints { group: 128 }, [72, 520], plain);
+    format::<R, bf16>(rig, Format::Fp8Blocks, [136, 200], plain);
     format::<R, f16>(rig, Format::Float(DType::F16), [144, 72], gated);
 }
 

@@ -56,6 +56,10 @@ fn shapes_and_formats<R: Rig>(rig: &R) {
     shape::<R, bf16>(rig, Format::Int4 { group: 128 }, (258, 258), (72, 1288), half, 0.0);
     shape::<R, bf16>(rig, Format::Int4 { group: 128 }, (130, 70), (66, 520), half, 1.0);
     shape::<R, f16>(rig, Format::Int4 { group: 64 }, (260, 257), (70, 1100), host, 0.5);
+    shape::<R, bf16>(rig, Format::Int4ZeroPoints { group: 128 }, (258, 258), (72, 1288), half, 0.0);
+    shape::<R, f16>(rig, Format::Int4ZeroPoints { group: 64 }, (130, 70), (70, 520), half, 0.5);
+    shape::<R, bf16>(rig, Format::Fp8Blocks, (258, 258), (136, 600), half, 0.0);
+    shape::<R, bf16>(rig, Format::Fp8Blocks, (130, 66), (200, 136), host, 1.0);
 }
 
 /// Output-stationary, weight-stationary and both, on the same plan: the schedule alone differs, as when a controller moves alpha

@@ -2,6 +2,7 @@
 #![cfg(feature = "cuda")]
 
 mod adaptive;
+mod codes;
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;

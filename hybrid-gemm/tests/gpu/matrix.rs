@@ -153,8 +153,8 @@ fn kernel<R: Rig, X: Storage + Element>(
     // Nothing is in the way of these: each runs.
     let slab = match format {
         Format::Float(_) => 64,
-        Format::Int8 => 128,
-        Format::Int4 { .. } => 256,
+        Format::Int8 | Format::Fp8Rows | Format::Fp8Blocks => 128,
+        Format::Int4 { .. } | Format::Int4ZeroPoints { .. } => 256,
     };
     let tiling = Tiling::with_tile_k(136, 264, format, slab).expect("a tiling");
     assert!(tiling.k_tiles() > 1, "{format}");
@@ -173,6 +173,7 @@ fn all<R: Rig>(rig: &R, sizes: &Sizes) {
     let most = sizes.tokens.iter().copied().max().unwrap_or(0);
     let [bf16_format, f16_format] = [DType::BF16, DType::F16].map(Format::Float);
     let int4 = |group| Format::Int4 { group };
+    let zero_points = |group| Format::Int4ZeroPoints { group };
     kernel::<R, bf16>(rig, sizes, turns, bf16_format, (0, 8));
     kernel::<R, f16>(rig, sizes, turns, f16_format, (9, 16));
     kernel::<R, bf16>(rig, sizes, turns, bf16_format, (33, 64));
@@ -180,11 +181,19 @@ fn all<R: Rig>(rig: &R, sizes: &Sizes) {
     kernel::<R, bf16>(rig, sizes, turns, Format::Int8, (9, 16));
     kernel::<R, bf16>(rig, sizes, turns, int4(128), (9, 16));
     kernel::<R, f16>(rig, sizes, turns, int4(32), (33, 64));
+    kernel::<R, bf16>(rig, sizes, turns, zero_points(128), (9, 16));
+    kernel::<R, f16>(rig, sizes, turns, zero_points(32), (33, 64));
+    kernel::<R, f16>(rig, sizes, turns, Format::Fp8Rows, (0, 8));
+    kernel::<R, bf16>(rig, sizes, turns, Format::Fp8Blocks, (9, 16));
+    kernel::<R, bf16>(rig, sizes, turns, Format::Fp8Blocks, (33, 64));
     kernel::<R, bf16>(rig, sizes, turns, bf16_format, (65, most));
     kernel::<R, f16>(rig, sizes, turns, f16_format, (65, most));
     kernel::<R, bf16>(rig, sizes, turns, Format::Int8, (65, most));
     kernel::<R, bf16>(rig, sizes, turns, int4(128), (65, most));
     kernel::<R, f16>(rig, sizes, turns, int4(64), (65, most));
+    kernel::<R, bf16>(rig, sizes, turns, zero_points(128), (65, most));
+    kernel::<R, f16>(rig, sizes, turns, zero_points(64), (65, most));
+    kernel::<R, bf16>(rig, sizes, turns, Format::Fp8Blocks, (65, most));
     assert!(turns.ran > 50 && turns.ran > turns.dropped, "{} ran, {} dropped", turns.ran, turns.dropped);
 }
 

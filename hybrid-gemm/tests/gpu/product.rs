@@ -132,7 +132,7 @@ impl<'a, R: Rig, X: Storage + Element, O: Storage + Element> Stage<'a, R, X, O> 
             strides: operands.strides,
             host,
             hbm: RefCell::new(rig.upload(weights.hbm_bytes())),
-            scales: rig.upload(weights.channel_scales()),
+            scales: rig.upload(weights.scales()),
             x: RefCell::new(rig.upload(&operands.x)),
             bias: operands.bias.as_ref().map(|bias| rig.upload(bias)),
             residual: operands.residual.as_ref().map(|residual| rig.upload(residual)),
@@ -164,7 +164,8 @@ impl<'a, R: Rig, X: Storage + Element, O: Storage + Element> Stage<'a, R, X, O> 
                 &view
             }
         };
-        let scaled = self.placement.tiling().format().has_channel_scale();
+        let tiling = self.placement.tiling();
+        let scaled = tiling.format().scales(tiling.n(), tiling.k()) > 0;
         let args = GemmArgs {
             x: &rig.view(&x),
             weights: DeviceWeights {

@@ -37,6 +37,7 @@ fn shapes_and_formats<R: Rig>(rig: &R) {
     let [host, hbm, half] = [Residency::Host, Residency::Hbm, Residency::HbmFraction(0.5)];
     let float = [DType::F16, DType::BF16].map(Format::Float);
     let int4 = [32, 128].map(|group| Format::Int4 { group });
+    let zero_points = [32, 128].map(|group| Format::Int4ZeroPoints { group });
     // Tokens at and beside the tiles of eight, N and K with tails.
     shape::<R, bf16>(rig, float[1], (8, 1), (64, 64), hbm, Bitwise);
     shape::<R, bf16>(rig, float[1], (8, 7), (72, 80), host, Bitwise);
@@ -51,6 +52,14 @@ fn shapes_and_formats<R: Rig>(rig: &R) {
     shape::<R, bf16>(rig, int4[1], (16, 16), (72, 1288), half, Bitwise);
     shape::<R, bf16>(rig, int4[1], (16, 5), (130, 4100), half, Fast);
     shape::<R, f16>(rig, int4[0], (64, 33), (72, 300), half, Bitwise);
+    shape::<R, bf16>(rig, zero_points[1], (16, 9), (72, 1288), half, Bitwise);
+    shape::<R, bf16>(rig, zero_points[1], (16, 5), (130, 4100), half, Fast);
+    shape::<R, f16>(rig, zero_points[0], (64, 33), (72, 300), half, Bitwise);
+    // Rows and inputs at and beside the edges of blocks.
+    shape::<R, f16>(rig, Format::Fp8Rows, (8, 3), (65, 200), half, Bitwise);
+    shape::<R, bf16>(rig, Format::Fp8Blocks, (16, 13), (136, 2056), half, Fast);
+    shape::<R, bf16>(rig, Format::Fp8Blocks, (16, 16), (128, 256), host, Bitwise);
+    shape::<R, bf16>(rig, Format::Fp8Blocks, (64, 40), (200, 300), half, Bitwise);
 }
 
 fn epilogues<R: Rig>(rig: &R) {

@@ -5,7 +5,8 @@ use crate::kernels::attention::cache::elements;
 use crate::launch::{Arg, Function, LaunchConfig};
 use crate::memory::{View, ViewMut};
 use crate::params::{
-    HYBRID_FORMAT_FLOAT, HYBRID_FORMAT_INT8, HYBRID_SLAB_BYTES, HYBRID_SWIGLU, HYBRID_TILE_ROWS,
+    HYBRID_FORMAT_FLOAT, HYBRID_FORMAT_FP8_BLOCKS, HYBRID_FORMAT_FP8_ROWS, HYBRID_FORMAT_INT8,
+    HYBRID_FORMAT_ZERO_POINTS, HYBRID_FP8_BLOCK, HYBRID_SLAB_BYTES, HYBRID_SWIGLU, HYBRID_TILE_ROWS,
     HybridGemmExpert, HybridGemmParams, HybridGemmSchedule, HybridGemmTraffic,
 };
 use crate::storage::Storage;
@@ -28,6 +29,15 @@ pub enum WeightFormat {
         /// Inputs that share a scale: 32, 64 or 128.
         group: usize,
     },
+    /// Codes of 4 bits from 0 with one f16 scale and one zero point per output feature and group of inputs.
+    Int4ZeroPoints {
+        /// Inputs that share a scale and a zero point: 32, 64 or 128.
+        group: usize,
+    },
+    /// fp8 e4m3 with one f32 scale per output feature.
+    Fp8Rows,
+    /// fp8 e4m3 with one f32 scale per block of 128 × 128.
+    Fp8Blocks,
 }
 
 impl WeightFormat {
@@ -37,6 +47,9 @@ impl WeightFormat {
             WeightFormat::Float => i64::from(HYBRID_FORMAT_FLOAT),
             WeightFormat::Int8 => i64::from(HYBRID_FORMAT_INT8),
             WeightFormat::Int4 { group } => group as i64,
+            WeightFormat::Int4ZeroPoints { group } => group as i64 + i64::from(HYBRID_FORMAT_ZERO_POINTS),
+            WeightFormat::Fp8Rows => i64::from(HYBRID_FORMAT_FP8_ROWS),
+            WeightFormat::Fp8Blocks => i64::from(HYBRID_FORMAT_FP8_BLOCKS),
         }
     }
 
@@ -44,8 +57,8 @@ impl WeightFormat {
     pub const fn slab_inputs(self) -> usize {
         match self {
             WeightFormat::Float => 64,
-            WeightFormat::Int8 => 128,
-            WeightFormat::Int4 { .. } => 256,
+            WeightFormat::Int8 | WeightFormat::Fp8Rows | WeightFormat::Fp8Blocks => 128,
+            WeightFormat::Int4 { .. } | WeightFormat::Int4ZeroPoints { .. } => 256,
         }
     }
 
@@ -55,10 +68,27 @@ impl WeightFormat {
         elements(&[n.div_ceil(ROWS), slabs, self.slab_inputs() / CHUNK_INPUTS, panels])
     }
 
-    /// Bytes of a slab's scales.
+    /// Bytes of a slab's scales and zero points, which lie behind the codes of its tile.
     pub const fn scale_bytes(self) -> usize {
         match self {
             WeightFormat::Int4 { group } => self.slab_inputs() / group * ROWS * 2,
+            WeightFormat::Int4ZeroPoints { group } => self.slab_inputs() / group * (ROWS * 2 + ROWS / 2),
+            _ => 0,
+        }
+    }
+
+    /// Bytes that a block keeps for the scales of a slab, that of fp8 in blocks included, which comes from beside the matrix.
+    pub(super) const fn scale_room(self) -> usize {
+        let beside = if matches!(self, WeightFormat::Fp8Blocks) { size_of::<f32>() } else { 0 };
+        (self.scale_bytes() + beside).next_multiple_of(128)
+    }
+
+    /// Scales that lie beside a matrix `[n, k]`.
+    pub const fn scales(self, [n, k]: [usize; 2]) -> usize {
+        let block = HYBRID_FP8_BLOCK as usize;
+        match self {
+            WeightFormat::Int8 | WeightFormat::Fp8Rows => n,
+            WeightFormat::Fp8Blocks => n.div_ceil(block).saturating_mul(k.div_ceil(block)),
             _ => 0,
         }
     }
@@ -87,7 +117,8 @@ pub struct HybridGemmArgs<'a, X, O> {
     pub host: Option<&'a View<'a, u8>>,
     /// Columns in HBM from `hbm_first` on.
     pub hbm: Option<&'a View<'a, u8>>,
-    /// Scale of each output feature `[n]`, of int8; `[experts, n]` for a grouped product.
+    /// Scale of each output feature `[n]`, of int8 and fp8 by rows, or of each block `[ceil(n / 128), ceil(k / 128)]`, of fp8 in
+    /// blocks; those of each expert one behind the other for a grouped product.
     pub scales: Option<&'a View<'a, f32>>,
     /// Bias `[n]`.
     pub bias: Option<&'a View<'a, f32>>,
@@ -195,8 +226,9 @@ pub(super) fn launch<F: Function, X: Storage, O: Storage>(
     if row_major && format != WeightFormat::Float {
         return wrong("row_major", "packed codes".into(), 1);
     }
-    if args.scales.is_some() != (format == WeightFormat::Int8) {
-        return wrong("scales", "given for int8 alone".into(), u64::from(args.scales.is_some()));
+    let scales = format.scales([n, k]);
+    if args.scales.is_some() != (scales > 0) {
+        return wrong("scales", format!("{scales} for each matrix"), u64::from(args.scales.is_some()));
     }
 
     let out_columns = if gated { n / 2 } else { n };
@@ -226,9 +258,11 @@ pub(super) fn launch<F: Function, X: Storage, O: Storage>(
     if experts > 0 && (row_major || args.bias.is_some()) {
         return wrong("experts", "packed weights and no bias".into(), experts as u64);
     }
-    for (argument, view, rows) in [("scales", args.scales, experts.max(1)), ("bias", args.bias, 1)] {
+    for (argument, view, len) in
+        [("scales", args.scales, elements(&[experts.max(1), scales])), ("bias", args.bias, n)]
+    {
         if let Some(view) = view {
-            view.check(kernel, argument, elements(&[rows, n]), 4)?;
+            view.check(kernel, argument, len, 4)?;
         }
     }
     if let Some(group) = &args.experts {

@@ -20,7 +20,9 @@ const TAIL_BYTES: usize = 216;
 
 /// Whether [`HybridLargeM`] has a kernel for weights in tiles of so many slabs.
 pub const fn large_m_supports(format: WeightFormat, tile_slabs: usize) -> bool {
-    !matches!(format, WeightFormat::Int4 { group: 0..64 }) && tile_slabs <= SLAB_SLOTS
+    let small_groups =
+        matches!(format, WeightFormat::Int4 { group: 0..64 } | WeightFormat::Int4ZeroPoints { group: 0..64 });
+    !small_groups && tile_slabs <= SLAB_SLOTS
 }
 
 /// `hybrid_large_m`: products with many tokens. `X` is the storage type of activations and of unquantised weights.
@@ -55,7 +57,7 @@ impl<F: Function, X: Storage> HybridLargeM<F, X> {
         if params.k_splits != 1 {
             return Err(Error::argument(KERNEL, "k_splits", 1, params.k_splits));
         }
-        let slabs = SLAB_SLOTS * (HYBRID_SLAB_BYTES as usize + self.format.scale_bytes());
+        let slabs = SLAB_SLOTS * (HYBRID_SLAB_BYTES as usize + self.format.scale_room());
         let shared = X_STAGES * X_CHUNK_BYTES + slabs + TAIL_BYTES;
         let config = LaunchConfig::new(args.blocks, THREADS).shared(shared as u32);
         launch(&self.function, queue, (KERNEL, self.format, HYBRID_LARGE_PANEL as usize), config, args)

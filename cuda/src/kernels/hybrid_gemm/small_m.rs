@@ -63,7 +63,7 @@ impl<F: Function, X: Storage> HybridSmallM<F, X> {
         }
         let inputs = self.format.slab_inputs();
         let stage =
-            HYBRID_SLAB_BYTES as usize + self.format.scale_bytes() + self.tokens * inputs * size_of::<X>();
+            HYBRID_SLAB_BYTES as usize + self.format.scale_room() + self.tokens * inputs * size_of::<X>();
         let shared = (RING_BYTES / stage).min(MOST_STAGES) * stage + TAIL_BYTES;
         let grid = (args.blocks, args.params.k_splits);
         let config = LaunchConfig::new(grid, THREADS).shared(shared as u32);
