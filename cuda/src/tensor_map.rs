@@ -8,7 +8,7 @@
 
 use crate::Error;
 
-/// A tensor `[rows, columns]`, and the boxes of it that one instruction loads into shared memory.
+/// A tensor `[rows, columns]` or `[planes, rows, columns]`, and the boxes of it that one instruction loads into shared memory.
 ///
 /// Elements of a box outside of the tensor arrive as zeros. The demands are those of the driver's `cuTensorMapEncodeTiled`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +25,17 @@ pub struct TensorShape {
     pub box_rows: u32,
     /// Whether 16-byte chunk c of a box's 128-byte row r is stored at chunk c ^ (r % 8).
     pub swizzle_128: bool,
+    /// The third dimension, z, where there is one: boxes are of one plane, and kernels load them by three coordinates.
+    pub planes: Option<Planes>,
+}
+
+/// The third dimension of a tensor, such as the pages of a cache; planes may lie between the rows of one another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Planes {
+    /// How many; at most 2³¹ − 1. A tensor without planes has an empty map.
+    pub count: u64,
+    /// Distance of two planes in bytes: a multiple of 16 above 0 and below 2⁴⁰.
+    pub bytes: u64,
 }
 
 impl TensorShape {
@@ -35,7 +46,7 @@ impl TensorShape {
     pub fn check(&self, kernel: &str, argument: &'static str, element_bytes: u64) -> Result<(), Error> {
         const EXTENT: u64 = i32::MAX as u64;
         let refuse = |expected: &str, found: String| Err(Error::argument(kernel, argument, expected, found));
-        let TensorShape { columns, rows, row_bytes, box_columns, box_rows, swizzle_128 } = *self;
+        let TensorShape { columns, rows, row_bytes, box_columns, box_rows, swizzle_128, planes } = *self;
         if columns == 0 || columns > EXTENT || rows > EXTENT {
             return refuse("1 to 2³¹ − 1 columns and at most as many rows", format!("{rows} × {columns}"));
         }
@@ -43,6 +54,14 @@ impl TensorShape {
             return refuse(
                 "rows apart by a multiple of 16 bytes below 2⁴⁰ that holds one",
                 format!("{row_bytes} bytes for {columns} columns"),
+            );
+        }
+        if let Some(Planes { count, bytes }) = planes
+            && (count > EXTENT || bytes == 0 || !bytes.is_multiple_of(16) || bytes >= 1 << 40)
+        {
+            return refuse(
+                "at most 2³¹ − 1 planes, apart by a multiple of 16 bytes above 0 and below 2⁴⁰",
+                format!("{count} planes of {bytes} bytes"),
             );
         }
         let box_row = u64::from(box_columns) * element_bytes;
@@ -64,8 +83,18 @@ impl TensorShape {
 
     /// Bytes from the first element to one past the last.
     pub fn bytes(&self, element_bytes: u64) -> u64 {
-        let last = self.rows.saturating_sub(1).saturating_mul(self.row_bytes);
-        if self.rows == 0 { 0 } else { last.saturating_add(self.columns.saturating_mul(element_bytes)) }
+        if self.is_empty() {
+            return 0;
+        }
+        let last_plane =
+            self.planes.map_or(0, |planes| planes.count.saturating_sub(1).saturating_mul(planes.bytes));
+        let last_row = self.rows.saturating_sub(1).saturating_mul(self.row_bytes);
+        last_plane.saturating_add(last_row).saturating_add(self.columns.saturating_mul(element_bytes))
+    }
+
+    /// Whether there is nothing to load.
+    pub fn is_empty(&self) -> bool {
+        self.rows == 0 || self.planes.is_some_and(|planes| planes.count == 0)
     }
 }
 
@@ -121,6 +150,7 @@ mod tests {
         box_columns: 64,
         box_rows: 64,
         swizzle_128: true,
+        planes: None,
     };
 
     #[test]
@@ -129,6 +159,10 @@ mod tests {
             |shape, address, bytes| Tensor { shape, dtype: dtype::BF16 }.check("kernel", "k", address, bytes);
         assert_eq!(check(GOOD, 0x1000, 128 * 128), Ok(()));
         assert_eq!(check(TensorShape { rows: 0, ..GOOD }, 0, 0), Ok(()), "nothing to load");
+        let planes = |count, bytes| TensorShape { rows: 32, planes: Some(Planes { count, bytes }), ..GOOD };
+        assert_eq!(check(planes(4, 32 * 128), 0x1000, 128 * 128), Ok(()), "planes one after another");
+        assert_eq!(check(planes(3, 128), 0x1000, 34 * 128), Ok(()), "planes between the rows of one another");
+        assert_eq!(check(planes(0, 128), 0, 0), Ok(()), "no planes");
         let widest = TensorShape { columns: 1 << 20, row_bytes: 1 << 39, rows: 2, ..GOOD };
         assert_eq!(check(widest, 0x1000, usize::MAX), Ok(()), "the widest rows");
         let cases = [
@@ -136,6 +170,12 @@ mod tests {
             ("rows that overlap", TensorShape { row_bytes: 112, ..GOOD }, "holds one"),
             ("rows too far apart", TensorShape { row_bytes: 1 << 40, ..GOOD }, "below 2⁴⁰"),
             ("a row too many", TensorShape { rows: 129, ..GOOD }, "at least 16512 bytes"),
+            ("a plane too many", planes(5, 32 * 128), "at least 20480 bytes"),
+            ("planes too far apart", planes(4, 32 * 128 + 16), "at least 16432 bytes"),
+            ("unaligned planes", planes(4, 32 * 128 - 8), "planes, apart by a multiple of 16"),
+            ("planes in one place", planes(4, 0), "above 0"),
+            ("planes out of reach", planes(2, 1 << 40), "below 2⁴⁰"),
+            ("too many planes", planes(1 << 31, 128), "at most 2³¹ − 1 planes"),
             ("no columns", TensorShape { columns: 0, ..GOOD }, "columns"),
             ("too many rows", TensorShape { rows: 1 << 31, ..GOOD }, "columns"),
             ("too many columns", TensorShape { columns: 1 << 31, ..GOOD }, "columns"),

@@ -11,14 +11,21 @@ use longkv_cuda::kernels::attention::{MergeStates, MergeStatesArgs};
 use longkv_cuda::launch::{Arg, Device, Function, LaunchConfig};
 use longkv_cuda::memory::{Space, View, ViewMut};
 use longkv_cuda::status::StatusWord;
-use longkv_cuda::tensor_map::TensorShape;
+use longkv_cuda::tensor_map::{Planes, TensorShape};
 use longkv_cuda::workspace::{Carver, Layout, Workspace};
 use support::bench::{Bench, CONFIG, HOPPER, LARGE, SMALL, instance};
 use support::fake_driver::{Setup, with_driver};
 
 /// 8 rows of 32 floats.
-const MAPPED: TensorShape =
-    TensorShape { columns: 32, rows: 8, row_bytes: 128, box_columns: 32, box_rows: 4, swizzle_128: true };
+const MAPPED: TensorShape = TensorShape {
+    columns: 32,
+    rows: 8,
+    row_bytes: 128,
+    box_columns: 32,
+    box_rows: 4,
+    swizzle_128: true,
+    planes: None,
+};
 
 #[test]
 fn a_launch_is_encoded() {
@@ -261,6 +268,7 @@ fn tensor_maps_are_encoded_and_passed() {
         let (floats, halves, brains) = (view(), view().cast::<f16>(), view().cast::<bf16>());
         let shape = MAPPED;
         let wide = TensorShape { columns: 60, box_columns: 8, swizzle_128: false, ..shape };
+        let pages = TensorShape { planes: Some(Planes { count: 3, bytes: 256 }), rows: 2, ..shape };
         let empty = TensorShape { rows: 0, ..shape };
         fake.log();
         let launched = |args: &[Arg<'_>]| {
@@ -288,6 +296,12 @@ fn tensor_maps_are_encoded_and_passed() {
         ];
         assert_eq!(encoded, expected);
         assert_eq!(maps, [map(floats.address()), map(brains.address())]);
+        let (encoded, maps) =
+            launched(&[Arg::tensor("k", &brains, pages), Arg::tensor("v", &brains, pages)]).unwrap();
+        let expected = "cuTensorMapEncodeTiled type=9 extents=32,2,3 stride=128,256 box=32,4,1 steps=1,1,1 \
+                        interleave=0 swizzle=3 promotion=2 fill=0";
+        assert_eq!(encoded, [expected; 2]);
+        assert_eq!(maps, [map(brains.address()), map(brains.address())]);
         // What has no rows has no map.
         let args = [Arg::tensor("k", &halves, shape), Arg::tensor("v", &brains, empty)];
         let (encoded, maps) = launched(&args).unwrap();

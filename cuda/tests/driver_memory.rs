@@ -295,6 +295,7 @@ fn a_captured_launch_keeps_its_tensor_map() {
             box_columns: 32,
             box_rows: 4,
             swizzle_128: true,
+            planes: None,
         };
         let launch = |index: usize| {
             let view = View::device(&tensors[index], &stream);

@@ -1,6 +1,7 @@
 //! `cargo xtask kernels`: the compile gate.
 //!
-//! Every row is compiled with the function that the run time calls, then once more for ptxas's report.
+//! Every row is compiled with the function that the run time calls, then once more for ptxas's report. The machine code of kernels
+//! that demand instructions is read for them: a slow path that nobody asked for compiles as well as the fast one.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -91,7 +92,7 @@ pub(crate) fn command(arguments: &[String]) -> Result {
                 for line in built.cubin.log.lines() {
                     println!("    {line}");
                 }
-                for fault in over_budget(job, r) {
+                for fault in over_budget(job, r).iter().chain(&built.wrong_instructions) {
                     if judged {
                         faults += 1;
                     }
@@ -182,6 +183,8 @@ struct Built {
     resources: Resources,
     /// Of the run time's compile alone.
     time: Duration,
+    /// What the machine code lacks of what the table demands, or has of what it must not have.
+    wrong_instructions: Vec<String>,
 }
 
 /// Compiles on two threads and hands the outcomes over in the jobs' order.
@@ -219,7 +222,16 @@ fn build(job: &Job, nvrtc: &Nvrtc) -> std::result::Result<Built, Error> {
     let started = Instant::now();
     let cubin = compile::compile(nvrtc, &job.instance, job.arch)?;
     let time = started.elapsed();
-    Ok(Built { cubin, resources: compile::resources(nvrtc, &job.instance, job.arch)?, time })
+    let resources = compile::resources(nvrtc, &job.instance, job.arch)?;
+    let demanded = job.instance.demanded_instructions();
+    let wrong_instructions = match demanded.is_empty() {
+        true => Vec::new(),
+        false => match sass::disassemble(&cubin) {
+            Ok(sass) => sass::wrong_instructions(&sass, &demanded),
+            Err(error) => vec![error],
+        },
+    };
+    Ok(Built { cubin, resources, time, wrong_instructions })
 }
 
 /// What a compiled row uses too much of.

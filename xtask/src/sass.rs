@@ -1,8 +1,10 @@
 //! Machine code of cubins: its text, and how many instructions the loops around tensor cores have.
 
+use std::collections::BTreeSet;
 use std::process::Command;
 
 use cuda::compile::Cubin;
+use cuda::table::LOCAL_MEMORY;
 
 use crate::{Result, toolkit};
 
@@ -27,6 +29,18 @@ pub(crate) fn disassemble(cubin: &Cubin) -> Result<String> {
         return Err(format!("cuobjdump failed:\n{}", String::from_utf8_lossy(&output.stderr)));
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// What is wrong with the instructions of a kernel that must have these.
+pub(crate) fn wrong_instructions(sass: &str, demanded: &[&str]) -> Vec<String> {
+    let found: BTreeSet<&str> =
+        sass.lines().filter_map(instruction).filter_map(|(_, words)| words[0].split('.').next()).collect();
+    let missing = demanded.iter().filter(|code| !found.contains(*code));
+    let mut faults: Vec<String> =
+        missing.map(|code| format!("no {code} in the machine code, which it must have")).collect();
+    let local = LOCAL_MEMORY.iter().filter(|code| found.contains(*code));
+    faults.extend(local.map(|code| format!("{code} in the machine code: local memory")));
+    faults
 }
 
 /// A loop around tensor cores. What it counts is static.
@@ -91,6 +105,24 @@ fn hex(digits: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_missing_and_what_must_not_be_is_named() {
+        let sass = "
+        /*0000*/                   LDGSTS.E.BYPASS.128 [R4], desc[UR4][R2.64] ; /* 0x0 */
+        /*0010*/              @!P0 HMMA.16816.F32.BF16 R4, R4, R8, R4 ; /* 0x0 */
+        /*0020*/                   MOV R1, c[0x0][0x28] ;         /* HGMMA in a comment */
+        ";
+        assert_eq!(wrong_instructions(sass, &["HMMA", "LDGSTS"]), [""; 0]);
+        let faults = wrong_instructions(sass, &["HGMMA", "LDGSTS", "LDG"]);
+        assert!(
+            faults.len() == 2 && faults[0].contains("HGMMA") && faults[1].contains("LDG in"),
+            "{faults:?}"
+        );
+        let local = format!("{sass}/*0030*/ @P0 STL.64 [R1], R2 ;");
+        let faults = wrong_instructions(&local, &["HMMA"]);
+        assert!(faults.len() == 1 && faults[0].contains("STL"), "{faults:?}");
+    }
 
     #[test]
     fn innermost_loops_are_counted() {

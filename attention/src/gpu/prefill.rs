@@ -135,7 +135,7 @@ impl PrefillPlan {
     /// Whether K and V can come by tensor maps where the device has them.
     ///
     /// # Errors
-    /// [`Error::Cuda`] says why they come by cp.async instead: pages, strides that no map can hold, a soft cap, or a kernel or size
+    /// [`Error::Cuda`] says why they come by cp.async instead: strides that no map can hold, or a kernel or size
     /// for which no map is used. [`PrefillKernel::Auto`] takes the maps for the element types that such a kernel is shipped for.
     pub fn tensor_maps(&self) -> Result<(), Error> {
         self.variant.tensor_maps(&self.params)?;

@@ -155,7 +155,7 @@ struct PendingCopy {
     uint32_t mbar, dst, bytes;
     const unsigned char* src;
     TensorMap map;
-    int x, y;
+    int x, y, z;
     uint64_t async_stamp;
     std::vector<CpAsync> copies;
 };

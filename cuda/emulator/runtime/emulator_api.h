@@ -110,19 +110,23 @@ void bulk_wait_read(unsigned pending);
 // The 128 bytes that stand for a CUtensorMap here. The Rust side encodes it (`src/tensor_map.rs`).
 struct alignas(64) TensorMap {
     uint64_t magic;          // TENSOR_MAP_MAGIC
-    uint64_t address;        // of element (0, 0), divisible by 16
+    uint64_t address;        // of the first element, divisible by 16
     uint64_t columns, rows;  // extent in elements; x runs along columns
     uint64_t row_bytes;      // distance of two rows, divisible by 16
     uint32_t box_columns, box_rows;
     uint32_t element_bytes;
     uint32_t swizzle_128;  // 0: rows of the box are packed; 1: 128-byte rows, 16-byte chunks XOR-swizzled
-    uint64_t reserved[8];
+    uint64_t planes;       // extent of the third dimension, z; 0 for a map of two
+    uint64_t plane_bytes;  // distance of two planes, divisible by 16
+    uint64_t reserved[6];
 };
 static_assert(sizeof(TensorMap) == 128, "a CUtensorMap has 128 bytes");
 constexpr uint64_t TENSOR_MAP_MAGIC = 0x70616d726f736e74;
 
 // Loads the map's box whose first element is column x, row y; elements outside of the tensor are zero.
 void tma_load_2d(uint32_t dst, const void* map, uint32_t mbar, int x, int y);
+// The same of plane z of a map of three dimensions; a plane outside of the tensor is all zeros.
+void tma_load_3d(uint32_t dst, const void* map, uint32_t mbar, int x, int y, int z);
 
 // ---- wgmma --------------------------------------------------------------------------------------------------------
 

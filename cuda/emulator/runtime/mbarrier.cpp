@@ -91,7 +91,7 @@ void perform(Block& block, PendingCopy& copy) {
         m->transactions -= copy.bytes;
         break;
     case PendingCopy::Tile:
-        copy_tile(copy.map, copy.x, copy.y, block.shared + (copy.dst - SHARED_FIRST));
+        copy_tile(copy.map, copy.x, copy.y, copy.z, block.shared + (copy.dst - SHARED_FIRST));
         complete_shared(issuer, mark, done, copy.dst, copy.bytes, Kind::Write, nullptr);
         m->transactions -= copy.bytes;
         break;

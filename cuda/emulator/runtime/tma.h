@@ -5,7 +5,7 @@
 
 namespace emulator {
 
-// Copies the map's box at (x, y), with zeros outside of the tensor, in the map's layout.
-void copy_tile(const TensorMap& map, int x, int y, unsigned char* dst);
+// Copies the map's box at (x, y) of plane z, with zeros outside of the tensor, in the map's layout.
+void copy_tile(const TensorMap& map, int x, int y, int z, unsigned char* dst);
 
 }  // namespace emulator

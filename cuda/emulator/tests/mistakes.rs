@@ -4,7 +4,7 @@
 use crate::common::{constant, launch, launch_as, load, numbers, read, tensor, write};
 use cuda::Error;
 use cuda::launch::{Arg, Function};
-use cuda::tensor_map::TensorShape;
+use cuda::tensor_map::{Planes, TensorShape};
 use emulator::{Emulator, Order, Queue, emulator_or_skip};
 use half::bf16;
 
@@ -322,6 +322,7 @@ fn tensor_maps() {
         box_columns: 64,
         box_rows: 64,
         swizzle_128: true,
+        planes: None,
     };
     let expected: Vec<f32> = (0..64 * 64)
         .map(|i| (0..3).filter(|&tile| tile < 2 || i < 40 * 64).map(|tile| small(tile * 64 * 64 + i)).sum())
@@ -340,6 +341,56 @@ fn tensor_maps() {
     });
 }
 
+/// Maps of three dimensions: rows by their page, wherever the page lies.
+#[test]
+fn tensor_maps_of_pages() {
+    let cases = [
+        (1, "a page by its place in the table", WrongResult),
+        (2, "a page that is not there counted as no bytes", Reported(&[IN_FLIGHT, "deadlock"])),
+        (3, "the bytes of one page alone", Reported(&[IN_FLIGHT, NEVER_WRITTEN, READ_RACE])),
+        (4, "a box behind the end of its page", WrongResult),
+        (5, "a page to the place of another", Reported(&[IN_FLIGHT, NEVER_WRITTEN, WRITE_RACE])),
+        (6, "two coordinates for three", Reported(&["the tensor map has 3 dimensions"])),
+        (7, "a stride of pages that is one row short", WrongResult),
+    ];
+    // Five pages of 16 rows, each behind 3 rows of nobody.
+    const PAGE: usize = 19 * 64;
+    let small = |i: usize| ((i * 5 + i / 7) % 13) as f32 - 6.0;
+    let input: Vec<bf16> = (0..5 * PAGE).map(|i| bf16::from_f32(small(i))).collect();
+    // Behind the pool, and as a negative coordinate.
+    let table = [3u32, 0, 4, 5, u32::MAX, 2, 1, 3];
+    let expected: Vec<f32> = (0..64 * 64)
+        .map(|i| {
+            let of = |page: usize| if page < 5 { small(page * PAGE + 3 * 64 + i % (16 * 64)) } else { 0.0 };
+            of(table[i / (16 * 64)] as usize) + of(table[4 + i / (16 * 64)] as usize)
+        })
+        .collect();
+    check("tma_pages", &cases, |queue, bug| {
+        let mut out = vec![f32::NAN; 64 * 64];
+        let shape = TensorShape {
+            columns: 64,
+            rows: 16,
+            row_bytes: 128,
+            box_columns: 64,
+            box_rows: 16,
+            swizzle_128: true,
+            planes: Some(Planes { count: 5, bytes: if bug == 7 { 18 * 128 } else { 19 * 128 } }),
+        };
+        let args = [
+            tensor("in", &input[3 * 64..], shape),
+            read("table", &table),
+            write("out", &mut out),
+            Arg::value("bug", &bug),
+        ];
+        launch(&load("tma_pages", &[]), queue, 1, 2 * 8192 + 16, &args)?;
+        if bug == 0 {
+            // A page outside of the pool costs no traffic.
+            assert_eq!(queue.statistics().traffic["in"].read % (6 * 16 * 128), 0);
+        }
+        Ok(out == expected)
+    });
+}
+
 /// A map is bounded by its memory when it is launched with; a box takes of it what lies in the tensor, and the traffic says so.
 #[test]
 fn tensor_maps_are_bounded() {
@@ -352,6 +403,7 @@ fn tensor_maps_are_bounded() {
         box_columns: 64,
         box_rows: 64,
         swizzle_128: true,
+        planes: None,
     };
     let run = |queue: &Queue, map: Arg<'_>| {
         let (mut out, mut sink) = (vec![f32::NAN; 64 * 64], vec![u128::MAX; 8]);
@@ -369,6 +421,11 @@ fn tensor_maps_are_bounded() {
     assert_eq!(queue.statistics().traffic["in"].read, (3 * 64 - 5) * 128);
     let refused = [
         ("more rows than memory", tensor("in", &input[64..], TensorShape { rows: 3 * 64, ..shape }), "`in`"),
+        (
+            "more planes than memory",
+            tensor("in", &input, TensorShape { planes: Some(Planes { count: 2, bytes: 64 * 128 }), ..shape }),
+            "`in`",
+        ),
         ("rows that no map holds", tensor("in", &input, TensorShape { row_bytes: 120, ..shape }), "`in`"),
         ("a buffer instead", read("in", &input), "a value of 128 bytes"),
     ];

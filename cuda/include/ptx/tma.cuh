@@ -35,6 +35,19 @@ DEVICE void tma_load_2d(uint32_t destination, const TensorMap& map, uint32_t bar
 #endif
 }
 
+// The box at column x, row y of plane z of a 3-D tensor, as above; a plane that there is not arrives as zeros. cp.async.bulk.tensor.3d
+DEVICE void tma_load_3d(uint32_t destination, const TensorMap& map, uint32_t barrier, int32_t x, int32_t y, int32_t z) {
+#ifdef __CUDACC__
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+            destination),
+        "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+        : "memory");
+#else
+    emulator::tma_load_3d(destination, &map, barrier, x, y, z);
+#endif
+}
+
 // Fetches the map itself ahead of its first use. prefetch.tensormap
 DEVICE void tma_prefetch_map(const TensorMap& map) {
 #ifdef __CUDACC__

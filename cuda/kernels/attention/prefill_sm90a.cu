@@ -1,14 +1,16 @@
 // Prefill attention on Hopper: what prefill computes, by warpgroup products with warps that load and warps that multiply.
 //
-// Buffers, list of tiles, mask, carried state, work and status are those of prefill.cu. With TMA, of a cache that is not paged, K and V
-// come as tensor maps instead of pointers, in boxes of 128 rows of 64 channels in the 128-byte swizzle: a row holds a token's heads
-// one after another, or one head's vector with the heads' tokens one after another; `map_heads` has the way to the next head.
+// Buffers, list of tiles, mask, carried state, work and status are those of prefill.cu. With TMA, K and V come as tensor maps instead of
+// pointers, in boxes of 64 channels in the 128-byte swizzle: a row holds a token's heads one after another, or one head's vector with
+// the heads' tokens one after another; `map_heads` has the way to the next head. A contiguous cache is a map of two dimensions with
+// boxes of 128 rows; of a paged one pages are the third, and boxes have the rows of a page, at most 128.
 //
 // Arch:    sm_90a.
 // Mapping: a block owns 128 rows of one sequence and KV head at a time and stays for others. Warpgroup 0 loads q once per tile of rows,
 //          then tiles of 128 keys and of 128 values through two rings of two slots: by cp.async with the swizzle applied on the way, so
-//          that pages of any size do, all four warps; with TMA one lane, box by box, while the other warps load q (whose rows, tokens
-//          times the heads of a group, are no box for groups that do not divide 128). Warpgroups 1 and 2 multiply 64 rows each: Q·Kᵀ
+//          that any strides do, all four warps; with TMA one lane, of pages one lane for each in the tile, box by box, while the other
+//          warps load q (whose rows, tokens times the heads of a group, are no box for groups that do not divide 128). Pages that no
+//          row sees are not looked up: a page behind the pool arrives as zeros. Warpgroups 1 and 2 multiply 64 rows each: Q·Kᵀ
 //          from shared memory, P·V with P from registers and V as an N-major operand. A warpgroup issues the next tile's Q·Kᵀ before
 //          this tile's P·V and works out its softmax while P·V runs (FlashAttention-3, algorithm 2); the two take turns at issuing, so
 //          that one's softmax meets the other's products. Masks are worked out in tiles on their edge alone, and O is multiplied only
@@ -44,8 +46,6 @@
 #include "tile/prefill_rows.cuh"
 #include "types.cuh"
 
-static_assert(!(PAGED && TMA), "no tensor map holds pages in the order of a block table");
-
 using Element = StorageOf<KV_DTYPE>;
 using Item = PrefillItem<Element, PAGED>;
 
@@ -58,8 +58,9 @@ constexpr uint32_t SLACK = 8;    // of a row's reference, in units of log2
 
 // Registers of a thread when a block of 384 starts; then the loaders give some, and the multipliers take no more than these.
 constexpr uint32_t START_REGISTERS = 168;
-constexpr uint32_t LOADER_REGISTERS = 40;
-constexpr uint32_t MULTIPLIER_REGISTERS = 232;
+// With 64 channels of V, O takes 32 less; whoever loads pages can do with some.
+constexpr uint32_t LOADER_REGISTERS = V_DIM == 64 ? 56 : 40;
+constexpr uint32_t MULTIPLIER_REGISTERS = V_DIM == 64 ? 224 : 232;
 static_assert((START_REGISTERS - LOADER_REGISTERS) * LOADERS >= (MULTIPLIER_REGISTERS - START_REGISTERS) * 256, "or nobody starts");
 
 // Tiles in shared memory are panels of 64 channels: rows of 128 bytes in the 128-byte swizzle.
@@ -84,7 +85,7 @@ struct Shared {
     uint64_t q_full;          // mbarriers
     uint64_t full[2][SLOTS];  // of K and V
     uint64_t empty[2][SLOTS];
-    uint64_t landed;  // a box of values before its rows that nobody sees are overwritten
+    uint64_t landed;  // a tile of values before its rows that nobody sees are overwritten
 };
 
 // The n-th tile of keys that the block has worked on, counted over all its rows, and where it lies.
@@ -234,16 +235,31 @@ struct BoxLoader {
         Turn& turn = turns[Which];
         const uint32_t full = shared_address(&shared.full[Which][turn.slot()]);
         const bool edge = Which == V && !shared.tiles.sees_all(first_key);
+        const uint32_t slot = shared_address(bytes) + slot_at<Which>(turn), barrier = edge ? shared_address(&shared.landed) : full;
+        const uint32_t head = shared.item.kv_head;
+        const uint32_t column = head * (Which == K ? map_heads.k_columns : map_heads.v_columns);
+        const uint32_t head_row = head * (Which == K ? map_heads.k_rows : map_heads.v_rows);
+        // A lane's box: the whole tile, or its keys of a page.
+        const uint32_t box_rows = PAGED ? min(1u << params.page_shift, KEYS) : KEYS;
+        const uint32_t first_row = lane_index() * box_rows;
+        const bool loads = first_row < KEYS;
+        const uint32_t key = first_key + first_row;
+        const uint32_t page = PAGED && loads ? page_of_box(key, box_rows, params) : 0;
+        const uint32_t row = head_row + (PAGED ? key & ((1u << params.page_shift) - 1) : shared.item.tile.kv_start + key);
         if (lane_index() == 0) {
-            const uint32_t slot = shared_address(bytes) + slot_at<Which>(turn), barrier = edge ? shared_address(&shared.landed) : full;
-            const uint32_t head = shared.item.kv_head, token = shared.item.tile.kv_start + first_key;
-            const uint32_t column = head * (Which == K ? map_heads.k_columns : map_heads.v_columns);
-            const uint32_t row = head * (Which == K ? map_heads.k_rows : map_heads.v_rows) + token;
             mbarrier_wait(shared_address(&shared.empty[Which][turn.slot()]), turn.parity() ^ 1);
             mbarrier_arrive_expect_bytes(barrier, Which == K ? K_BYTES : V_BYTES);
+        }
+        if (PAGED) __syncwarp();  // the slot is free, and its bytes are expected
+        if (loads) {
 #pragma unroll
             for (uint32_t panel = 0; panel < (Which == K ? QK_DIM : V_DIM) / 64; panel++) {
-                tma_load_2d(slot + panel * PANEL_BYTES, Which == K ? k_map : v_map, barrier, column + panel * 64, row);
+                const uint32_t at = slot + panel * PANEL_BYTES + first_row * 128;
+                if (PAGED) {
+                    tma_load_3d(at, Which == K ? k_map : v_map, barrier, column + panel * 64, row, page);
+                } else {
+                    tma_load_2d(at, Which == K ? k_map : v_map, barrier, column + panel * 64, row);
+                }
             }
         }
         if (edge) {
@@ -253,7 +269,15 @@ struct BoxLoader {
         turn.count++;
     }
 
-    // Waits for a box of values and makes 0 of those that no row of the block sees.
+    // The page of some keys, all of one: one behind the pool where no row of the block sees any of them, for its entry may hold
+    // anything. Entries that the caller has changed since they were checked lead behind the pool too, at worst.
+    DEVICE uint32_t page_of_box(uint32_t key, uint32_t keys, const PrefillParams& params) const {
+        const Visible seen = shared.tiles.seen;
+        const bool sees = (key < seen.end && key + keys > seen.begin) || key < seen.sinks;
+        return sees ? shared.item.table[key >> params.page_shift] : params.num_pages;
+    }
+
+    // Waits for the boxes of a tile of values and makes 0 of those that no row of the block sees.
     DEVICE void silence(unsigned char* values, uint32_t first_key) {
         const Visible seen = shared.tiles.seen;
         mbarrier_wait(shared_address(&shared.landed), landed_parity);
@@ -436,7 +460,7 @@ prefill_sm90a(const Element* q,
         }
         mbarrier_init_fence();
 #if TMA
-        if (params.num_tokens > 0) {
+        if ((PAGED ? params.num_pages : params.num_tokens) > 0) {
             tma_prefetch_map(k_map);
             tma_prefetch_map(v_map);
         }

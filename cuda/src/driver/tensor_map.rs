@@ -20,7 +20,7 @@ const _: () = assert!(
 );
 
 impl TensorMap {
-    /// The map of a tensor without rows.
+    /// The map of a tensor without elements.
     pub(super) const EMPTY: Self = TensorMap([0; 16]);
 
     /// Encodes the map of a tensor at an address; `tensor` was checked against its memory.
@@ -28,7 +28,7 @@ impl TensorMap {
         use sys::{CUtensorMapDataType as Type, CUtensorMapSwizzle as Swizzle};
         let mut map = Self::EMPTY;
         let shape = &tensor.shape;
-        if shape.rows == 0 {
+        if shape.is_empty() {
             return Ok(map);
         }
         let data_type = match tensor.dtype {
@@ -41,15 +41,16 @@ impl TensorMap {
         } else {
             Swizzle::CU_TENSOR_MAP_SWIZZLE_NONE
         };
-        let (extents, strides) = ([shape.columns, shape.rows], [shape.row_bytes]);
-        let (tile, steps) = ([shape.box_columns, shape.box_rows], [1, 1]);
+        let planes = shape.planes.map_or((0, 0), |planes| (planes.count, planes.bytes));
+        let (extents, strides) = ([shape.columns, shape.rows, planes.0], [shape.row_bytes, planes.1]);
+        let (tile, steps) = ([shape.box_columns, shape.box_rows, 1], [1, 1, 1]);
         // SAFETY: the map is as large and as aligned as the driver's; the arrays live through the call and have as many elements
-        // as two dimensions need. The address is only written into the map; who launches with it vouches for the memory.
+        // as three dimensions need. The address is only written into the map; who launches with it vouches for the memory.
         let result = unsafe {
             sys::cuTensorMapEncodeTiled(
                 (&raw mut map).cast(),
                 data_type,
-                2,
+                if shape.planes.is_some() { 3 } else { 2 },
                 address as *mut c_void,
                 extents.as_ptr(),
                 strides.as_ptr(),

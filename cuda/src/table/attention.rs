@@ -119,11 +119,11 @@ pub(super) const KERNELS: &[Kernel] = &[
         threads: 384,
         rows: &[
             prefill_sm90a_row(&[64, 64, dtype::F16, 0, 0, 0, 1]),
-            prefill_sm90a_row(&[128, 128, dtype::BF16, 1, 0, 0, 0]),
+            prefill_sm90a_row(&[128, 128, dtype::BF16, 1, 0, 0, 1]),
             prefill_sm90a_row(&[128, 128, dtype::BF16, 0, 0, 0, 0]),
             prefill_sm90a_row(&[128, 128, dtype::BF16, 0, 0, 0, 1]),
             prefill_sm90a_row(&[128, 128, dtype::BF16, 0, 0, 1, 1]),
-            prefill_sm90a_row(&[128, 128, dtype::BF16, 1, 1, 0, 0]),
+            prefill_sm90a_row(&[128, 128, dtype::BF16, 1, 1, 0, 1]),
         ],
     },
     Kernel {

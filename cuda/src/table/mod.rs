@@ -5,6 +5,7 @@
 
 mod attention;
 mod ceilings;
+mod code;
 mod conformance;
 mod homomorphic_quant;
 mod hybrid_gemm;
@@ -15,6 +16,8 @@ mod sparse_attn;
 use std::fmt;
 
 use crate::Error;
+
+pub use code::LOCAL_MEMORY;
 
 /// All kernels, in the order of their folders.
 pub const KERNELS: &[&[Kernel]] = &[

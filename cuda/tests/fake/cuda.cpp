@@ -346,12 +346,16 @@ Result cuTensorMapEncodeTiled(void* map, int type, unsigned rank, Address addres
                               int promotion, int fill) {
     TRY("cuTensorMapEncodeTiled");
     if (!current) return INVALID_CONTEXT;
-    if (reinterpret_cast<uintptr_t>(map) % 128 || address % 16 || rank != 2) return INVALID_VALUE;
+    if (reinterpret_cast<uintptr_t>(map) % 128 || address % 16 || rank < 2 || rank > 3) return INVALID_VALUE;
     memset(map, 0x5a, 128);
     memcpy(map, &address, sizeof address);
-    note("cuTensorMapEncodeTiled type=" + number(type) + " extents=" + number(extents[0]) + "," + number(extents[1]) +
-         " stride=" + number(strides[0]) + " box=" + number(box[0]) + "," + number(box[1]) + " steps=" + number(steps[0]) + "," +
-         number(steps[1]) + " interleave=" + number(interleave) + " swizzle=" + number(swizzle) + " promotion=" +
+    const auto list = [](const auto* numbers, unsigned count) {
+        std::string text = number(numbers[0]);
+        for (unsigned i = 1; i < count; ++i) text += "," + number(numbers[i]);
+        return text;
+    };
+    note("cuTensorMapEncodeTiled type=" + number(type) + " extents=" + list(extents, rank) + " stride=" +
+         list(strides, rank - 1) + " box=" + list(box, rank) + " steps=" + list(steps, rank) + " interleave=" + number(interleave) + " swizzle=" + number(swizzle) + " promotion=" +
          number(promotion) + " fill=" + number(fill));
     return OK;
 }

@@ -1,4 +1,4 @@
-//! The kernel of Hopper: warpgroup products, contiguous caches by tensor maps.
+//! The kernel of Hopper: warpgroup products, caches by tensor maps.
 
 use cuda::table::dtype;
 
@@ -30,8 +30,8 @@ fn by_copies(case: &Case) -> Case {
     Case { kernel: PrefillKernel::WgmmaCopies, ..case.clone() }
 }
 
-/// The kernel of Hopper, on the same cases: tiles of keys of 128, so lengths on both sides of that. Contiguous caches come by
-/// tensor maps, heads side by side or one after another, pages by cp.async.
+/// The kernel of Hopper, on the same cases: tiles of keys of 128, so lengths on both sides of that. Caches come by tensor maps, heads
+/// side by side or one after another, in pages of less than a tile to several.
 fn equals_the_oracle<R: Rig>(rig: &R) {
     if !has_wgmma(rig) {
         return;
@@ -51,6 +51,11 @@ fn equals_the_oracle<R: Rig>(rig: &R) {
         rig,
         &wgmma(Case::new((2, 1), (128, 128), &[(20, 400)], Cache::PerHead(64), window(33, 70))),
         65,
+    );
+    check::<R, bf16>(
+        rig,
+        &wgmma(Case::new((2, 2), (128, 128), &[(70, 300), (0, 9)], Cache::Hnd(256), Mask::Causal)),
+        73,
     );
     let prefix = Mask::Prefix { prefix: 140 };
     check::<R, bf16>(
@@ -94,12 +99,14 @@ fn is_deaf_to_hidden_keys<R: Rig>(rig: &R) {
             _ => forgetful::<R, f16>(rig, &wgmma(case), seed as u64 + 81),
         }
     }
-    let paged = Case::new((2, 2), (128, 128), &[(20, 300), (0, 90)], Cache::Nhd(16), window(33, 5));
-    forgetful::<R, bf16>(rig, &wgmma(paged), 85);
+    for (cache, seed) in [(Cache::Nhd(16), 85), (Cache::PerHead(8), 86), (Cache::Hnd(64), 87)] {
+        let paged = Case::new((2, 2), (128, 128), &[(20, 300), (0, 90)], cache, window(33, 5));
+        forgetful::<R, bf16>(rig, &wgmma(paged), seed);
+    }
 }
 
 /// What `Auto` is on a device: `prefill` before Hopper and for what is not shipped by warpgroup products, boxes where maps hold the
-/// cache.
+/// cache, copies where they do not.
 #[test]
 fn the_kernel_follows_device_and_cache() {
     let emulator = emulator::emulator_or_skip!();
@@ -118,8 +125,8 @@ fn the_kernel_follows_device_and_cache() {
     let cases = [
         (case(128, Cache::Contiguous), Wgmma),
         (case(128, Cache::OddGaps), WgmmaCopies),
-        (case(128, Cache::Nhd(16)), WgmmaCopies),
-        (capped(case(128, Cache::Nhd(16))), WgmmaCopies),
+        (case(128, Cache::Nhd(16)), Wgmma),
+        (capped(case(128, Cache::Nhd(16))), Wgmma),
         (capped(case(256, Cache::Nhd(16))), MmaSync),
     ];
     for (case, expected) in cases {
@@ -198,8 +205,9 @@ fn plans_say_why_no_maps_are_used() {
         why_not(&case(Cache::Contiguous), None);
         why_not(&case(Cache::Gaps), None);
         why_not(&case(Cache::OddGaps), Some("whole tokens apart"));
-        why_not(&case(Cache::Nhd(16)), Some("pages"));
-        why_not(&Case { soft_cap: Some(50.0), ..case(Cache::Contiguous) }, Some("no soft cap"));
+        why_not(&case(Cache::Nhd(16)), None);
+        why_not(&case(Cache::PerHead(8)), None);
+        why_not(&Case { soft_cap: Some(50.0), ..case(Cache::Nhd(16)) }, None);
     }
     for kernel in [PrefillKernel::MmaSync, PrefillKernel::WgmmaCopies] {
         why_not(&case((128, 128), Cache::Contiguous, kernel), Some("Auto or Wgmma"));

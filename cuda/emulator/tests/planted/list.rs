@@ -29,6 +29,7 @@ pub(crate) const KERNELS: &[Kernel] = &[
     planted("parameters", 32),
     planted("product_128", 128),
     planted("speed", 128),
+    planted("tma_pages", 96),
     planted("tma_ring", 96),
     planted("vocabulary", 32),
     planted("warps", 32),

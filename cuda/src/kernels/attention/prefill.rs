@@ -231,11 +231,10 @@ impl PrefillVariant {
     /// How K and V lie as tensor maps, which `prefill_sm90a` loads them by on sm_90a.
     ///
     /// # Errors
-    /// [`Error::Argument`] says why they come by cp.async instead: pages in the order of a block table, strides of a contiguous
-    /// cache at which heads lie neither side by side within a token nor whole tokens apart, or a soft cap, whose kernel has no
-    /// registers to spare; or that no kernel by maps is taken: for [`MmaSync`](PrefillKernel::MmaSync) and
+    /// [`Error::Argument`] says why they come by cp.async instead: strides at which heads lie neither side by side within a token nor
+    /// whole tokens apart, or pages that are not apart by a multiple of 16 bytes; or that no kernel by maps is taken: for [`MmaSync`](PrefillKernel::MmaSync) and
     /// [`WgmmaCopies`](PrefillKernel::WgmmaCopies), for sizes other than 64 and 128 channels, and for
-    /// [`Auto`](PrefillKernel::Auto) where none is shipped for these sizes and this carried state in any element type.
+    /// [`Auto`](PrefillKernel::Auto) where none is shipped for these sizes, cache, soft cap and carried state in any element type.
     pub fn tensor_maps(&self, params: &PrefillParams) -> Result<PrefillMaps, Error> {
         PrefillMaps::new(self, params)
     }
@@ -482,7 +481,7 @@ impl<F: Function, E: Storage> Prefill<F, E> {
         config.programmatic = args.programmatic;
         // SAFETY: the arguments are the kernel's parameters in order and type. The checks above made every buffer as long
         // as the kernel's index range; the kernel checks that tiles lie in q, the cache and the list, and clamps page ids to the
-        // pool. Tensor maps end where their tensors do.
+        // pool. Tensor maps end where their tensors do, at the pool's end too.
         unsafe { self.function.launch(queue, &config, &kernel_args) }
     }
 }

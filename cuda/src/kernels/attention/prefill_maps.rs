@@ -1,8 +1,8 @@
-//! Tensor maps of a contiguous cache, by which `prefill_sm90a` loads K and V.
+//! Tensor maps of a cache, by which `prefill_sm90a` loads K and V.
 
 use crate::Error;
 use crate::params::{PrefillMapHeads, PrefillParams};
-use crate::tensor_map::TensorShape;
+use crate::tensor_map::{Planes, TensorShape};
 
 use super::prefill::{PrefillKernel, PrefillVariant};
 
@@ -11,7 +11,8 @@ const KERNEL: &str = "prefill_sm90a by tensor maps";
 /// Bytes of an element of K or V.
 const ELEMENT: u64 = 2;
 
-/// How K and V `[tokens, kv_heads, dim]` lie as tensors of two dimensions, so that a tile of a head's vectors is a box of each.
+/// How K and V `[tokens, kv_heads, dim]` lie as tensors of two dimensions, so that a tile of a head's vectors is a box of each; or, in
+/// pages, as tensors of three, so that a head's vectors in a page are one.
 #[derive(Debug, Clone, Copy)]
 pub struct PrefillMaps {
     pub(super) k: TensorShape,
@@ -31,22 +32,21 @@ impl PrefillMaps {
                 return Err(Error::argument(KERNEL, argument, "64 or 128 channels", dim));
             }
         }
-        if variant.paged {
-            return Err(Error::argument(KERNEL, "cache", "a contiguous cache", "pages"));
-        }
-        if variant.soft_cap {
-            // With both, two registers of the loop over keys are spilled.
-            return Err(Error::argument(KERNEL, "soft_cap", "no soft cap", params.soft_cap));
-        }
         if variant.kernel == PrefillKernel::Auto && !variant.ships_maps() {
             let found = format!("{} and {} channels, carry {}", variant.qk_dim, variant.v_dim, variant.carry);
             return Err(Error::argument(KERNEL, "kernel", "Wgmma, or sizes of a shipped kernel", found));
         }
-        let map = |argument, dim, token_stride, head_stride| {
-            map_of(argument, dim, (token_stride, head_stride), (params.num_tokens, params.kv_heads))
+        // 0 is what launches refuse.
+        let page_tokens = 1u32.checked_shl(params.page_shift).unwrap_or(0);
+        let map = |argument, dim, page_stride, token_stride, head_stride| {
+            let pages = variant.paged.then_some((params.num_pages, page_stride));
+            let tokens = if variant.paged { page_tokens } else { params.num_tokens };
+            map_of(argument, dim, (token_stride, head_stride), (tokens, params.kv_heads), pages)
         };
-        let (k, k_step) = map("k", variant.qk_dim, params.k_token_stride, params.k_head_stride)?;
-        let (v, v_step) = map("v", variant.v_dim, params.v_token_stride, params.v_head_stride)?;
+        let PrefillParams { k_page_stride, k_token_stride, k_head_stride, .. } = *params;
+        let PrefillParams { v_page_stride, v_token_stride, v_head_stride, .. } = *params;
+        let (k, k_step) = map("k", variant.qk_dim, k_page_stride, k_token_stride, k_head_stride)?;
+        let (v, v_step) = map("v", variant.v_dim, v_page_stride, v_token_stride, v_head_stride)?;
         let heads =
             PrefillMapHeads { k_columns: k_step.0, k_rows: k_step.1, v_columns: v_step.0, v_rows: v_step.1 };
         Ok(PrefillMaps { k, v, heads })
@@ -54,12 +54,14 @@ impl PrefillMaps {
 }
 
 /// The map of K or V at strides in elements, and the columns and rows from one head to the next. A row is a token with its heads
-/// side by side, or one vector where the tokens of a head follow another head's.
+/// side by side, or one vector where the tokens of a head follow another head's. `pages` are how many there are and their stride;
+/// tokens are then those of a page.
 fn map_of(
     argument: &'static str,
     dim: usize,
     (token_stride, head_stride): (i64, i64),
     (tokens, heads): (u32, u32),
+    pages: Option<(u32, i64)>,
 ) -> Result<(TensorShape, (u32, u32)), Error> {
     let apart = || {
         Error::argument(
@@ -81,13 +83,24 @@ fn map_of(
     } else {
         return Err(apart());
     };
+    let planes = match pages {
+        Some((count, stride)) => {
+            let Ok(stride) = u64::try_from(stride) else {
+                return Err(Error::argument(KERNEL, argument, "pages that lie upwards", stride));
+            };
+            Some(Planes { count: count.into(), bytes: stride.saturating_mul(ELEMENT) })
+        }
+        None => None,
+    };
     let shape = TensorShape {
         columns,
         rows: if tokens == 0 { 0 } else { rows },
         row_bytes: token.saturating_mul(ELEMENT),
         box_columns: 64,
-        box_rows: 128,
+        // Of pages a box has the tokens of one, so that the next one's follow it.
+        box_rows: if planes.is_some() { (tokens as u32).min(128) } else { 128 },
         swizzle_128: true,
+        planes,
     };
     shape.check(KERNEL, argument, ELEMENT)?;
     // One head alone may be any way from no other.
@@ -116,7 +129,7 @@ mod tests {
             ("no tokens", (1024, 128), (0, 8), (1024, 0)),
         ];
         for (name, strides, (tokens, heads), extent) in cases {
-            let (shape, step) = map_of("k", 128, strides, (tokens, heads)).expect(name);
+            let (shape, step) = map_of("k", 128, strides, (tokens, heads), None).expect(name);
             assert_eq!((shape.columns, shape.rows), extent, "{name}");
             for (token, head) in
                 (0..u64::from(tokens)).flat_map(|t| (0..u64::from(heads)).map(move |h| (t, h)))
@@ -125,6 +138,50 @@ mod tests {
                 assert!(column + 128 <= shape.columns && row < shape.rows, "{name}: {token}, {head}");
                 let element = row * shape.row_bytes / ELEMENT + column;
                 assert_eq!(element, token * strides.0 as u64 + head * strides.1 as u64, "{name}");
+            }
+        }
+    }
+
+    /// In pages too, whose boxes are 8 to 128 rows.
+    #[test]
+    fn maps_of_pages_are_where_strides_say() {
+        // (page, token and head stride), (tokens of a page, heads), rows of a box.
+        let cases = [
+            ("tokens before heads", (16 * 4 * 128, 4 * 128, 128), (16, 4), 16),
+            ("heads before tokens", (4 * 64 * 128, 128, 64 * 128), (64, 4), 64),
+            ("K beside V", (2 * 8 * 512, 512, 128), (8, 4), 8),
+            ("a page for each head", (8 * 128, 128, 0), (8, 3), 8),
+            ("padded pages", (16 * 512 + 64, 512, 128), (16, 4), 16),
+            ("pages within heads", (32 * 128, 128, 5 * 32 * 128), (32, 2), 32),
+            ("pages of several boxes", (256 * 128, 128, 0), (256, 1), 128),
+        ];
+        for (name, (page_stride, token, head), (tokens, heads), box_rows) in cases {
+            let (shape, step) =
+                map_of("k", 128, (token, head), (tokens, heads), Some((5, page_stride))).expect(name);
+            let planes = shape.planes.expect("pages");
+            assert_eq!((shape.box_rows, planes.count), (box_rows, 5), "{name}");
+            for (page, row, of_head) in (0..5u64).flat_map(|page| {
+                (0..u64::from(tokens)).flat_map(move |t| (0..u64::from(heads)).map(move |h| (page, t, h)))
+            }) {
+                let (column, at) = (of_head * u64::from(step.0), of_head * u64::from(step.1) + row);
+                assert!(column + 128 <= shape.columns && at < shape.rows, "{name}: {row}, {of_head}");
+                let element = (page * planes.bytes + at * shape.row_bytes) / ELEMENT + column;
+                let strides = [(page, page_stride), (row, token), (of_head, head)];
+                let place: u64 = strides.iter().map(|(index, stride)| index * *stride as u64).sum();
+                assert_eq!(element, place, "{name}");
+            }
+        }
+        for (name, stride, expected) in [
+            ("backwards", -1, "upwards"),
+            ("in one place", 0, "above 0"),
+            ("unaligned", 8 * 128 + 4, "multiple of 16"),
+            ("out of reach", 1 << 40, "below 2⁴⁰"),
+        ] {
+            match map_of("k", 128, (128, 0), (8, 1), Some((5, stride))) {
+                Err(Error::Argument { expected: found, .. }) => {
+                    assert!(found.contains(expected), "{name}: {found}")
+                }
+                other => panic!("{name}: {other:?}"),
             }
         }
     }
@@ -142,7 +199,7 @@ mod tests {
             ("unaligned", (132, 128), (50, 1), "multiple of 16"),
         ];
         for (name, strides, extent, expected) in cases {
-            match map_of("v", 128, strides, extent) {
+            match map_of("v", 128, strides, extent, None) {
                 Err(Error::Argument { argument: "v", expected: found, .. }) => {
                     assert!(found.contains(expected), "{name}: {found}");
                 }

@@ -151,6 +151,7 @@ impl<F: Function> WgmmaProduct<F> {
             box_columns: 64,
             box_rows: 64,
             swizzle_128: true,
+            planes: None,
         };
         let of_b = if form & Self::RS != 0 { tensor(k, n) } else { tensor(n, k) };
         let (columns, depth) = (n as u32, k as u32);
