@@ -14,7 +14,8 @@ use homomorphic_quant::page::PageLayout;
 use homomorphic_quant::{Bits, BlockPlace, Cache, Capacity, Config, HeadBlock, KvShape, Rounding, reference};
 use longkv_attention::testing::{Inputs, shuffled_pages};
 use longkv_attention::{AttentionSpec, HeadShape, HeadsView, Mask, Score};
-use longkv_benches::{GpuBench, throughput};
+use longkv_benches::data::{Vectors, poisoned, repeated};
+use longkv_benches::{Case, GpuBench, Work, check, throughput};
 use longkv_cuda::cudarc::driver::{CudaSlice, CudaStream};
 use longkv_cuda::memory::{View, ViewMut};
 use longkv_cuda::status::StatusWord;
@@ -71,6 +72,11 @@ fn plan(method: Method, bits: Bits, kv_lens: &[usize], sm_count: u32) -> DecodeP
 /// A layer's cache on the device, full of random codes.
 struct Layer {
     pools: Pools,
+    /// What every head of every page holds.
+    block: HeadBlock,
+    /// What is in the pools of sinks and of open blocks.
+    side: [Vec<bf16>; 2],
+    table: Vec<u32>,
     pages: CudaSlice<u8>,
     sinks: CudaSlice<bf16>,
     open: CudaSlice<bf16>,
@@ -91,9 +97,8 @@ impl Layer {
         let block = HeadBlock::quantize(head, Rounding::Nearest, place, &k, &v).expect("a block");
         let mut segment = vec![0; pools.segment_bytes()];
         PageLayout::Packed.write(head, &block, &mut segment).expect("a segment");
-        let pages: Vec<u8> =
-            segment.iter().copied().cycle().take(counts.pages * pools.page_bytes()).collect();
-        let side = |page: usize| Inputs::Normal.generate::<bf16>(kv_lens.len(), page / 2, 7);
+        let side = |page: usize, seed| Inputs::Normal.generate::<bf16>(kv_lens.len(), page / 2, seed);
+        let side = [side(pools.sink_page().bytes(), 7), side(pools.open_page().bytes(), 8)];
         let mut free = shuffled_pages(counts.pages, 4).into_iter();
         let mut table = vec![u32::MAX; kv_lens.len() * counts.max_pages];
         for (sequence, len) in kv_lens.iter().enumerate() {
@@ -104,15 +109,40 @@ impl Layer {
         let numbers: Vec<u32> = (0..kv_lens.len() as u32).collect();
         let lens: Vec<u32> = kv_lens.iter().map(|len| *len as u32).collect();
         Layer {
-            pages: stream.clone_htod(&pages).expect("copy"),
-            sinks: stream.clone_htod(&side(pools.sink_page().bytes())).expect("copy"),
-            open: stream.clone_htod(&side(pools.open_page().bytes())).expect("copy"),
+            pages: repeated(stream, &segment, counts.pages * pools.page_bytes()),
+            sinks: stream.clone_htod(&side[0]).expect("copy"),
+            open: stream.clone_htod(&side[1]).expect("copy"),
             block_table: stream.clone_htod(&table).expect("copy"),
             sink_page: stream.clone_htod(&numbers).expect("copy"),
             open_page: stream.clone_htod(&numbers).expect("copy"),
             kv_len: stream.clone_htod(&lens).expect("copy"),
             pools,
+            block,
+            side,
+            table,
         }
+    }
+
+    /// Attention of one query head over the first `seen` tokens of a sequence of `kv_len`, over the vectors that the codes stand for.
+    fn row(&self, q: &[bf16], sequence: usize, kv_head: usize, kv_len: usize, seen: usize) -> check::Row {
+        let plain = |values: Vec<f64>| values.into_iter().map(|x| x as f32).collect::<Vec<f32>>();
+        let geometry = self.pools.geometry();
+        let block = [plain(self.block.keys(geometry)), plain(self.block.values(geometry))];
+        let closed = self.pools.split(kv_len).0;
+        let [sinks, open] =
+            &self.side.each_ref().map(|side| side.iter().map(|x| x.to_f32()).collect::<Vec<_>>());
+        // A side page holds, of each head, its keys, then its values.
+        let at = |token: usize, part: usize| {
+            let (store, tokens, token) = match token.checked_sub(SINKS) {
+                None => (sinks, SINKS, token),
+                Some(token) if token / PARTITION < closed => {
+                    return &block[part][token % PARTITION * DIM..][..DIM];
+                }
+                Some(token) => (open, PARTITION, token % PARTITION),
+            };
+            &store[((sequence * KV_HEADS + kv_head) * 2 * tokens + part * tokens + token) * DIM..][..DIM]
+        };
+        check::attention(spec().score, q, seen, |token| at(token, 0), |token| at(token, 1))
     }
 }
 
@@ -169,47 +199,63 @@ fn decode(criterion: &mut Criterion) {
         let kernel = format!("homomorphic-quant/{}", method.kernel());
         let mut group = bench.group(criterion, &kernel, &bits.to_string());
         for (name, kv_lens) in &cases {
-            let plan = plan(method, bits, kv_lens, bench.gpu.sm_count());
-            let planner = DecodeStep::prepare(&bench.gpu, &plan).expect("prepare");
-            let decode = Decode::<_, bf16>::prepare(&bench.gpu, &plan).expect("prepare");
-            let stream = bench.stream.clone();
-            let layer = Layer::new(&stream, bits, kv_lens);
-            let rows = kv_lens.len() * Q_HEADS;
-            let q = stream.clone_htod(&Inputs::Normal.generate::<bf16>(rows, DIM, 1)).expect("copy");
-            let mut out = stream.alloc_zeros::<bf16>(rows * DIM).expect("allocate");
-            let mut lse = stream.alloc_zeros::<f32>(rows).expect("allocate");
-            let mut status = StatusWord::new(&stream).expect("allocate");
-            let mut step_workspace =
-                Workspace::zeroed(&stream, plan.step_workspace().bytes()).expect("allocate");
-            let mut workspace = Workspace::zeroed(&stream, plan.workspace().bytes()).expect("allocate");
-            let step = planner
-                .run(
-                    &stream,
-                    DecodeStepArgs {
-                        kv_len: &View::device(&layer.kv_len, &stream),
-                        places: places!(layer, &stream),
-                        status: status.view_mut(&stream),
-                    },
-                    step_workspace.view_mut(&stream),
-                )
-                .expect("plan the step");
-            let work = (plan.bytes_moved(kv_lens), plan.flops(kv_lens));
-            bench.case(&mut group, name, work, |stream| {
-                let args = DecodeArgs {
-                    q: &View::device(&q, stream),
-                    pages: &View::device(&layer.pages, stream),
-                    sink_pool: &View::device(&layer.sinks, stream),
-                    open_pool: &View::device(&layer.open, stream),
-                    places: places!(layer, stream),
-                    out: ViewMut::device(&mut out, stream),
-                    lse: ViewMut::device(&mut lse, stream),
-                };
-                decode.run(stream, args, &step, workspace.view_mut(stream)).expect("launch");
-            });
-            drop(step);
-            assert_eq!(status.read(&stream).expect("read the status"), None, "{name}");
+            bench.case(&mut group, name, |case| decode_case(case, method, bits, kv_lens));
         }
     }
+}
+
+fn decode_case(case: &mut Case<'_, '_>, method: Method, bits: Bits, kv_lens: &[usize]) {
+    let (gpu, stream) = (&case.bench.gpu, case.bench.stream.clone());
+    let plan = plan(method, bits, kv_lens, gpu.sm_count());
+    let planner = DecodeStep::prepare(gpu, &plan).expect("prepare");
+    let decode = Decode::<_, bf16>::prepare(gpu, &plan).expect("prepare");
+    let layer = Layer::new(&stream, bits, kv_lens);
+    let rows = kv_lens.len() * Q_HEADS;
+    let q = Inputs::Normal.generate::<bf16>(rows, DIM, 1);
+    let q_device = stream.clone_htod(&q).expect("copy");
+    let (out, lse) = (poisoned::<bf16>(&stream, rows * DIM), poisoned::<f32>(&stream, rows));
+    let mut status = StatusWord::new(&stream).expect("allocate");
+    let mut step_workspace = Workspace::zeroed(&stream, plan.step_workspace().bytes()).expect("allocate");
+    let mut workspace = Workspace::zeroed(&stream, plan.workspace().bytes()).expect("allocate");
+    let step = planner
+        .run(
+            &stream,
+            DecodeStepArgs {
+                kv_len: &View::device(&layer.kv_len, &stream),
+                places: places!(layer, &stream),
+                status: status.view_mut(&stream),
+            },
+            step_workspace.view_mut(&stream),
+        )
+        .expect("plan the step");
+    let work = Work::new(plan.bytes_moved(kv_lens), plan.flops(kv_lens))
+        .note("decode and merge, without the plan of the step");
+    case.time(
+        work,
+        (out, lse),
+        |(out, lse), stream| {
+            let args = DecodeArgs {
+                q: &View::device(&q_device, stream),
+                pages: &View::device(&layer.pages, stream),
+                sink_pool: &View::device(&layer.sinks, stream),
+                open_pool: &View::device(&layer.open, stream),
+                places: places!(layer, stream),
+                out: ViewMut::device(out, stream),
+                lse: ViewMut::device(lse, stream),
+            };
+            decode.run(stream, args, &step, workspace.view_mut(stream)).expect("launch");
+        },
+        |(out, lse), stream| {
+            let expected = [(0, 3), (kv_lens.len() - 1, Q_HEADS - 1)].map(|(sequence, head)| {
+                let (row, len) = (sequence * Q_HEADS + head, kv_lens[sequence]);
+                let q = &q[row * DIM..][..DIM];
+                (row, layer.row(q, sequence, head * KV_HEADS / Q_HEADS, len, len))
+            });
+            check::quantized_rows(stream, out, lse, &expected);
+        },
+    );
+    drop(step);
+    check::no_fault(&stream, &status);
 }
 
 /// A prompt that is seen as codes, and a chunk after a long cached context. Dense bf16 prefill is `attention/prefill`.
@@ -218,98 +264,150 @@ fn prefill(criterion: &mut Criterion) {
     let cases = [("8192-causal", 8192, 8192), ("512-after-32768", 512, 32_768)];
     for bits in Bits::ALL {
         let mut group = bench.group(criterion, "homomorphic-quant/hack_prefill", &bits.to_string());
-        group.group.sample_size(20);
         for (name, queries, kv_len) in cases {
-            let stream = bench.stream.clone();
-            let layer = Layer::new(&stream, bits, &[kv_len]);
-            let spec = spec();
-            let plan = PrefillPlan::new(PrefillConfig {
-                mode: reference::Prefill::Codes,
-                pools: layer.pools,
-                shape: spec.shape,
-                score: spec.score,
-                mask: spec.mask,
-                batch: 1,
-                max_queries: queries,
-                num_queries: queries,
-                max_kv_len: kv_len,
-            })
-            .expect("a valid plan");
-            let prefill = Prefill::<_, bf16>::prepare(&bench.gpu, &plan).expect("prepare");
-            let rows = queries * Q_HEADS;
-            let q = stream.clone_htod(&Inputs::Normal.generate::<bf16>(rows, DIM, 1)).expect("copy");
-            let cu_queries = stream.clone_htod(&[0, queries as u32]).expect("copy");
-            let mut out = stream.alloc_zeros::<bf16>(rows * DIM).expect("allocate");
-            let mut lse = stream.alloc_zeros::<f32>(rows).expect("allocate");
-            let mut status = StatusWord::new(&stream).expect("allocate");
-            let sequences = [(queries, kv_len)];
-            let work = (plan.bytes_moved(&sequences), plan.flops(&sequences));
-            bench.case(&mut group, name, work, |stream| {
-                let inputs = PrefillInputs {
-                    q: &View::device(&q, stream),
-                    cu_queries: &View::device(&cu_queries, stream),
-                    kv_len: &View::device(&layer.kv_len, stream),
-                    pages: &View::device(&layer.pages, stream),
-                    sink_pool: &View::device(&layer.sinks, stream),
-                    open_pool: &View::device(&layer.open, stream),
-                    places: places!(layer, stream),
-                    status: status.view_mut(stream),
-                };
-                let output = PrefillOutput {
-                    out: ViewMut::device(&mut out, stream),
-                    lse: ViewMut::device(&mut lse, stream),
-                };
-                prefill.run(stream, inputs, output).expect("launch");
-            });
-            assert_eq!(status.read(&stream).expect("read the status"), None, "{name}");
+            bench.case(&mut group, name, |case| prefill_case(case, bits, queries, kv_len));
         }
     }
 }
 
-/// A prompt's layer at once, and a decoding step of 16 sequences of which one closes a block.
+fn prefill_case(case: &mut Case<'_, '_>, bits: Bits, queries: usize, kv_len: usize) {
+    let (gpu, stream) = (&case.bench.gpu, case.bench.stream.clone());
+    let layer = Layer::new(&stream, bits, &[kv_len]);
+    let spec = spec();
+    let plan = PrefillPlan::new(PrefillConfig {
+        mode: reference::Prefill::Codes,
+        pools: layer.pools,
+        shape: spec.shape,
+        score: spec.score,
+        mask: spec.mask,
+        batch: 1,
+        max_queries: queries,
+        num_queries: queries,
+        max_kv_len: kv_len,
+    })
+    .expect("a valid plan");
+    let prefill = Prefill::<_, bf16>::prepare(gpu, &plan).expect("prepare");
+    let rows = queries * Q_HEADS;
+    let q = Vectors::<bf16>::new(DIM, 1);
+    let q_device = q.upload(&stream, rows);
+    let cu_queries = stream.clone_htod(&[0, queries as u32]).expect("copy");
+    let (out, lse) = (poisoned::<bf16>(&stream, rows * DIM), poisoned::<f32>(&stream, rows));
+    let status = StatusWord::new(&stream).expect("allocate");
+    let sequences = [(queries, kv_len)];
+    let work = Work::new(plan.bytes_moved(&sequences), plan.flops(&sequences));
+    let (.., status) = case.time(
+        work,
+        (out, lse, status),
+        |(out, lse, status), stream| {
+            let inputs = PrefillInputs {
+                q: &View::device(&q_device, stream),
+                cu_queries: &View::device(&cu_queries, stream),
+                kv_len: &View::device(&layer.kv_len, stream),
+                pages: &View::device(&layer.pages, stream),
+                sink_pool: &View::device(&layer.sinks, stream),
+                open_pool: &View::device(&layer.open, stream),
+                places: places!(layer, stream),
+                status: status.view_mut(stream),
+            };
+            let output =
+                PrefillOutput { out: ViewMut::device(out, stream), lse: ViewMut::device(lse, stream) };
+            prefill.run(stream, inputs, output).expect("launch");
+        },
+        |(out, lse, status), stream| {
+            check::no_fault(stream, status);
+            let samples = [(0, 0), (queries / 2 + 1, 13), (queries - 1, Q_HEADS - 1)];
+            let expected = samples.map(|(query, head)| {
+                let (row, seen) = (query * Q_HEADS + head, kv_len - queries + query + 1);
+                (row, layer.row(q.get(row), 0, head * KV_HEADS / Q_HEADS, kv_len, seen))
+            });
+            check::quantized_rows(stream, out, lse, &expected);
+        },
+    );
+    check::no_fault(&stream, &status);
+}
+
+/// A prompt's layer at once, and decoding steps: of one sequence, of which the token closes a block, and of 16, of which one does.
 fn append(criterion: &mut Criterion) {
     let Some(mut bench) = GpuBench::new() else { return };
-    let cases = [("1x8192", vec![8192], 8192), ("16x1", (0..16).map(|i| 1092 + i * 3).collect(), 1)];
+    let cases = [
+        ("1x8192", vec![8192], 8192),
+        ("1x1", vec![1092], 1),
+        ("16x1", (0..16).map(|i| 1092 + i * 3).collect(), 1),
+    ];
     for bits in Bits::ALL {
         let mut group = bench.group(criterion, "homomorphic-quant/hack_append", &bits.to_string());
         for (name, kv_lens, new) in &cases {
-            let stream = bench.stream.clone();
-            let mut layer = Layer::new(&stream, bits, kv_lens);
-            let num_new = new * kv_lens.len();
-            let max_kv_len = kv_lens.iter().copied().max().expect("a sequence");
-            let plan = AppendPlan::new(AppendConfig {
-                pools: layer.pools,
-                batch: kv_lens.len(),
-                max_new: *new,
-                num_new,
-                max_kv_len,
-                strides: None,
-            })
-            .expect("a valid plan");
-            let append = Append::<_, bf16>::prepare(&bench.gpu, &plan).expect("prepare");
-            let vectors = |seed| Inputs::Normal.generate::<bf16>(num_new * KV_HEADS, DIM, seed);
-            let k = stream.clone_htod(&vectors(1)).expect("copy");
-            let v = stream.clone_htod(&vectors(2)).expect("copy");
-            let start: Vec<u32> = (0..=kv_lens.len()).map(|i| (i * new) as u32).collect();
-            let start = stream.clone_htod(&start).expect("copy");
-            let mut status = StatusWord::new(&stream).expect("allocate");
-            bench.case(&mut group, name, (plan.bytes_moved(num_new), 0), |stream| {
-                let args = AppendArgs {
-                    k_new: &View::device(&k, stream),
-                    v_new: &View::device(&v, stream),
-                    new_start: &View::device(&start, stream),
-                    kv_len: &View::device(&layer.kv_len, stream),
-                    places: places!(layer, stream),
-                    pages: ViewMut::device(&mut layer.pages, stream),
-                    sink_pool: ViewMut::device(&mut layer.sinks, stream),
-                    open_pool: ViewMut::device(&mut layer.open, stream),
-                    status: status.view_mut(stream),
-                };
-                append.run(stream, args).expect("launch");
-            });
-            assert_eq!(status.read(&stream).expect("read the status"), None, "{name}");
+            bench.case(&mut group, name, |case| append_case(case, bits, kv_lens, *new));
         }
     }
+}
+
+fn append_case(case: &mut Case<'_, '_>, bits: Bits, kv_lens: &[usize], new: usize) {
+    let (gpu, stream) = (&case.bench.gpu, case.bench.stream.clone());
+    let layer = Layer::new(&stream, bits, kv_lens);
+    let num_new = new * kv_lens.len();
+    let plan = AppendPlan::new(AppendConfig {
+        pools: layer.pools,
+        batch: kv_lens.len(),
+        max_new: new,
+        num_new,
+        max_kv_len: kv_lens.iter().copied().max().expect("a sequence"),
+        strides: None,
+    })
+    .expect("a valid plan");
+    let append = Append::<_, bf16>::prepare(gpu, &plan).expect("prepare");
+    let (k, v) = (Vectors::<bf16>::new(DIM, 1), Vectors::<bf16>::new(DIM, 2));
+    let (k_device, v_device) = (k.upload(&stream, num_new * KV_HEADS), v.upload(&stream, num_new * KV_HEADS));
+    let start: Vec<u32> = (0..=kv_lens.len()).map(|i| (i * new) as u32).collect();
+    let start = stream.clone_htod(&start).expect("copy");
+    let status = StatusWord::new(&stream).expect("allocate");
+    let work = Work::new(plan.bytes_moved(num_new), 0);
+    let (.., status) = case.time(
+        work,
+        (layer, status),
+        |(layer, status), stream| {
+            let args = AppendArgs {
+                k_new: &View::device(&k_device, stream),
+                v_new: &View::device(&v_device, stream),
+                new_start: &View::device(&start, stream),
+                kv_len: &View::device(&layer.kv_len, stream),
+                places: places!(layer, stream),
+                pages: ViewMut::device(&mut layer.pages, stream),
+                sink_pool: ViewMut::device(&mut layer.sinks, stream),
+                open_pool: ViewMut::device(&mut layer.open, stream),
+                status: status.view_mut(stream),
+            };
+            append.run(stream, args).expect("launch");
+        },
+        |(layer, status), stream| {
+            check::no_fault(stream, status);
+            // The last block that the first sequence closes, of two heads, to the bit: its tokens are new ones, and before them those
+            // of the open block.
+            let (pools, closed) = (layer.pools, layer.pools.split(kv_lens[0]).0);
+            let (first, seen) = (SINKS + (closed - 1) * PARTITION, kv_lens[0] - new);
+            for kv_head in [0, KV_HEADS - 1] {
+                let vectors = |part: usize, new: &Vectors<bf16>| -> Vec<f32> {
+                    let open =
+                        |slot| &layer.side[1][((kv_head * 2 + part) * PARTITION + slot) * DIM..][..DIM];
+                    let at = |slot: usize| match (first + slot).checked_sub(seen) {
+                        Some(token) => new.get(token * KV_HEADS + kv_head),
+                        None => open(slot),
+                    };
+                    (0..PARTITION).flat_map(at).map(|x| x.to_f32()).collect()
+                };
+                let place = BlockPlace { layer: 0, kv_head: kv_head as u32, token: first as u32 };
+                let (k, v) = (vectors(0, &k), vectors(1, &v));
+                let geometry = pools.geometry();
+                let block = HeadBlock::quantize(geometry, Rounding::Nearest, place, &k, &v).expect("a block");
+                let at =
+                    layer.table[closed - 1] as usize * pools.page_bytes() + kv_head * pools.segment_bytes();
+                let found = check::download(stream, &layer.pages, at, pools.segment_bytes());
+                let found = PageLayout::Packed.read(geometry, &found).expect("a segment");
+                assert!(found == block, "block {} of head {kv_head} is another", closed - 1);
+            }
+        },
+    );
+    check::no_fault(&stream, &status);
 }
 
 criterion_group!(benches, cpu, decode, prefill, append);

@@ -2,6 +2,8 @@
 //!
 //! One executable, because each carries all of criterion and they travel to machines with a GPU. There a module runs in a process of its
 //! own, so that what is measured is kept when time is up: `--modules` lists them, and `LONGKV_BENCH=decode,append` runs those alone.
+//! Cases on a GPU are those that targets are judged by; `EXHAUSTIVE=1` runs all. What the file named by `LONGKV_FIGURES_HAD` has is not
+//! measured again. A case that fails is written down with its reason; the others go on, and the end is a failure.
 
 mod append;
 mod decode;
@@ -14,17 +16,17 @@ mod seq_parallel;
 mod seq_parallel_steps;
 mod sparse_attn;
 
-use longkv_benches::modules;
+use longkv_benches::{case, modules};
 
 /// In the order in which a machine with little time should run them: what others build on first.
 const MODULES: &[(&str, fn())] = &[
     ("decode", decode::benches),
     ("homomorphic_quant", homomorphic_quant::benches),
     ("kv_compress", kv_compress::benches),
-    ("sparse_attn", sparse_attn::benches),
-    ("hybrid_gemm", hybrid_gemm::benches),
     ("prefill", prefill::benches),
     ("seq_parallel_steps", seq_parallel_steps::benches),
+    ("sparse_attn", sparse_attn::benches),
+    ("hybrid_gemm", hybrid_gemm::benches),
     ("append", append::benches),
     ("merge_states", merge_states::benches),
     ("seq_parallel", seq_parallel::benches),
@@ -40,4 +42,8 @@ fn main() {
         .unwrap_or_else(|message| panic!("{message}"));
     MODULES.iter().filter(|(name, _)| wanted.contains(name)).for_each(|(_, benches)| benches());
     criterion::Criterion::default().configure_from_args().final_summary();
+    if case::failed() > 0 {
+        eprintln!("{} cases failed", case::failed());
+        std::process::exit(1);
+    }
 }

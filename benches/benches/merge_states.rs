@@ -5,7 +5,8 @@ use half::bf16;
 use longkv_attention::gpu::{Merge, MergeArgs, MergeConfig, MergePlan};
 use longkv_attention::testing::Inputs;
 use longkv_attention::{DType, reference};
-use longkv_benches::{GpuBench, throughput};
+use longkv_benches::data::{Vectors, poisoned};
+use longkv_benches::{Case, GpuBench, Work, check, throughput};
 use longkv_cuda::memory::{View, ViewMut};
 use longkv_cuda::status::StatusWord;
 use longkv_cuda::workspace::Workspace;
@@ -42,30 +43,48 @@ fn gpu(criterion: &mut Criterion) {
     let Some(mut bench) = GpuBench::new() else { return };
     let mut group = bench.group(criterion, "attention/merge_states", "bf16");
     for (rows, splits) in SHAPES {
-        let plan = plan(rows, splits, bench.gpu.sm_count());
-        let merge = Merge::<_, bf16>::prepare(&bench.gpu, &plan).expect("prepare");
-        let (out, lse) = states(rows, splits);
-        let stream = bench.stream.clone();
-        let partial_out = stream.clone_htod(&out).expect("copy");
-        let partial_lse = stream.clone_htod(&lse).expect("copy");
-        let mut out = stream.alloc_zeros::<bf16>(rows * V_DIM).expect("allocate");
-        let mut lse = stream.alloc_zeros::<f32>(rows).expect("allocate");
-        let mut status = StatusWord::new(&stream).expect("allocate");
-        let mut workspace = Workspace::zeroed(&stream, plan.workspace().bytes()).expect("allocate");
-        let work = (plan.bytes_moved(DType::BF16), plan.flops());
-        bench.case(&mut group, &format!("{rows}x{splits}"), work, |stream| {
+        bench.case(&mut group, &format!("{rows}x{splits}"), |case| merge(case, rows, splits));
+    }
+}
+
+fn merge(case: &mut Case<'_, '_>, rows: usize, splits: usize) {
+    let (gpu, stream) = (&case.bench.gpu, case.bench.stream.clone());
+    let plan = plan(rows, splits, gpu.sm_count());
+    let merge = Merge::<_, bf16>::prepare(gpu, &plan).expect("prepare");
+    let (states, lses) = (Vectors::<f32>::new(V_DIM, 1), Inputs::Normal.values(rows, splits, 2));
+    let partial_out = states.upload(&stream, rows * splits);
+    let partial_lse = stream.clone_htod(&lses).expect("copy");
+    let (out, lse) = (poisoned::<bf16>(&stream, rows * V_DIM), poisoned::<f32>(&stream, rows));
+    let status = StatusWord::new(&stream).expect("allocate");
+    let mut workspace = Workspace::zeroed(&stream, plan.workspace().bytes()).expect("allocate");
+    let (.., status) = case.time(
+        Work::new(plan.bytes_moved(DType::BF16), plan.flops()),
+        (out, lse, status),
+        |(out, lse, status), stream| {
             let args = MergeArgs {
                 partial_out: &View::device(&partial_out, stream),
                 partial_lse: &View::device(&partial_lse, stream),
                 num_splits: None,
-                out: ViewMut::device(&mut out, stream),
-                lse: ViewMut::device(&mut lse, stream),
+                out: ViewMut::device(out, stream),
+                lse: ViewMut::device(lse, stream),
                 status: status.view_mut(stream),
             };
             merge.run(stream, args, workspace.view_mut(stream)).expect("launch");
-        });
-        assert_eq!(status.read(&stream).expect("read the status"), None, "{rows}x{splits}");
-    }
+        },
+        |(out, lse, status), stream| {
+            check::no_fault(stream, status);
+            let expected = [0, rows - 1].map(|row| {
+                let first = row * splits;
+                let states: Vec<f32> = (first..first + splits).flat_map(|i| states.get(i)).copied().collect();
+                let merged =
+                    reference::merge_states(&states, &lses[first..][..splits], None, 1, splits, V_DIM);
+                let merged = merged.expect("valid states");
+                (row, check::Row { out: merged.out, lse: merged.lse[0] })
+            });
+            check::rows(stream, out, lse, &expected);
+        },
+    );
+    check::no_fault(&stream, &status);
 }
 
 criterion_group!(benches, cpu, gpu);

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, criterion_group};
 use longkv_attention::{AttentionSpec, HeadShape, Mask, Score};
+use longkv_benches::host;
 use seq_parallel::placement::{Placement, Sequence, Shards};
 use seq_parallel::ring::{Inputs, RingPlan};
 use seq_parallel::transport::local;
@@ -25,13 +26,16 @@ fn planning(criterion: &mut Criterion) {
     for placement in Placement::ALL {
         let id = format!("{ranks} ranks 256 sequences {placement}");
         // Who owns what, and what a rank computes at its first step: all that it needs before the ring starts.
-        group.bench_function(BenchmarkId::new("plan", &id), |bencher| {
-            bencher.iter(|| {
+        host::time(
+            &mut group,
+            BenchmarkId::new("plan", &id),
+            &format!("seq-parallel/plan/u32/{placement}"),
+            || {
                 let shards = Shards::new(sequences.iter().copied(), placement, ranks).expect("shards");
                 let plan = RingPlan::new(spec(8, 1, 128), shards).expect("a plan");
-                black_box((plan.workspace_bytes(2, 2), plan.tiles(700, 0)))
-            });
-        });
+                (plan.workspace_bytes(2, 2), plan.tiles(700, 0))
+            },
+        );
         let shards = Shards::new(sequences.iter().copied(), placement, ranks).expect("shards");
         let plan = RingPlan::new(spec(8, 1, 128), shards).expect("a plan");
         group.bench_function(BenchmarkId::new("tiles of a step", &id), |bencher| {
@@ -63,13 +67,11 @@ fn exposed(criterion: &mut Criterion) {
             });
             times.into_iter().fold([0.0f64; 2], |[a, b], (c, d)| [a.max(c), b.max(d)])
         };
-        for (name, part) in [("whole", 0), ("compute alone", 1)] {
+        for (name, short, part) in [("whole", "whole", 0), ("compute alone", "compute", 1)] {
             let id = BenchmarkId::new(name, format!("{ranks} ranks, communication {ratio} of compute"));
-            group.bench_function(id, |bencher| {
-                bencher.iter_custom(|times| {
-                    let seconds = (0..times).map(|_| ring()[part]).sum();
-                    Duration::from_secs_f64(seconds)
-                });
+            let figure = format!("seq-parallel/ring-sim/f32/{short}-{ratio:.1}");
+            host::duration(&mut group, id, &figure, "seconds of the modelled clock", || {
+                Duration::from_secs_f64(ring()[part])
             });
         }
     }

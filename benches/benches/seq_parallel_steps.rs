@@ -1,10 +1,14 @@
 //! Ring steps in bf16: 32 query heads over 8 KV heads of 128 channels, every rank on one device; and the packing of messages.
 
+use std::sync::Arc;
+
 use criterion::{BenchmarkId, Criterion, criterion_group};
 use half::bf16;
 use longkv_attention::testing::Inputs;
 use longkv_attention::{AttentionSpec, DType, HeadShape, Mask, Score};
-use longkv_benches::{GpuBench, throughput};
+use longkv_benches::data::{Vectors, poisoned, repeated};
+use longkv_benches::{Case, GpuBench, Work, check, throughput};
+use longkv_cuda::cudarc::driver::{CudaSlice, CudaStream};
 use longkv_cuda::memory::{View, ViewMut};
 use longkv_cuda::status::StatusWord;
 use longkv_cuda::workspace::Workspace;
@@ -22,12 +26,12 @@ const KV_HEADS: usize = 8;
 const DIM: usize = 128;
 
 /// (name, tokens, ranks, mask, rank and step; all ranks and steps where there is none).
-type Case = (&'static str, usize, usize, Mask, Option<(usize, usize)>);
+type Shape = (&'static str, usize, usize, Mask, Option<(usize, usize)>);
 
 /// - a step of 16K queries and as many keys, alone, at the start, in the middle and at the end of a ring;
 /// - the same of 4K, where the carried state weighs most;
 /// - all of 8 ranks with 8K tokens each, one after another, against one launch over all tokens.
-const CASES: [Case; 9] = [
+const CASES: [Shape; 9] = [
     ("16384-full", 16_384, 1, Mask::Full, Some((0, 0))),
     ("16384-causal", 16_384, 1, Mask::Causal, Some((0, 0))),
     ("16384-full-first", 16_384 * 4, 4, Mask::Full, Some((0, 0))),
@@ -80,41 +84,106 @@ fn gpu(criterion: &mut Criterion) {
 fn steps(criterion: &mut Criterion, bench: &mut GpuBench) {
     let mut group = bench.group(criterion, "seq-parallel/ring-step", "bf16");
     group.group.sample_size(10);
-    for (name, tokens, ranks, mask, only) in CASES {
-        let ring = ring(tokens, ranks, mask);
-        let plans: Vec<RingStepPlan> = match only {
-            Some((rank, _)) => vec![RingStepPlan::new(&ring, rank).expect("a valid plan")],
-            None => (0..ranks).map(|rank| RingStepPlan::new(&ring, rank).expect("a valid plan")).collect(),
-        };
-        let runs: Vec<(usize, usize)> = match only {
-            Some((_, step)) => vec![(0, step)],
-            None => (0..ranks).flat_map(|rank| (0..ranks).map(move |step| (rank, step))).collect(),
-        };
-        let stream = bench.stream.clone();
-        let upload = |vectors, seed| {
-            stream.clone_htod(&Inputs::Normal.generate::<bf16>(vectors, DIM, seed)).expect("copy")
-        };
-        // Every rank has the same number of tokens, so that all may read the same queries and the same block.
+    for shape in &CASES {
+        bench.case(&mut group, shape.0, |case| step(case, shape));
+    }
+}
+
+/// What the ranks hold: all of them the same queries and the same block, K `[own, KV_HEADS, DIM]`, then V, so that one of each is enough.
+struct Held {
+    ring: RingPlan,
+    /// Tokens of a rank.
+    own: usize,
+    q: Vectors<bf16>,
+    block: Vectors<bf16>,
+}
+
+impl Held {
+    fn new(tokens: usize, ranks: usize, mask: Mask) -> Self {
         let own = tokens / ranks;
-        let (q, block) = (upload(own * Q_HEADS, 1), upload(own * KV_HEADS * 2, 2));
-        let rows = own * Q_HEADS;
-        let mut o = stream.alloc_zeros::<f32>(rows * DIM).expect("allocate");
-        let mut ml = stream.alloc_zeros::<f32>(rows * 2).expect("allocate");
-        let mut out = stream.alloc_zeros::<bf16>(rows * DIM).expect("allocate");
-        let mut lse = stream.alloc_zeros::<f32>(rows).expect("allocate");
-        let mut status = StatusWord::new(&stream).expect("allocate");
-        let mut workspace = Workspace::zeroed(&stream, plans[0].workspace().bytes()).expect("allocate");
-        let prepared: Vec<_> = plans
+        Held { ring: ring(tokens, ranks, mask), own, q: Vectors::new(DIM, 1), block: Vectors::new(DIM, 2) }
+    }
+
+    fn upload(&self, stream: &Arc<CudaStream>) -> [CudaSlice<bf16>; 2] {
+        [self.q.upload(stream, self.own * Q_HEADS), self.block.upload(stream, self.own * KV_HEADS * 2)]
+    }
+
+    /// Some rows of a rank, each with attention over the block of each of `sources`, as far as the mask shows its keys.
+    fn rows(&self, rank: usize, sources: &[usize]) -> Vec<(usize, check::Row)> {
+        let shards = self.ring.shards();
+        let positions: Vec<usize> =
+            shards.queries(rank).iter().flat_map(|segment| segment.positions()).collect();
+        let keys: Vec<(usize, usize)> = sources
             .iter()
-            .map(|plan| {
-                let step = RingStep::<_, bf16>::prepare(&bench.gpu, plan).expect("prepare");
-                let tiles = stream.clone_htod(bytemuck::cast_slice::<_, u8>(plan.tiles())).expect("copy");
-                (step, tiles, stream.clone_htod(plan.tile_counts()).expect("copy"))
-            })
+            .flat_map(|source| shards.keys(*source))
+            .flat_map(|segment| segment.positions().zip(segment.row..))
             .collect();
-        let bytes = runs.iter().map(|&(rank, step)| plans[rank].bytes_moved(step, DType::BF16)).sum();
-        let flops = runs.iter().map(|&(rank, step)| plans[rank].flops(step)).sum();
-        bench.case(&mut group, name, (bytes, flops), |stream| {
+        let samples = [(0, 0), (self.own / 2 + 1, 13), (self.own - 1, Q_HEADS - 1)];
+        let row = |(query, head): (usize, usize)| {
+            let seen = |(position, _): &&(usize, usize)| {
+                self.ring.spec().mask == Mask::Full || *position <= positions[query]
+            };
+            let rows: Vec<usize> = keys.iter().filter(seen).map(|(_, row)| *row).collect();
+            let at = |token: usize| rows[token] * KV_HEADS + head * KV_HEADS / Q_HEADS;
+            let (k, v) =
+                (|token| self.block.get(at(token)), |token| self.block.get(self.own * KV_HEADS + at(token)));
+            let row = query * Q_HEADS + head;
+            (row, check::attention(self.ring.spec().score, self.q.get(row), rows.len(), k, v))
+        };
+        samples.map(row).to_vec()
+    }
+}
+
+/// What a step leaves.
+struct Left {
+    o: CudaSlice<f32>,
+    ml: CudaSlice<f32>,
+    out: CudaSlice<bf16>,
+    lse: CudaSlice<f32>,
+    status: StatusWord,
+}
+
+impl Left {
+    fn new(stream: &Arc<CudaStream>, rows: usize) -> Self {
+        Left {
+            // A state that has seen no key: steps that continue one add their block to it.
+            o: stream.alloc_zeros(rows * DIM).expect("allocate"),
+            ml: repeated(stream, &[f32::NEG_INFINITY, 0.0], rows * 2),
+            out: poisoned(stream, rows * DIM),
+            lse: poisoned(stream, rows),
+            status: StatusWord::new(stream).expect("allocate"),
+        }
+    }
+}
+
+fn step(case: &mut Case<'_, '_>, &(_, tokens, ranks, mask, only): &Shape) {
+    let (gpu, stream) = (&case.bench.gpu, case.bench.stream.clone());
+    let held = Held::new(tokens, ranks, mask);
+    let plans: Vec<RingStepPlan> = match only {
+        Some((rank, _)) => vec![RingStepPlan::new(&held.ring, rank).expect("a valid plan")],
+        None => (0..ranks).map(|rank| RingStepPlan::new(&held.ring, rank).expect("a valid plan")).collect(),
+    };
+    let runs: Vec<(usize, usize)> = match only {
+        Some((_, step)) => vec![(0, step)],
+        None => (0..ranks).flat_map(|rank| (0..ranks).map(move |step| (rank, step))).collect(),
+    };
+    let [q, block] = held.upload(&stream);
+    let mut workspace = Workspace::zeroed(&stream, plans[0].workspace().bytes()).expect("allocate");
+    let prepared: Vec<_> = plans
+        .iter()
+        .map(|plan| {
+            let step = RingStep::<_, bf16>::prepare(gpu, plan).expect("prepare");
+            let tiles = stream.clone_htod(bytemuck::cast_slice::<_, u8>(plan.tiles())).expect("copy");
+            (step, tiles, stream.clone_htod(plan.tile_counts()).expect("copy"))
+        })
+        .collect();
+    stream.synchronize().expect("the copies ran");
+    let bytes = runs.iter().map(|&(rank, step)| plans[rank].bytes_moved(step, DType::BF16)).sum();
+    let flops = runs.iter().map(|&(rank, step)| plans[rank].flops(step)).sum();
+    let left = case.time(
+        Work::new(bytes, flops).note("tiles planned on the host"),
+        Left::new(&stream, held.own * Q_HEADS),
+        |left, stream| {
             for &(rank, index) in &runs {
                 let (step, tiles, counts) = &prepared[rank];
                 let args = RingStepArgs {
@@ -122,17 +191,32 @@ fn steps(criterion: &mut Criterion, bench: &mut GpuBench) {
                     tile_counts: &View::device(counts, stream),
                     q: &View::device(&q, stream),
                     block: &View::device(&block, stream),
-                    o: ViewMut::device(&mut o, stream),
-                    ml: ViewMut::device(&mut ml, stream),
-                    out: Some(ViewMut::device(&mut out, stream)),
-                    lse: ViewMut::device(&mut lse, stream),
-                    status: status.view_mut(stream),
+                    o: ViewMut::device(&mut left.o, stream),
+                    ml: ViewMut::device(&mut left.ml, stream),
+                    out: Some(ViewMut::device(&mut left.out, stream)),
+                    lse: ViewMut::device(&mut left.lse, stream),
+                    status: left.status.view_mut(stream),
                 };
                 step.run(stream, index, args, workspace.view_mut(stream)).expect("launch");
             }
-        });
-        assert_eq!(status.read(&stream).expect("read the status"), None, "{name}");
-    }
+        },
+        |left, stream| {
+            check::no_fault(stream, &left.status);
+            match only {
+                // One block, whatever rank it comes from, for all hold the same and nothing is masked where there are several.
+                Some((rank, step)) if step + 1 < ranks => {
+                    check::states(stream, &left.o, &left.ml, &held.rows(rank, &[rank]));
+                }
+                Some((rank, _)) => check::rows(stream, &left.out, &left.lse, &held.rows(rank, &[rank])),
+                // The last rank is the last that wrote.
+                None => {
+                    let all: Vec<usize> = (0..ranks).collect();
+                    check::rows(stream, &left.out, &left.lse, &held.rows(ranks - 1, &all));
+                }
+            }
+        },
+    );
+    check::no_fault(&stream, &left.status);
 }
 
 /// 8 ranks with 8K tokens each on one GPU whose blocks really go round, each exchange beside the step before; against
@@ -140,78 +224,86 @@ fn steps(criterion: &mut Criterion, bench: &mut GpuBench) {
 fn moving(criterion: &mut Criterion, bench: &mut GpuBench) {
     let mut group = bench.group(criterion, "seq-parallel/ring", "bf16");
     group.group.sample_size(10);
-    let (tokens, ranks) = (65_536, 8);
-    let ring = ring(tokens, ranks, Mask::Causal);
-    let stream = bench.stream.clone();
-    let own = tokens / ranks;
-    let q = stream.clone_htod(&Inputs::Normal.generate::<bf16>(own * Q_HEADS, DIM, 1)).expect("copy");
-    let block = Inputs::Normal.generate::<bf16>(own * KV_HEADS * 2, DIM, 2);
+    bench.case(&mut group, "8-ranks-of-8192-causal", |case| ring_of_ranks(case, 65_536, 8));
+}
+
+fn ring_of_ranks(case: &mut Case<'_, '_>, tokens: usize, ranks: usize) {
+    let (gpu, stream) = (&case.bench.gpu, case.bench.stream.clone());
+    let held = Held::new(tokens, ranks, Mask::Causal);
+    let q = held.q.upload(&stream, held.own * Q_HEADS);
     let kernels: Vec<_> = (0..ranks)
         .map(|rank| {
-            let plan = RingStepPlan::new(&ring, rank).expect("a valid plan");
-            RingStep::<_, bf16>::prepare(&bench.gpu, &plan).expect("prepare")
+            let plan = RingStepPlan::new(&held.ring, rank).expect("a valid plan");
+            RingStep::<_, bf16>::prepare(gpu, &plan).expect("prepare")
         })
         .collect();
-    let rows = own * Q_HEADS;
+    let rows = held.own * Q_HEADS;
     let ends = World::new(ranks).expect("ranks").1.into_iter();
-    let ends = ends.map(|end| (end, stream.context().new_stream().expect("a stream")));
-    let mut of_ranks: Vec<_> = OneGpu::group(ends)
+    let ends = ends.map(|end| (end, case.bench.second_stream()));
+    let of_ranks: Vec<_> = OneGpu::group(ends)
         .into_iter()
         .zip(&kernels)
         .map(|(end, kernel)| {
             let plan = kernel.plan();
-            let block = || stream.clone_htod(bytemuck::cast_slice::<_, u8>(&block)).expect("copy");
-            let blocks = (block(), Some(block()));
+            let copy = || held.block.upload_bytes(&stream, held.own * KV_HEADS * 2);
+            let blocks = (copy(), Some(copy()));
             let tiles = stream.clone_htod(bytemuck::cast_slice::<_, u8>(plan.tiles())).expect("copy");
             let counts = stream.clone_htod(plan.tile_counts()).expect("copy");
-            let state =
-                [rows * DIM, rows * 2, rows].map(|len| stream.alloc_zeros::<f32>(len).expect("allocate"));
-            let out = stream.alloc_zeros::<bf16>(rows * DIM).expect("allocate");
             let workspace = Workspace::zeroed(&stream, plan.workspace().bytes()).expect("allocate");
-            (end, Some(blocks), tiles, counts, state, out, workspace)
+            (end, Some(blocks), tiles, counts, Left::new(&stream, rows), workspace)
         })
         .collect();
-    let mut status = StatusWord::new(&stream).expect("allocate");
+    stream.synchronize().expect("the copies ran");
     let plans = || kernels.iter().map(RingStep::plan);
     let all = |of: &dyn Fn(&RingStepPlan, usize) -> u64| -> u64 {
         plans().map(|plan| (0..ranks).map(|step| of(plan, step)).sum::<u64>()).sum()
     };
     let bytes = all(&|plan, step| plan.bytes_moved(step, DType::BF16));
     let flops = all(&|plan, step| plan.flops(step));
-    bench.case(&mut group, "8-ranks-of-8192-causal", (bytes, flops), |stream| {
-        let mut rings: Vec<_> = of_ranks
-            .iter_mut()
-            .zip(&kernels)
-            .enumerate()
-            .map(|(rank, ((_, blocks, ..), kernel))| {
-                // Whose block it is matters to no time.
-                let (own, spare) = blocks.take().expect("the ring before has ended");
-                DeviceRing::new(kernel, rank, own, spare).expect("a ring")
-            })
-            .collect();
-        for _ in 0..ranks {
-            for (ring, (end, _, tiles, counts, [o, ml, lse], out, workspace)) in
-                rings.iter_mut().zip(&mut of_ranks)
-            {
-                let args = DeviceRingArgs {
-                    tiles: &View::device(tiles, stream).cast(),
-                    tile_counts: &View::device(counts, stream),
-                    q: &View::device(&q, stream),
-                    o: ViewMut::device(o, stream),
-                    ml: ViewMut::device(ml, stream),
-                    out: ViewMut::device(out, stream),
-                    lse: ViewMut::device(lse, stream),
-                    status: status.view_mut(stream),
-                };
-                let mut carrier = DeviceCarrier { transport: end, after: stream };
-                ring.step(&mut carrier, stream, args, workspace.view_mut(stream)).expect("a step");
+    let of_ranks = case.time(
+        Work::new(bytes, flops).one_by_one().note("steps and exchanges of all ranks, launched one by one"),
+        of_ranks,
+        |of_ranks, stream| {
+            let mut rings: Vec<_> = of_ranks
+                .iter_mut()
+                .zip(&kernels)
+                .enumerate()
+                .map(|(rank, ((_, blocks, ..), kernel))| {
+                    // Whose block it is matters to no time.
+                    let (own, spare) = blocks.take().expect("the ring before has ended");
+                    DeviceRing::new(kernel, rank, own, spare).expect("a ring")
+                })
+                .collect();
+            for _ in 0..ranks {
+                for (ring, (end, _, tiles, counts, left, workspace)) in rings.iter_mut().zip(&mut *of_ranks) {
+                    let args = DeviceRingArgs {
+                        tiles: &View::device(tiles, stream).cast(),
+                        tile_counts: &View::device(counts, stream),
+                        q: &View::device(&q, stream),
+                        o: ViewMut::device(&mut left.o, stream),
+                        ml: ViewMut::device(&mut left.ml, stream),
+                        out: ViewMut::device(&mut left.out, stream),
+                        lse: ViewMut::device(&mut left.lse, stream),
+                        status: left.status.view_mut(stream),
+                    };
+                    let mut carrier = DeviceCarrier { transport: end, after: stream };
+                    ring.step(&mut carrier, stream, args, workspace.view_mut(stream)).expect("a step");
+                }
             }
-        }
-        for (ring, (_, blocks, ..)) in rings.into_iter().zip(&mut of_ranks) {
-            *blocks = Some(ring.into_blocks().expect("nothing is under way"));
-        }
-    });
-    assert_eq!(status.read(&stream).expect("read the status"), None);
+            for (ring, (_, blocks, ..)) in rings.into_iter().zip(of_ranks) {
+                *blocks = Some(ring.into_blocks().expect("nothing is under way"));
+            }
+        },
+        |of_ranks, stream| {
+            let sources: Vec<usize> = (0..ranks).collect();
+            for rank in [0, ranks - 1] {
+                let (.., left, _) = &of_ranks[rank];
+                check::no_fault(stream, &left.status);
+                check::rows(stream, &left.out, &left.lse, &held.rows(rank, &sources));
+            }
+        },
+    );
+    of_ranks.iter().for_each(|(.., left, _)| check::no_fault(&stream, &left.status));
 }
 
 /// Messages of Ulysses' first all-to-all among 8 ranks with 8K tokens each.
@@ -220,21 +312,29 @@ fn messages(criterion: &mut Criterion, bench: &mut GpuBench) {
     let shape = HeadShape::new(Q_HEADS, KV_HEADS, DIM, DIM).expect("a valid shape");
     let (ranks, types) = (8, (DType::BF16, DType::BF16));
     let rows = Rows { queries: 8192, keys: 8192 };
-    let plans = [
-        ("8192-to-heads-of-8", PackPlan::to_heads(&shape, rows, ranks, types)),
-        ("8192-from-tokens-of-8", PackPlan::from_tokens(&shape, &[rows; 8], 0, types)),
-    ];
-    for (name, plan) in plans {
-        let plan = plan.expect("a valid plan");
-        let stream = bench.stream.clone();
-        let pack = Pack::prepare(&bench.gpu, &plan).expect("prepare");
-        let copies = stream.clone_htod(bytemuck::cast_slice::<_, u8>(plan.copies())).expect("copy");
-        let buffers = |sizes: &[usize]| -> Vec<_> {
-            sizes.iter().map(|&bytes| stream.alloc_zeros::<u8>(bytes).expect("allocate")).collect()
-        };
-        let (sources, mut destinations) = (buffers(plan.sources()), buffers(plan.destinations()));
-        let mut status = StatusWord::new(&stream).expect("allocate");
-        bench.case(&mut group, name, (2 * plan.bytes_moved(), 0), |stream| {
+    bench.case(&mut group, "8192-to-heads-of-8", |case| {
+        pack(case, &PackPlan::to_heads(&shape, rows, ranks, types).expect("a valid plan"));
+    });
+    bench.case(&mut group, "8192-from-tokens-of-8", |case| {
+        pack(case, &PackPlan::from_tokens(&shape, &[rows; 8], 0, types).expect("a valid plan"));
+    });
+}
+
+fn pack(case: &mut Case<'_, '_>, plan: &PackPlan) {
+    let stream = case.bench.stream.clone();
+    let pack = Pack::prepare(&case.bench.gpu, plan).expect("prepare");
+    let copies = stream.clone_htod(bytemuck::cast_slice::<_, u8>(plan.copies())).expect("copy");
+    // A prime number of bytes, so that no two rows hold the same.
+    let block: Vec<bf16> = Inputs::Normal.generate(1, 500_002, 1);
+    let block = &bytemuck::cast_slice::<bf16, u8>(&block)[..1_000_003];
+    let sources: Vec<_> = plan.sources().iter().map(|&bytes| repeated(&stream, block, bytes)).collect();
+    let destinations: Vec<_> =
+        plan.destinations().iter().map(|&bytes| repeated(&stream, &[u8::MAX], bytes)).collect();
+    let status = StatusWord::new(&stream).expect("allocate");
+    let (_, status) = case.time(
+        Work::new(2 * plan.bytes_moved(), 0),
+        (destinations, status),
+        |(destinations, status), stream| {
             let sources: Vec<_> = sources.iter().map(|source| View::device(source, stream)).collect();
             let mut destinations: Vec<_> =
                 destinations.iter_mut().map(|destination| ViewMut::device(destination, stream)).collect();
@@ -245,9 +345,22 @@ fn messages(criterion: &mut Criterion, bench: &mut GpuBench) {
                 status: status.view_mut(stream),
             };
             pack.run(stream, args).expect("launch");
-        });
-        assert_eq!(status.read(&stream).expect("read the status"), None, "{name}");
-    }
+        },
+        |(destinations, status), stream| {
+            check::no_fault(stream, status);
+            let list = plan.copies();
+            for copy in [&list[0], &list[list.len() / 2], &list[list.len() - 1]] {
+                let last = u64::from(copy.rows - 1);
+                let from = (copy.source_offset + last * copy.source_stride) as usize;
+                let to = (copy.destination_offset + last * copy.destination_stride) as usize;
+                let len = copy.row_bytes as usize;
+                let found = check::download(stream, &destinations[copy.destination as usize], to, len);
+                let expected: Vec<u8> = (from..from + len).map(|at| block[at % block.len()]).collect();
+                assert!(found == expected, "the last row of a copy to {to}");
+            }
+        },
+    );
+    check::no_fault(&stream, &status);
 }
 
 criterion_group!(benches, cpu, gpu);

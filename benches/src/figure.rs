@@ -1,7 +1,9 @@
 //! What is written down of a measurement: medians with 10th and 90th percentiles, one JSON object to a line.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write as _;
+use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 
@@ -9,6 +11,10 @@ use serde_json::{Value, json};
 pub const FIGURES_VARIABLE: &str = "LONGKV_FIGURES";
 /// Environment variable that names the file for ceilings.
 pub const CEILINGS_VARIABLE: &str = "LONGKV_CEILINGS";
+/// Environment variable that names a file of figures that were measured before: JSON lines as in [`FIGURES_VARIABLE`]'s.
+pub const HAD_VARIABLE: &str = "LONGKV_FIGURES_HAD";
+/// The name of our own kernels among the implementations.
+pub const OURS: &str = "longkv";
 
 /// Order statistics of some samples.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -53,6 +59,37 @@ pub fn ceiling(name: &str, unit: &str, summary: Summary, parameters: &[(&str, u6
     })
 }
 
+/// A line that says why a bench has no time.
+pub fn skipped(bench: &str, reason: &str) -> Value {
+    json!({ "bench": bench, "implementation": OURS, "skipped": reason })
+}
+
+/// Benches of ours that the file named by [`HAD_VARIABLE`] has a time for.
+///
+/// # Panics
+/// When the file cannot be read.
+pub fn had() -> &'static BTreeSet<String> {
+    static HAD: OnceLock<BTreeSet<String>> = OnceLock::new();
+    HAD.get_or_init(|| {
+        let Some(path) = std::env::var_os(HAD_VARIABLE).filter(|path| !path.is_empty()) else {
+            return BTreeSet::new();
+        };
+        let text = std::fs::read_to_string(&path);
+        measured(&text.unwrap_or_else(|error| panic!("{HAD_VARIABLE}: {}: {error}", path.display())))
+    })
+}
+
+/// Benches of ours that lines have a time for. A line that was cut off and one that says why there is no time do not count.
+fn measured(lines: &str) -> BTreeSet<String> {
+    let figures = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let timed = figures.filter(|figure| {
+        figure["implementation"] == OURS
+            && figure["skipped"].is_null()
+            && figure["median_us"].as_f64().is_some_and(|time| time > 0.0)
+    });
+    timed.filter_map(|figure| figure["bench"].as_str().map(str::to_string)).collect()
+}
+
 /// Appends a line to the file that an environment variable names, if it names one.
 ///
 /// # Panics
@@ -79,6 +116,19 @@ mod tests {
         let one = Summary::of(&[7.0]).expect("a sample");
         assert_eq!((one.p10, one.median, one.p90), (7.0, 7.0, 7.0));
         assert_eq!(Summary::of(&[]), None);
+    }
+
+    #[test]
+    fn only_what_has_a_time_was_measured() {
+        let lines = [
+            r#"{"bench":"a","implementation":"longkv","median_us":2.5}"#.to_string(),
+            r#"{"bench":"b","implementation":"torch","median_us":2.5}"#.to_string(),
+            skipped("c", "a fault").to_string(),
+            r#"{"bench":"d","implementation":"longkv","median_us":0}"#.to_string(),
+            r#"{"bench":"e","implementation":"longkv","median_us":1,"skipped":null}"#.to_string(),
+            r#"{"bench":"f","implementation":"longkv","med"#.to_string(),
+        ];
+        assert_eq!(measured(&lines.join("\n")).into_iter().collect::<Vec<_>>(), ["a", "e"]);
     }
 
     #[test]

@@ -192,6 +192,8 @@ pub struct Figure {
     pub bytes: u64,
     /// Floating-point or integer operations that the problem takes.
     pub flops: u64,
+    /// Of the bytes, those that cross the link to host memory.
+    pub link_bytes: u64,
     /// Read bandwidth measured in the same process, in GB/s.
     pub read_gb_s: Option<f64>,
     /// Rate of bf16 products through `mma.sync` measured in the same process, in TFLOP/s.

@@ -6,7 +6,7 @@ use criterion::{BenchmarkId, Criterion};
 use kv_compress::calibrate::LayerCalibration;
 use kv_compress::projection::{Projection, project};
 use longkv_attention::testing::Inputs;
-use longkv_benches::throughput;
+use longkv_benches::{host, throughput};
 
 use super::{DIM, KV_HEADS, Q_HEADS, shape};
 
@@ -50,9 +50,10 @@ fn grams() -> LayerCalibration {
 pub(super) fn cpu(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("kv-compress/calibrate/cpu/f64");
     group.sample_size(10);
-    group.bench_function(BenchmarkId::new("whole layer", TOKENS), |bencher| {
+    let name = format!("kv-compress/calibrate/f64/{TOKENS}");
+    host::time(&mut group, BenchmarkId::new("whole layer", TOKENS), &name, || {
         LazyLock::force(&INPUTS);
-        bencher.iter(|| project(0, &grams(), Projection::Optimal).expect("bases"));
+        project(0, &grams(), Projection::Optimal).expect("bases")
     });
     for projection in Projection::ALL {
         group.bench_function(BenchmarkId::new("project", projection), |bencher| {

@@ -16,15 +16,19 @@ use kv_compress::gpu::{
 use kv_compress::reference::{self, Attend};
 use longkv_attention::gpu as dense;
 use longkv_attention::reference::Probabilities;
-use longkv_attention::testing::{Inputs, shuffled_pages};
+use longkv_attention::testing::{Comparison, Inputs, Tolerance, shuffled_pages};
 use longkv_attention::{BlockTable, DType, Mask, PageLayout, Score};
-use longkv_benches::{GpuBench, GpuGroup, throughput};
+use longkv_benches::data::{Vectors, poisoned, repeated};
+use longkv_benches::{Case, GpuBench, Work, check, throughput};
 use longkv_cuda::cudarc::driver::CudaSlice;
 use longkv_cuda::memory::{View, ViewMut};
 use longkv_cuda::status::StatusWord;
 use longkv_cuda::workspace::Workspace;
 
 use super::{DIM, EVEN, KV_HEADS, MIXED, ONE_WIDE, PAGE, Q_HEADS, Ranks, UNIFORM, layout, shape};
+
+/// What the times of decoding cover.
+const PLAN: &str = "decode and merge, without the plan of the step";
 
 const GROUP: usize = Q_HEADS / KV_HEADS;
 
@@ -123,36 +127,35 @@ pub(super) fn cpu(criterion: &mut Criterion) {
 pub(super) fn gpu(criterion: &mut Criterion) {
     let Some(mut bench) = GpuBench::new() else { return };
     let mut group = bench.group(criterion, "kv-compress/decode", "bf16");
-    for (lengths, kv_lens) in lengths() {
+    for (lengths, kv_lens) in &lengths() {
         for (layer, ranks, splits) in LAYERS {
-            low_rank(&mut bench, &mut group, &format!("{layer}/{lengths}"), &ranks, splits, &kv_lens);
+            bench.case(&mut group, &format!("{layer}/{lengths}"), |case| {
+                low_rank(case, &ranks, splits, kv_lens);
+            });
         }
-        over_dense(&mut bench, &mut group, &format!("dense/{lengths}"), None, &kv_lens);
-        over_dense(&mut bench, &mut group, &format!("reconstruct/{lengths}"), Some(&UNIFORM), &kv_lens);
+        bench.case(&mut group, &format!("dense/{lengths}"), |case| over_dense(case, None, kv_lens));
+        bench.case(&mut group, &format!("reconstruct/{lengths}"), |case| {
+            over_dense(case, Some(&UNIFORM), kv_lens);
+        });
     }
 }
 
-fn low_rank(
-    bench: &mut GpuBench,
-    group: &mut GpuGroup<'_>,
-    name: &str,
-    ranks: &Ranks,
-    splits: Splits,
-    kv_lens: &[usize],
-) {
-    let plan = plan(ranks, splits, kv_lens, bench.gpu.sm_count());
-    let planner = DecodeStep::prepare(&bench.gpu, &plan).expect("prepare");
-    let decode = Decode::<_, bf16>::prepare(&bench.gpu, &plan).expect("prepare");
-    let stream = bench.stream.clone();
+fn low_rank(case: &mut Case<'_, '_>, ranks: &Ranks, splits: Splits, kv_lens: &[usize]) {
+    let (gpu, stream) = (&case.bench.gpu, case.bench.stream.clone());
+    let plan = plan(ranks, splits, kv_lens, gpu.sm_count());
+    let planner = DecodeStep::prepare(gpu, &plan).expect("prepare");
+    let decode = Decode::<_, bf16>::prepare(gpu, &plan).expect("prepare");
     let (k_sum, v_sum) = ranks.iter().fold((0, 0), |(k, v), ranks| (k + ranks.0, v + ranks.1));
-    let page = layout(ranks).page_elements();
-    let store = stream.clone_htod(&random(pages(kv_lens) * page, page, 5)).expect("copy");
-    let q = stream.clone_htod(&random(kv_lens.len() * GROUP * k_sum, GROUP * k_sum, 1)).expect("copy");
+    let layout = layout(ranks);
+    let page = random(layout.page_elements(), layout.page_elements(), 5);
+    let store = repeated(&stream, &page, pages(kv_lens) * page.len());
+    let q = random(GROUP * k_sum, GROUP * k_sum, 1);
+    let q_device = repeated(&stream, &q, kv_lens.len() * q.len());
     let lens: Vec<u32> = kv_lens.iter().map(|len| *len as u32).collect();
     let lens = stream.clone_htod(&lens).expect("copy");
     let table = stream.clone_htod(&block_table(kv_lens)).expect("copy");
-    let mut out = stream.alloc_zeros::<bf16>(kv_lens.len() * GROUP * v_sum).expect("allocate");
-    let mut lse = stream.alloc_zeros::<f32>(kv_lens.len() * Q_HEADS).expect("allocate");
+    let out = poisoned::<bf16>(&stream, kv_lens.len() * GROUP * v_sum);
+    let lse = poisoned::<f32>(&stream, kv_lens.len() * Q_HEADS);
     let mut status = StatusWord::new(&stream).expect("allocate");
     let mut step_workspace = Workspace::zeroed(&stream, plan.step_workspace().bytes()).expect("allocate");
     let mut workspace = Workspace::zeroed(&stream, plan.workspace().bytes()).expect("allocate");
@@ -163,30 +166,51 @@ fn low_rank(
         status: status.view_mut(&stream),
     };
     let step = planner.run(&stream, step, step_workspace.view_mut(&stream)).expect("plan the step");
-    let work = (plan.bytes_moved(kv_lens, DType::BF16), plan.flops(kv_lens));
-    bench.case(group, name, work, |stream| {
-        let args = DecodeArgs {
-            q: &View::device(&q, stream),
-            pages: &View::device(&store, stream),
-            block_table: &block_table,
-            out: ViewMut::device(&mut out, stream),
-            lse: ViewMut::device(&mut lse, stream),
-        };
-        decode.run(stream, args, &step, workspace.view_mut(stream)).expect("launch");
-    });
+    let work = Work::new(plan.bytes_moved(kv_lens, DType::BF16), plan.flops(kv_lens)).note(PLAN);
+    case.time(
+        work,
+        (out, lse),
+        |(out, lse), stream| {
+            let args = DecodeArgs {
+                q: &View::device(&q_device, stream),
+                pages: &View::device(&store, stream),
+                block_table: &block_table,
+                out: ViewMut::device(out, stream),
+                lse: ViewMut::device(lse, stream),
+            };
+            decode.run(stream, args, &step, workspace.view_mut(stream)).expect("launch");
+        },
+        |(out, lse), stream| {
+            // All pages hold the same, so that attention over n of them is that over one, with an LSE that is ln n more.
+            let view = PagedView {
+                layout: &layout,
+                pages: &page,
+                block_table: BlockTable::shared(&[0], 1, 1).expect("a block table"),
+                lengths: &[PAGE as u32],
+            };
+            let attend = Attend { group: GROUP, score: score(), mask: Mask::Causal };
+            let expected = reference::attend(&attend, &q, &[0, 1], &view, Probabilities::Rounded);
+            let expected = expected.expect("valid inputs");
+            let longest = (0..kv_lens.len()).max_by_key(|sequence| kv_lens[*sequence]).expect("a sequence");
+            for sequence in [0, longest] {
+                let found = check::download(stream, out, sequence * GROUP * v_sum, GROUP * v_sum);
+                Comparison::attention(&found, &expected.out, GROUP * v_sum)
+                    .assert(format!("sequence {sequence}"));
+                let copies = (kv_lens[sequence] as f64 / PAGE as f64).ln();
+                let lses: Vec<f64> = expected.lse.iter().map(|lse| lse + copies).collect();
+                let found = check::download(stream, lse, sequence * Q_HEADS, Q_HEADS);
+                Comparison::new(&found, &lses, Tolerance::LSE).assert(format!("LSE of sequence {sequence}"));
+            }
+        },
+    );
     drop(step);
-    assert_eq!(status.read(&stream).expect("read the status"), None, "{name}");
+    check::no_fault(&stream, &status);
 }
 
 /// The dense kernel over full keys and values, which are rebuilt from a low-rank cache first where ranks are given. Bytes are
 /// those that the method has to read: uncompressed vectors, or the low-rank cache.
-fn over_dense(
-    bench: &mut GpuBench,
-    group: &mut GpuGroup<'_>,
-    name: &str,
-    ranks: Option<&Ranks>,
-    kv_lens: &[usize],
-) {
+fn over_dense(case: &mut Case<'_, '_>, ranks: Option<&Ranks>, kv_lens: &[usize]) {
+    let (gpu, stream) = (&case.bench.gpu, case.bench.stream.clone());
     let pages = pages(kv_lens);
     let hnd = PageLayout::hnd(PAGE, KV_HEADS, DIM);
     let max_pages = max_pages(kv_lens);
@@ -206,25 +230,25 @@ fn over_dense(
             v: hnd,
         },
         splits: dense::Splits::Balanced,
-        sm_count: bench.gpu.sm_count(),
+        sm_count: gpu.sm_count(),
     })
     .expect("a valid plan");
-    let planner = dense::DecodeStep::prepare(&bench.gpu, &plan).expect("prepare");
-    let decode = dense::Decode::<_, bf16>::prepare(&bench.gpu, &plan).expect("prepare");
-    let stream = bench.stream.clone();
-    let page = PAGE * KV_HEADS * DIM;
-    let upload = |elements, piece, seed| stream.clone_htod(&random(elements, piece, seed)).expect("copy");
-    let (mut k, mut v) = (upload(pages * page, page, 5), upload(pages * page, page, 6));
-    let q = upload(kv_lens.len() * Q_HEADS * DIM, Q_HEADS * DIM, 1);
+    let planner = dense::DecodeStep::prepare(gpu, &plan).expect("prepare");
+    let decode = dense::Decode::<_, bf16>::prepare(gpu, &plan).expect("prepare");
+    let (k, v, q) = (Vectors::new(DIM, 5), Vectors::new(DIM, 6), Vectors::<bf16>::new(DIM, 1));
+    let vectors = pages * PAGE * KV_HEADS;
+    let (k_device, v_device) = (k.upload(&stream, vectors), v.upload(&stream, vectors));
+    let q_device = q.upload(&stream, kv_lens.len() * Q_HEADS);
     let lens: Vec<u32> = kv_lens.iter().map(|len| *len as u32).collect();
     let lens = stream.clone_htod(&lens).expect("copy");
-    let table = stream.clone_htod(&block_table(kv_lens)).expect("copy");
-    let mut out = stream.alloc_zeros::<bf16>(kv_lens.len() * Q_HEADS * DIM).expect("allocate");
-    let mut lse = stream.alloc_zeros::<f32>(kv_lens.len() * Q_HEADS).expect("allocate");
+    let numbers = block_table(kv_lens);
+    let table = stream.clone_htod(&numbers).expect("copy");
+    let out = poisoned::<bf16>(&stream, kv_lens.len() * Q_HEADS * DIM);
+    let lse = poisoned::<f32>(&stream, kv_lens.len() * Q_HEADS);
     let mut status = StatusWord::new(&stream).expect("allocate");
     let mut step_workspace = Workspace::zeroed(&stream, plan.step_workspace().bytes()).expect("allocate");
     let mut workspace = Workspace::zeroed(&stream, plan.workspace().bytes()).expect("allocate");
-    let rebuild = ranks.map(|ranks| Rebuild::new(bench, ranks, pages));
+    let rebuild = ranks.map(|ranks| Rebuild::new(case.bench, ranks, pages));
     let block_table = View::device(&table, &stream);
     let step = dense::DecodeStepArgs {
         kv_len: &View::device(&lens, &stream),
@@ -235,30 +259,64 @@ fn over_dense(
     let step = planner.run(&stream, step, step_workspace.view_mut(&stream)).expect("plan the step");
     let dense_bytes = plan.bytes_moved(kv_lens, DType::BF16);
     let bytes = rebuild.as_ref().map_or(dense_bytes, |rebuild| rebuild.cache_bytes);
-    bench.case(group, name, (bytes, plan.flops(kv_lens)), |stream| {
-        if let Some(rebuild) = &rebuild {
-            let args = ReconstructArgs {
-                pages: &View::device(&rebuild.cache, stream),
-                back_k: &View::device(&rebuild.back_k, stream),
-                back_v: &View::device(&rebuild.back_v, stream),
-                k: ViewMut::device(&mut k, stream),
-                v: ViewMut::device(&mut v, stream),
+    case.time(
+        Work::new(bytes, plan.flops(kv_lens)).note(PLAN),
+        (k_device, v_device, out, lse),
+        |(k, v, out, lse), stream| {
+            if let Some(rebuild) = &rebuild {
+                let args = ReconstructArgs {
+                    pages: &View::device(&rebuild.cache, stream),
+                    back_k: &View::device(&rebuild.back_k, stream),
+                    back_v: &View::device(&rebuild.back_v, stream),
+                    k: ViewMut::device(k, stream),
+                    v: ViewMut::device(v, stream),
+                };
+                rebuild.kernel.run(stream, args).expect("launch");
+            }
+            let args = dense::DecodeArgs {
+                q: &View::device(&q_device, stream),
+                k: &View::device(k, stream),
+                v: &View::device(v, stream),
+                block_table: Some(&block_table),
+                kv_start: None,
+                out: ViewMut::device(out, stream),
+                lse: ViewMut::device(lse, stream),
             };
-            rebuild.kernel.run(stream, args).expect("launch");
-        }
-        let args = dense::DecodeArgs {
-            q: &View::device(&q, stream),
-            k: &View::device(&k, stream),
-            v: &View::device(&v, stream),
-            block_table: Some(&block_table),
-            kv_start: None,
-            out: ViewMut::device(&mut out, stream),
-            lse: ViewMut::device(&mut lse, stream),
-        };
-        decode.run(stream, args, &step, workspace.view_mut(stream)).expect("launch");
-    });
+            decode.run(stream, args, &step, workspace.view_mut(stream)).expect("launch");
+        },
+        |(k_device, v_device, out, lse), stream| {
+            let (head, kv_head) = (Q_HEADS - 1, KV_HEADS - 1);
+            // What the decode has read, where a kernel made it: all pages of the low-rank cache hold the same.
+            let page_of = |device: &CudaSlice<bf16>, page: usize| {
+                check::download(stream, device, (page * KV_HEADS + kv_head) * PAGE * DIM, PAGE * DIM)
+            };
+            let made = rebuild.is_some().then(|| {
+                let page = numbers[0] as usize;
+                let made = [page_of(k_device, page), page_of(v_device, page)];
+                assert!(made.iter().flatten().any(|x| x.to_f32() != 0.0), "nothing was rebuilt");
+                made
+            });
+            let at = |token: usize| {
+                let page = numbers[token / PAGE] as usize;
+                (page * KV_HEADS + kv_head) * PAGE + token % PAGE
+            };
+            let vector = |part: usize, token: usize| match (&made, part) {
+                (Some(made), _) => &made[part][token % PAGE * DIM..][..DIM],
+                (None, 0) => k.get(at(token)),
+                (None, _) => v.get(at(token)),
+            };
+            let row = check::attention(
+                score(),
+                q.get(head),
+                kv_lens[0],
+                |token| vector(0, token),
+                |token| vector(1, token),
+            );
+            check::rows(stream, out, lse, &[(head, row)]);
+        },
+    );
     drop(step);
-    assert_eq!(status.read(&stream).expect("read the status"), None, "{name}");
+    check::no_fault(&stream, &status);
 }
 
 /// A low-rank cache and what rebuilds dense keys and values from it.
@@ -274,8 +332,7 @@ impl Rebuild {
     fn new(bench: &GpuBench, ranks: &Ranks, pages: usize) -> Self {
         let layout = layout(ranks);
         let plan = ReconstructPlan::new(shape(), &layout, pages).expect("a valid plan");
-        let upload =
-            |elements, piece, seed| bench.stream.clone_htod(&random(elements, piece, seed)).expect("copy");
+        let upload = |elements, piece, seed| repeated(&bench.stream, &random(piece, piece, seed), elements);
         let (k_sum, v_sum) = ranks.iter().fold((0, 0), |(k, v), ranks| (k + ranks.0, v + ranks.1));
         Rebuild {
             kernel: Reconstruct::prepare(&bench.gpu, &plan).expect("prepare"),

@@ -5,7 +5,7 @@
 //! - [`host_link`]: host memory by copy engine, by loads and by bulk copies; whether L2 keeps what was read.
 //! - [`overhead`]: what launches and events cost.
 //!
-//! Data is random: a device that moves or multiplies zeros draws less power and clocks higher.
+//! They are measured as kernels are, with a cold L2 and the launch's latency hidden. Data is random: a device that moves or multiplies zeros draws less power and clocks higher.
 
 pub mod host_link;
 pub mod matrix;
@@ -18,6 +18,7 @@ use longkv_cuda::cudarc::driver::{CudaSlice, CudaStream};
 use serde_json::Value;
 
 use crate::GpuBench;
+use crate::data::repeated;
 use crate::figure::{self, CEILINGS_VARIABLE, Summary};
 
 pub use matrix::bf16_rate;
@@ -61,15 +62,7 @@ fn fill_random(bytes: &mut [u8]) {
 /// # Panics
 /// When the device has not enough memory.
 pub(crate) fn random_bytes(stream: &Arc<CudaStream>, len: usize) -> CudaSlice<u8> {
-    const BLOCK: usize = 64 << 20;
-    let mut host = vec![0; BLOCK.min(len)];
-    fill_random(&mut host);
-    let mut device = stream.alloc_zeros::<u8>(len).expect("device memory");
-    for start in (0..len).step_by(BLOCK) {
-        let end = (start + BLOCK).min(len);
-        stream.memcpy_htod(&host[..end - start], &mut device.slice_mut(start..end)).expect("copy");
-    }
-    // The copies read `host`, which is about to go.
-    stream.synchronize().expect("the copies ran");
-    device
+    let mut block = vec![0; len.min(64 << 20)];
+    fill_random(&mut block);
+    repeated(stream, &block, len)
 }

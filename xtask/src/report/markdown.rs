@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 
 use xtask::results::{Ceiling, Figure};
 
+use super::ratios::{Measurements, TARGETS, Target};
 use super::{Accuracy, Device, plots};
 use crate::gpu::ledger::Status;
 use crate::gpu::status::{self, RowStatus};
@@ -26,7 +27,8 @@ pub(super) fn report(rows: &[RowStatus], devices: &[Device], accuracy: &[Accurac
     proof(&mut report.text, rows);
     report.text += "\n## Speed\n\n";
     if devices.is_empty() {
-        report.text += "Nothing was measured on a GPU yet, so there are no speeds to report.\n";
+        report.text += "Nothing was measured on a GPU yet, so there are no speeds to report. What they will be judged by:\n\n";
+        targets(&mut report.text, &Measurements::new(std::iter::empty(), &[]));
     } else {
         report.text += "Times are medians of device time with a cold L2, with 10th and 90th percentiles; shares are of the read \
             bandwidth that the same process measured. A ratio above 1 means that we are faster than the peer.\n";
@@ -80,15 +82,19 @@ fn device(report: &mut Report, device: &Device) {
         let svg = plots::host_link(&ceilings.values).draw();
         plot(report, &device.folder, "host-link", "Host link", svg);
     }
+    let figures = || device.figures.iter().flat_map(|figures| &figures.values);
+    let ceilings = device.ceilings.as_ref().map_or(&[][..], |ceilings| &ceilings.values);
+    let measured = Measurements::new(figures(), ceilings);
+    report.text += "\n#### Targets\n\nQuotients of what the same run measured; host links are judged by the best rate of `hybrid-gemm/link`.\n\n";
+    targets(&mut report.text, &measured);
     let mut families: BTreeMap<&str, Vec<&Figure>> = BTreeMap::new();
-    for figure in device.figures.iter().flat_map(|figures| &figures.values) {
+    for figure in figures() {
         families.entry(family(&figure.bench).0).or_default().push(figure);
     }
-    let ours = device.figures.iter().flat_map(|figures| &figures.values);
-    plot(report, &device.folder, "roofline", "Roofline", plots::roofline(ours).draw());
+    plot(report, &device.folder, "roofline", "Roofline", plots::roofline(figures()).draw());
     for (name, figures) in families {
         write!(report.text, "\n#### {name}\n\n").expect("a String takes everything");
-        table(&mut report.text, &figures);
+        table(&mut report.text, &figures, measured.link_gb_s());
         let svg = plots::family(name, &figures).draw();
         plot(report, &device.folder, &name.replace('/', "-"), name, svg);
     }
@@ -123,8 +129,24 @@ fn ceilings(text: &mut String, ceilings: &[Ceiling]) {
     }
 }
 
+/// One row for each target.
+fn targets(text: &mut String, measured: &Measurements<'_>) {
+    heading(text, &["target", "measured", "must", "aim", "", "because"]);
+    for target in TARGETS {
+        let Target { name, unit, must, aim, source, .. } = target;
+        let (found, verdict) = match measured.quotient(target) {
+            Ok(quotient) => (unit.text(quotient), target.verdict(quotient)),
+            Err(_) => ("not measured".to_string(), ""),
+        };
+        let cells = [name, found.as_str(), &must.text(*unit), &aim.text(*unit), verdict, source];
+        line(text, &cells.map(str::to_string));
+    }
+}
+
 /// One row for each shape: ours with its rates, every peer with its ratio, and who did not run.
-fn table(text: &mut String, figures: &[&Figure]) {
+///
+/// Where bytes cross the link to host memory their rate is also given as a share of `link_gb_s`, the best rate measured over it.
+fn table(text: &mut String, figures: &[&Figure], link_gb_s: Option<f64>) {
     let mut shapes: BTreeMap<(u64, &str), BTreeMap<&str, &Figure>> = BTreeMap::new();
     let work: BTreeMap<&str, u64> =
         figures.iter().map(|f| (f.bench.as_str(), f.bytes.max(f.flops))).collect();
@@ -137,7 +159,9 @@ fn table(text: &mut String, figures: &[&Figure]) {
     peers.sort_unstable();
     peers.dedup();
     peers.retain(|name| *name != OURS);
+    let over_link = figures.iter().any(|figure| figure.link_bytes > 0);
     let mut head = vec!["shape", "ours", "GB/s", "of read bandwidth", "TFLOP/s", "of bf16 mma.sync"];
+    head.extend(over_link.then_some("of host link"));
     head.extend(&peers);
     heading(text, &head);
     let mut remarks = Vec::new();
@@ -146,20 +170,24 @@ fn table(text: &mut String, figures: &[&Figure]) {
         let mut cells = vec![shape.to_string()];
         match ours {
             None => {
-                cells.extend(vec!["not measured".to_string(); 1].into_iter().chain(vec![String::new(); 4]))
+                let reason = implementations.get(OURS).and_then(|figure| figure.skipped.as_ref());
+                remarks.extend(reason.map(|reason| format!("ours on {shape}: {reason}")));
+                let failed = if reason.is_some() { "did not run" } else { "not measured" };
+                cells.push(failed.to_string());
+                cells.extend(vec![String::new(); 4 + usize::from(over_link)]);
             }
             Some(ours) => {
-                let gb_s = ours.bytes as f64 / ours.median_us / 1e3;
-                let share =
-                    ours.read_gb_s.map_or(String::new(), |read| format!("{:.0} %", gb_s / read * 100.0));
-                let mut rates = [String::new(), String::new()];
-                if ours.flops > 0 {
-                    let tflops = ours.flops as f64 / ours.median_us / 1e6;
-                    let share = |rate: f64| format!("{:.0} %", tflops / rate * 100.0);
-                    rates = [digits(tflops), ours.bf16_tflops.map_or(String::new(), share)];
-                }
-                cells.extend([time(ours), digits(gb_s), share]);
-                cells.extend(rates);
+                let gb_s = |bytes: u64| bytes as f64 / ours.median_us / 1e3;
+                let share = |rate: f64, of: Option<f64>| {
+                    of.filter(|_| rate > 0.0)
+                        .map_or(String::new(), |of| format!("{:.0} %", rate / of * 100.0))
+                };
+                let number = |rate: f64| if rate > 0.0 { digits(rate) } else { String::new() };
+                let (bytes, tflops) = (gb_s(ours.bytes), ours.flops as f64 / ours.median_us / 1e6);
+                cells.extend([time(ours), number(bytes), share(bytes, ours.read_gb_s)]);
+                cells.extend([number(tflops), share(tflops, ours.bf16_tflops)]);
+                cells.extend(over_link.then(|| share(gb_s(ours.link_bytes), link_gb_s)));
+                remarks.extend(ours.note.iter().map(|note| format!("ours on {shape}: {note}")));
             }
         }
         for peer in &peers {
@@ -291,6 +319,7 @@ mod tests {
     fn without_measurements_nothing_is_claimed() {
         let report = report(&[], &[], &[]);
         assert!(report.text.contains("Nothing was measured on a GPU yet"), "{}", report.text);
+        assert_eq!(report.text.matches("| not measured |").count(), TARGETS.len());
         assert!(report.text.contains("No evaluation is recorded yet"), "{}", report.text);
         assert!(report.plots.is_empty());
     }
@@ -311,6 +340,7 @@ mod tests {
         let report = report(&[], &[device(figures)], &[]);
         // 4 MB in 2 us are 2000 GB/s, half of 4000, and 8 MFLOP in 2 us are 4 TFLOP/s of 16.
         let large = "| large | 2.00 us (2.00 to 2.00) | 2000 | 50 % | 4.00 | 25 % | did not run | 3.00 us (3.00 to 3.00), 1.50× |";
+        assert!(!report.text.contains("of host link"), "no byte crosses it: {}", report.text);
         assert!(report.text.contains(large), "{}", report.text);
         assert!(report.text.contains("0.75×"), "a loss is shown: {}", report.text);
         assert!(report.text.contains("flashinfer on large: no kernel"), "{}", report.text);
@@ -325,6 +355,33 @@ mod tests {
             ]
         );
         assert!(report.plots.values().all(|svg| svg.starts_with("<svg") && svg.ends_with("</svg>\n")));
+    }
+
+    #[test]
+    fn figures_over_the_link_are_shares_of_it() {
+        let over_link = |bench: &str, median_us, link_bytes| Figure {
+            bench: bench.to_string(),
+            link_bytes,
+            ..figure(OURS, "", link_bytes, median_us)
+        };
+        let figures = vec![
+            over_link("hybrid-gemm/link/bf16/copy engine", 100.0, 5_000_000),
+            over_link("hybrid-gemm/hybrid_small_m/bf16/16/0", 125.0, 5_000_000),
+        ];
+        let report = report(&[], &[device(figures)], &[]);
+        let row =
+            report.text.lines().find(|line| line.starts_with("| 0 | 125 us (125 to 125) | 40.0 | 1 % |"));
+        assert!(row.is_some_and(|row| row.ends_with("| 80 % |")), "{}", report.text);
+    }
+
+    #[test]
+    fn what_has_no_time_says_why() {
+        let failed = Figure { skipped: Some("row 3: NaN".to_string()), ..figure(OURS, "large", 0, 0.0) };
+        let noted = Figure { note: Some("no plan".to_string()), ..figure(OURS, "small", 1_000_000, 4.0) };
+        let report = report(&[], &[device(vec![failed, noted])], &[]);
+        assert!(report.text.contains("| large | did not run |"), "{}", report.text);
+        assert!(report.text.contains("- ours on large: row 3: NaN"), "{}", report.text);
+        assert!(report.text.contains("- ours on small: no plan"), "{}", report.text);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 mod markdown;
 mod plots;
+mod ratios;
 mod readme;
 mod svg;
 
@@ -165,4 +166,36 @@ fn accuracy(folder: &Path) -> Result<Vec<Accuracy>> {
     let key = |a: &Accuracy| (a.model.clone(), a.context, a.tokens, a.kv != "dense", a.kv.clone());
     list.sort_by_key(key);
     Ok(list)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Files as `gpu-record` leaves them, with made-up numbers: what is reached, missed and not measured.
+    #[test]
+    fn a_report_judges_what_files_hold() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/made-up-results");
+        let devices = devices(&folder).expect("files that can be read");
+        let report = markdown::report(&[], &devices, &[]);
+        for row in [
+            // 1.08 GB at 4000 GB/s are 270 us of 300.
+            "| dense decode, 64 × 4096, 1.1 GB | 90 % | ≥ 85 % | ≥ 92 % | reached |",
+            "| dense decode, 128K among 63 × 4096 to uniform of equal bytes | 1.20× | ≤ 1.15× | ≤ 1.05× | **missed** |",
+            "| prefill, 16K, full | 600 TFLOP/s | ≥ 500 TFLOP/s | ≥ 650 TFLOP/s | reached |",
+            "| prefill, 8K, causal, against cuDNN | 0.90× | ≥ 0.85× | ≥ 1.10× | reached |",
+            // 150 MB at 3750 GB/s are 40 us of 50.
+            "| append of 8192 tokens, of write bandwidth | 80 % | ≥ 70 % | ≥ 70 % | aim reached |",
+            // The better of two paths.
+            "| product of 16 tokens, weights in host memory, best path | 98 % | ≥ 90 % | ≥ 97 % | aim reached |",
+            "| product of 16 tokens, half of the weights in HBM | 1.05× | ≤ 1.10× | ≤ 1.03× | reached |",
+            "| bytes over the link, product of 16 tokens, to the bytes of the weights | 1.00× | 1.00× | 1.00× | aim reached |",
+            // Without cuBLAS's time, and where a case failed.
+            "| product of 2048 tokens, staged, against the longer of link and cuBLAS | not measured |",
+            "| resolve, 2048 of 12,288 slots, 8 heads, a tenth missing | not measured |",
+        ] {
+            assert!(report.text.contains(row), "{row}\n{}", report.text);
+        }
+        assert!(report.text.contains("- ours on 8x2048of12288: slots of row 0"), "{}", report.text);
+    }
 }
