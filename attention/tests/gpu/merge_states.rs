@@ -103,7 +103,7 @@ fn merge<R: Rig, O: Storage>(rig: &R, case: Case, states: &States, launches: usi
     let mut workspace = rig.workspace(plan.workspace());
     let mut status = rig.zeroed::<u64>(1);
     let mut merged: Option<Merged<O>> = None;
-    for launch in 0..launches {
+    for launch in emulator::rig::within_time(launches) {
         let mut out = rig.poisoned::<O>(rows * v_dim);
         let mut lse = rig.poisoned::<f32>(rows);
         let num_splits = num_splits.as_ref().map(|n| rig.view(n));

@@ -7,6 +7,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytemuck::Pod;
 use cuda::cudarc::driver::{CudaSlice, CudaStream};
@@ -65,7 +66,7 @@ pub trait Rig {
     fn workspace_view<'a>(&self, workspace: &'a mut Self::Workspace) -> ViewMut<'a, u8>;
     /// Waits for the queue; whether it left all counters of a workspace zero, as every run must.
     fn counters_are_zero(&self, workspace: &mut Self::Workspace, layout: &Layout) -> bool;
-    /// Repetitions for a stress test: many on a GPU, few in the emulator.
+    /// Repetitions for a stress test: many on a GPU, few in the emulator. See [`within_time`].
     fn stress_launches(&self) -> usize;
     /// Where the test runs, for messages.
     fn name(&self) -> String;
@@ -384,6 +385,21 @@ impl Rig for GpuRig {
     fn name(&self) -> String {
         format!("device {}", self.stream.context().ordinal())
     }
+}
+
+/// `0..launches` of a stress test, cut short after 20 seconds, for a device that other processes use too; the first hundred come in
+/// any case. A run that was cut short says so.
+pub fn within_time(launches: usize) -> impl Iterator<Item = usize> {
+    const LIMIT: Duration = Duration::from_secs(20);
+    const LEAST: usize = 100;
+    let started = Instant::now();
+    (0..launches).take_while(move |&launch| {
+        let go_on = launch < LEAST || started.elapsed() < LIMIT;
+        if !go_on {
+            println!("{launch} of {launches} launches in {} s", LIMIT.as_secs());
+        }
+        go_on
+    })
 }
 
 /// The GPU of a `gpu` test, or `None` after printing why the test is skipped.

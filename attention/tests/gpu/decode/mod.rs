@@ -156,7 +156,7 @@ fn decode_keys<R: Rig, E: Storage>(
     let mut step_workspace = rig.workspace(plan.step_workspace());
     let mut workspace = rig.workspace(plan.workspace());
     let mut first: Option<Decoded<E>> = None;
-    for step in 0..steps {
+    for step in emulator::rig::within_time(steps) {
         let mut out = rig.poisoned::<E>(rows * case.v_dim);
         let mut lse = rig.poisoned::<f32>(rows);
         let block_table = block_table.as_ref().map(|table| rig.view(table));

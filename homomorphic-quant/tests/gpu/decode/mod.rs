@@ -148,7 +148,7 @@ fn decode_with<R: Rig, E: Storage + Element>(
     let mut step_workspace = rig.workspace(plan.step_workspace());
     let mut workspace = rig.workspace(plan.workspace());
     let mut first: Option<Decoded<E>> = None;
-    for step in 0..steps {
+    for step in emulator::rig::within_time(steps) {
         let mut out = rig.poisoned::<E>(rows * case.shape.dims.1);
         let mut lse = rig.poisoned::<f32>(rows);
         let fail = |error: Error| -> ! { panic!("{case:?} on {}: {error}", rig.name()) };
