@@ -1,9 +1,9 @@
 //! Products whose weights lie in HBM, in pinned host memory or in both: gate and up of an 8B Llama, `[28672, 4096]`.
 //!
 //! Cases are `tokens/share in HBM`, for many tokens from host memory by the path that the cost model finds fastest, and behind that by
-//! `staged` and some alphas. Figures are of bytes over the link and from HBM
-//! together; int4, with zero points too, and fp8 in blocks from host memory stand beside bf16 from host memory under the same names. Group `link` has what the same
-//! weights take by the copy engine and by loads of the SMs alone, which is what products from host memory are measured by.
+//! `staged` and some alphas. Figures are of bytes over the link and from HBM together; int4, with zero points too, and fp8 in blocks
+//! from host memory stand beside bf16 from host memory under the same names. Group `link` has what the same weights take by the
+//! copy engine and by loads of the SMs alone, which is what products from host memory are measured by.
 //!
 //! Experts are those of Qwen3-30B-A3B, gate and up, `[1536, 2048]` × 128, eight to a token.
 

@@ -70,17 +70,18 @@ impl GpuBench {
     /// One case of a group: `body` makes its inputs and calls [`Case::time`].
     ///
     /// What the file named by [`HAD_VARIABLE`](figure::HAD_VARIABLE) has is left out. A case that panics gets a line with the
-    /// reason instead of a time, and the next one goes on, unless the GPU's context is lost: that ends the process.
+    /// reason instead of a time, and the next one goes on, unless the GPU's context is lost: that ends the process, and another that
+    /// has the line goes on behind it.
     pub fn case(&mut self, group: &mut GpuGroup<'_>, shape: &str, body: impl FnOnce(&mut Case<'_, '_>)) {
         let name = format!("{}/{shape}", group.name);
         if figure::had().contains(&name) {
-            return println!("{name}: measured before");
+            return println!("{name}: had before");
         }
         let mut case = Case { bench: self, group, shape };
         let Err(panic) = catch_unwind(AssertUnwindSafe(|| body(&mut case))) else { return };
         let reason = reason(&*panic);
         println!("FAILED {name}: {reason}");
-        figure::append(FIGURES_VARIABLE, &figure::skipped(&name, &reason));
+        figure::append(FIGURES_VARIABLE, &figure::failed(&name, &reason));
         FAILED.fetch_add(1, Ordering::Relaxed);
         // What failed while the case was taken down is its own failure, not the next one's.
         let _ = self.gpu.context().check_err();

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 pub const FIGURES_VARIABLE: &str = "LONGKV_FIGURES";
 /// Environment variable that names the file for ceilings.
 pub const CEILINGS_VARIABLE: &str = "LONGKV_CEILINGS";
-/// Environment variable that names a file of figures that were measured before: JSON lines as in [`FIGURES_VARIABLE`]'s.
+/// Environment variable that names a file of figures that need no measuring: JSON lines as in [`FIGURES_VARIABLE`]'s.
 pub const HAD_VARIABLE: &str = "LONGKV_FIGURES_HAD";
 /// The name of our own kernels among the implementations.
 pub const OURS: &str = "longkv";
@@ -59,12 +59,12 @@ pub fn ceiling(name: &str, unit: &str, summary: Summary, parameters: &[(&str, u6
     })
 }
 
-/// A line that says why a bench has no time.
-pub fn skipped(bench: &str, reason: &str) -> Value {
-    json!({ "bench": bench, "implementation": OURS, "skipped": reason })
+/// A line that says what was wrong with a bench, and why it has no time.
+pub fn failed(bench: &str, reason: &str) -> Value {
+    json!({ "bench": bench, "implementation": OURS, "failed": reason })
 }
 
-/// Benches of ours that the file named by [`HAD_VARIABLE`] has a time for.
+/// Benches of ours that the file named by [`HAD_VARIABLE`] has a line for.
 ///
 /// # Panics
 /// When the file cannot be read.
@@ -75,19 +75,16 @@ pub fn had() -> &'static BTreeSet<String> {
             return BTreeSet::new();
         };
         let text = std::fs::read_to_string(&path);
-        measured(&text.unwrap_or_else(|error| panic!("{HAD_VARIABLE}: {}: {error}", path.display())))
+        ours(&text.unwrap_or_else(|error| panic!("{HAD_VARIABLE}: {}: {error}", path.display())))
     })
 }
 
-/// Benches of ours that lines have a time for. A line that was cut off and one that says why there is no time do not count.
-fn measured(lines: &str) -> BTreeSet<String> {
+/// Benches of ours that lines name, with a time or with what went wrong: whoever gives the file knows what need not run again. A line
+/// that was cut off does not count.
+fn ours(lines: &str) -> BTreeSet<String> {
     let figures = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let timed = figures.filter(|figure| {
-        figure["implementation"] == OURS
-            && figure["skipped"].is_null()
-            && figure["median_us"].as_f64().is_some_and(|time| time > 0.0)
-    });
-    timed.filter_map(|figure| figure["bench"].as_str().map(str::to_string)).collect()
+    let ours = figures.filter(|figure| figure["implementation"] == OURS);
+    ours.filter_map(|figure| figure["bench"].as_str().map(str::to_string)).collect()
 }
 
 /// Appends a line to the file that an environment variable names, if it names one.
@@ -119,16 +116,14 @@ mod tests {
     }
 
     #[test]
-    fn only_what_has_a_time_was_measured() {
+    fn whole_lines_of_ours_are_had() {
         let lines = [
             r#"{"bench":"a","implementation":"longkv","median_us":2.5}"#.to_string(),
             r#"{"bench":"b","implementation":"torch","median_us":2.5}"#.to_string(),
-            skipped("c", "a fault").to_string(),
-            r#"{"bench":"d","implementation":"longkv","median_us":0}"#.to_string(),
-            r#"{"bench":"e","implementation":"longkv","median_us":1,"skipped":null}"#.to_string(),
-            r#"{"bench":"f","implementation":"longkv","med"#.to_string(),
+            failed("c", "a fault").to_string(),
+            r#"{"bench":"d","implementation":"longkv","med"#.to_string(),
         ];
-        assert_eq!(measured(&lines.join("\n")).into_iter().collect::<Vec<_>>(), ["a", "e"]);
+        assert_eq!(ours(&lines.join("\n")).into_iter().collect::<Vec<_>>(), ["a", "c"]);
     }
 
     #[test]
