@@ -1,4 +1,4 @@
-"""Split-KV decode in Triton, on bf16 or int8 vectors, and FlashInfer's: peers of every decode kernel."""
+"""Split-KV decode in Triton, on bf16 or int8 vectors: peers of every decode kernel."""
 
 import torch
 import triton
@@ -103,21 +103,3 @@ def split_kv(q, k, v, int8, tile=64):
         return out
 
     return run
-
-
-def flashinfer_decode(q, k, v):
-    """FlashInfer's paged decode with tensor cores, pages of 64 tokens, planned once."""
-    import flashinfer
-
-    (batch, kv_heads, keys, dim), page = k.shape, 64
-    pages = batch * keys // page
-    paged = lambda x: x.reshape(batch, kv_heads, keys // page, page, dim).transpose(1, 2).reshape(pages, kv_heads, page, dim)
-    cache = torch.stack([paged(k), paged(v)], dim=1).contiguous()
-    workspace = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
-    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * (keys // page)
-    indices = torch.arange(pages, dtype=torch.int32, device="cuda")
-    last = torch.full((batch,), page, dtype=torch.int32, device="cuda")
-    wrapper.plan(starts, indices, last, q.shape[1], kv_heads, dim, page, q_data_type=q.dtype, kv_data_type=k.dtype)
-    flat = q.reshape(batch, q.shape[1], dim)
-    return lambda: wrapper.run(flat, cache)

@@ -9,7 +9,7 @@ from _split_kv import split_kv
 
 # As benches/benches/homomorphic_quant.rs has them.
 Q_HEADS = 64
-CASES = [("1x4096", 1, 4096), ("1x32768", 1, 32768), ("1x131072", 1, 131072), ("16x32768", 16, 32768)]
+CASES = [("1x131072", 1, 131072), ("16x32768", 16, 32768), ("1x4096", 1, 4096), ("1x32768", 1, 32768)]
 BITS = (2, 4, 8)
 
 

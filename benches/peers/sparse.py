@@ -42,11 +42,13 @@ def copy_per_page(pages, nbytes):
 
 def gather_then_attend(q, k_pool, v_pool, pages):
     """index_select of whole pages, then dense attention. k_pool, v_pool [rows, 4·pages, tokens, dim]; pages [rows, pages]."""
-    rows, pages_each = pages.shape
-    index = pages[:, :, None, None].expand(-1, -1, *k_pool.shape[2:])
+    rows = pages.shape[0]
+    # A page is one row of the flat pool, so that one index moves all of it.
+    index = (pages + torch.arange(rows, device="cuda")[:, None] * k_pool.shape[1]).flatten()
 
     def run():
-        take = lambda pool: torch.gather(pool, 1, index).view(rows // KV_HEADS, KV_HEADS, -1, DIM)
+        flat = lambda pool: pool.flatten(2).flatten(0, 1)
+        take = lambda pool: torch.index_select(flat(pool), 0, index).view(rows // KV_HEADS, KV_HEADS, -1, DIM)
         return sdpa(SDPBackend.FLASH_ATTENTION, q, take(k_pool), take(v_pool), causal=False)()
 
     return run

@@ -1,7 +1,7 @@
 //! The manifest of a bundle and the results of a run, both JSON.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -141,11 +141,11 @@ pub enum Outcome {
     Passed,
     /// It ran and failed.
     Failed,
-    /// It was stopped at its limit.
+    /// It was stopped at its own limit.
     TimedOut,
     /// It said that it cannot run here; that proves nothing.
     Skipped,
-    /// It was not started: the part's time was up.
+    /// The part's time was up before it was started, or before its own limit.
     NotRun,
 }
 
@@ -202,8 +202,66 @@ pub struct Figure {
     pub kernels: Vec<Launch>,
     /// What the time covers, where that is not plain.
     pub note: Option<String>,
-    /// Why there is no time.
+    /// Why there is no time: it cannot run here.
     pub skipped: Option<String>,
+    /// What was wrong when it ran. Beside a time: it failed after that was taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
+    /// Where and when it was measured, by the program that collected it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
+}
+
+impl Figure {
+    /// Whether there is a time.
+    pub fn measured(&self) -> bool {
+        self.median_us > 0.0
+    }
+
+    /// Whether both are of the same bench and implementation.
+    pub fn same(&self, other: &Figure) -> bool {
+        (&self.bench, &self.implementation) == (&other.bench, &other.implementation)
+    }
+
+    /// Puts a later figure in the place of the same in a list. One without a time never replaces a time; a failure is noted there.
+    pub fn put(figures: &mut Vec<Figure>, later: Figure) {
+        match figures.iter_mut().find(|old| old.same(&later)) {
+            None => figures.push(later),
+            Some(old) if old.measured() && !later.measured() => {
+                old.failed = later.failed.or(old.failed.take());
+            }
+            Some(old) => *old = later,
+        }
+    }
+}
+
+/// Where and when something was measured.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Source {
+    /// Product name of the GPU.
+    pub device: String,
+    /// Its streaming multiprocessors.
+    pub sm_count: Option<u32>,
+    /// Version of the driver package.
+    pub driver: String,
+    /// Commit that the executables were built from.
+    pub commit: String,
+    /// Date and time, UTC.
+    pub date: String,
+}
+
+impl Source {
+    /// On this machine with executables of this commit.
+    pub fn new(machine: &Machine, commit: &str, date: String) -> Self {
+        let unknown = || "unknown".to_string();
+        Source {
+            device: machine.device.clone().unwrap_or_else(unknown),
+            sm_count: machine.sm_count,
+            driver: machine.driver.clone().unwrap_or_else(unknown),
+            commit: commit.to_string(),
+            date,
+        }
+    }
 }
 
 /// A limit of the machine.
@@ -222,6 +280,13 @@ pub struct Ceiling {
     pub p90: f64,
     /// Sizes and counts that it was measured with.
     pub parameters: BTreeMap<String, u64>,
+}
+
+impl Ceiling {
+    /// Whether both are of the same thing with the same parameters.
+    pub fn same(&self, other: &Ceiling) -> bool {
+        (&self.name, &self.parameters) == (&other.name, &other.parameters)
+    }
 }
 
 /// Reads one JSON file.
@@ -244,6 +309,73 @@ pub fn write<T: Serialize>(path: &Path, value: &T) -> Result<(), String> {
     std::fs::write(&draft, text)
         .and_then(|()| std::fs::rename(&draft, path))
         .map_err(|error| format!("{}: {error}", path.display()))
+}
+
+/// One value per line of a file; a line that was cut off when its writer was killed is left out. A missing file has none.
+pub fn lines<T: DeserializeOwned>(path: &Path) -> Vec<T> {
+    let text = std::fs::read(path).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// Where the children of a part write figures as they measure them, in the folder of the results.
+pub fn figures_file(folder: &Path, part: &str) -> PathBuf {
+    folder.join(format!("{part}-figures.jsonl"))
+}
+
+/// Where the children of a part write ceilings as they measure them, in the folder of the results.
+pub fn ceilings_file(folder: &Path, part: &str) -> PathBuf {
+    folder.join(format!("{part}-ceilings.jsonl"))
+}
+
+/// Parts whose children write such lines.
+pub const WITH_LINES: [&str; 3] = ["ceilings", "benches", "peers"];
+
+impl Results {
+    /// Where and when it ran: its latest part.
+    pub fn source(&self) -> Source {
+        let date = self.parts.values().map(|part| part.started.clone()).max().unwrap_or_default();
+        Source::new(&self.machine, &self.bundle.commit, date)
+    }
+
+    /// Takes the lines that lie in the folder of the results because the runner was stopped.
+    pub fn take_lines(&mut self, folder: &Path) {
+        let source = self.source();
+        for name in WITH_LINES {
+            let mut part = self.parts.remove(name).unwrap_or_default();
+            part.take_lines(folder, name, &source);
+            if part != Part::default() {
+                self.parts.insert(name.to_string(), part);
+            }
+        }
+    }
+}
+
+impl Part {
+    /// Takes what children wrote in `folder` and what was not collected, because the runner was stopped before.
+    fn take_lines(&mut self, folder: &Path, name: &str, source: &Source) {
+        for figure in lines::<Figure>(&figures_file(folder, name)) {
+            if !self.figures.iter().any(|known| known.same(&figure)) {
+                self.figures.push(Figure { source: Some(source.clone()), ..figure });
+            }
+        }
+        for ceiling in lines::<Ceiling>(&ceilings_file(folder, name)) {
+            if !self.ceilings.iter().any(|known| known.same(&ceiling)) {
+                self.ceilings.push(ceiling);
+            }
+        }
+    }
+
+    /// Puts a later item in the place of the same. What was not started says nothing anew, and what was cut off nothing against an
+    /// outcome: what failed and did not run to its end again has still failed.
+    pub fn put(&mut self, later: Item) {
+        let ended = |item: &Item| item.outcome != Outcome::NotRun;
+        match self.items.iter_mut().find(|old| old.name == later.name) {
+            None => self.items.push(later),
+            Some(old) if ended(&later) || !ended(old) && later.seconds > 0.0 => *old = later,
+            Some(_) => {}
+        }
+    }
 }
 
 /// Names of the GPU tests in the lines of `--list --format terse`: those that end in `gpu`, and where there are several GPUs those that
@@ -335,5 +467,80 @@ mod tests {
             r#"{"bench":"attention/decode/bf16/1x4096","implementation":"torch-cudnn","skipped":"n/a"}"#;
         let figure: Figure = serde_json::from_str(line).expect("a figure");
         assert_eq!((figure.skipped.as_deref(), figure.kernels.len()), (Some("n/a"), 0));
+    }
+
+    #[test]
+    fn a_time_is_only_replaced_by_a_time() {
+        let figure = |median_us, skipped: Option<&str>, failed: Option<&str>| Figure {
+            bench: "b".to_string(),
+            median_us,
+            skipped: skipped.map(str::to_string),
+            failed: failed.map(str::to_string),
+            ..Figure::default()
+        };
+        // (known, later, expected time, whether something is said to have failed)
+        let cases = [
+            (figure(3.0, None, None), figure(2.0, None, None), 2.0, false),
+            (figure(3.0, None, None), figure(0.0, Some("no wheel"), None), 3.0, false),
+            (figure(3.0, None, None), figure(0.0, None, Some("wrong result")), 3.0, true),
+            (figure(3.0, None, Some("wrong result")), figure(2.0, None, None), 2.0, false),
+            (figure(0.0, Some("no wheel"), None), figure(0.0, None, Some("wrong result")), 0.0, true),
+            (figure(0.0, None, Some("wrong result")), figure(2.0, None, None), 2.0, false),
+        ];
+        for (known, later, time, failed) in cases {
+            let mut figures = vec![known.clone()];
+            Figure::put(&mut figures, later.clone());
+            let [found] = &figures[..] else { panic!("{figures:?}") };
+            assert_eq!((found.median_us, found.failed.is_some()), (time, failed), "{known:?}, {later:?}");
+        }
+        let mut figures = vec![figure(3.0, None, None)];
+        Figure::put(&mut figures, Figure { implementation: "peer".to_string(), ..Figure::default() });
+        assert_eq!(figures.len(), 2);
+    }
+
+    #[test]
+    fn an_outcome_stands_until_there_is_another() {
+        let item = |outcome, seconds| Item {
+            name: "t".to_string(),
+            outcome,
+            seconds,
+            reason: None,
+            launched: Vec::new(),
+        };
+        use Outcome::{Failed, NotRun, Passed, Skipped};
+        let cases = [
+            (item(Failed, 1.0), item(Passed, 2.0), (Passed, 2.0)),
+            (item(Passed, 1.0), item(Failed, 2.0), (Failed, 2.0)),
+            (item(Failed, 1.0), item(NotRun, 2.0), (Failed, 1.0)),
+            (item(Failed, 1.0), item(NotRun, 0.0), (Failed, 1.0)),
+            (item(NotRun, 7.0), item(NotRun, 0.0), (NotRun, 7.0)),
+            (item(NotRun, 7.0), item(NotRun, 9.0), (NotRun, 9.0)),
+            (item(NotRun, 7.0), item(Skipped, 1.0), (Skipped, 1.0)),
+        ];
+        for (old, new, expected) in cases {
+            let mut part = Part { items: vec![old.clone()], ..Part::default() };
+            part.put(new.clone());
+            let found: Vec<_> = part.items.iter().map(|item| (item.outcome, item.seconds)).collect();
+            assert_eq!(found, [expected], "{old:?}, {new:?}");
+        }
+    }
+
+    #[test]
+    fn lines_that_nobody_collected_are_taken_once() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let line = "{\"bench\":\"b\",\"median_us\":2.5}\n{\"bench\":\"c\",\"median_us\":4}\n{\"bench\":\"cut";
+        std::fs::write(figures_file(folder.path(), "benches"), line).expect("writable");
+        let read = "{\"name\":\"read\",\"median\":4000}\n";
+        std::fs::write(ceilings_file(folder.path(), "benches"), read).expect("writable");
+        let known = Figure { bench: "b".to_string(), median_us: 2.0, ..Figure::default() };
+        let mut part = Part { figures: vec![known], ..Part::default() };
+        let source = Source::new(&Machine::default(), "c0ffee", now());
+        for _ in 0..2 {
+            part.take_lines(folder.path(), "benches", &source);
+            let found: Vec<_> = part.figures.iter().map(|f| (f.bench.as_str(), f.median_us)).collect();
+            assert_eq!(found, [("b", 2.0), ("c", 4.0)]);
+            assert_eq!(part.ceilings.len(), 1);
+        }
+        assert_eq!(part.figures[1].source, Some(source));
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! gpu-bundle/
-//!   run.sh         runs it all: `run.sh [--only PART] [--out DIR] [--within SECONDS] [--rest FILE]`
+//!   run.sh         runs it all: `run.sh [--only PART] [--out DIR] [--within SECONDS] [--rest [FILE]]`
 //!   bundle.json    what is in it, and the digests of every row
 //!   bin/           the runner, test executables without the emulator, benches; compressed until run.sh first runs
 //!   cubins/        sm_90a cubins, the ones that the ledger hashes
@@ -21,6 +21,20 @@ use xtask::results::{self, Executable, MANIFEST, Manifest, SCHEMA};
 use super::rows;
 use crate::{Result, workspace};
 
+/// Peers, those first whose ratio is worth most where time is short: what is claimed of kernels against what is known to be fast. One
+/// that compiles for minutes comes last.
+const PEERS: [&str; 9] = [
+    "prefill",
+    "decode",
+    "quantized_decode",
+    "gemm",
+    "sparse",
+    "host_weights",
+    "low_rank_decode",
+    "jax_attention",
+    "with_flashinfer",
+];
+
 /// Most that the bundle may take.
 const BUNDLE_LIMIT: u64 = 36 << 20;
 /// Most that tracked files, bundle and wheels may take together: what travels to the machine.
@@ -28,8 +42,8 @@ const TOTAL_LIMIT: u64 = 60 << 20;
 
 const RUN_SH: &str = r#"#!/usr/bin/env bash
 # Runs the GPU tests, sanitizers, ceilings, benches and peers of this bundle on a Linux x86-64 machine with CUDA 13.
-#   run.sh [--only PART[,PART…]] [--out DIR] [--within SECONDS] [--rest FILE] [--filter TEXT] [--jobs N]
-# Leaves results.json and log.txt in DIR, else in $OUT, else in ./gpu-results. `run.sh --help` names the parts.
+#   run.sh [--only PART[,PART…]] [--out DIR] [--within SECONDS] [--rest [FILE]] [--filter TEXT] [--jobs N]
+# Leaves results.json and log.txt in DIR, else in $OUT, else in gpu-results beside the bundle. `run.sh --help` names the parts.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # Executables travel compressed.
@@ -93,6 +107,12 @@ pub(crate) fn command(arguments: &[String]) -> Result {
                 if count > 0 {
                     tests += count;
                     manifest.tests.push(ship(artifact)?);
+                } else if targets.contains(&artifact.name) {
+                    // They would never run anywhere.
+                    return Err(format!(
+                        "{} asks for a GPU, but no name of its tests ends in `::gpu` or `_gpu`",
+                        artifact.name
+                    ));
                 }
             }
             (Kind::Bench, _) => manifest.benches.push(ship(artifact)?),
@@ -142,7 +162,7 @@ enum Kind {
     Binary,
 }
 
-/// Names of the test targets whose sources make GPU tests: those with `device_test!` or `gpu_or_skip` in them.
+/// Test targets whose sources make GPU tests, as `package/target`: those with `device_test!` or `gpu_or_skip` in them.
 fn gpu_test_targets() -> Result<BTreeSet<String>> {
     let mut targets = BTreeSet::new();
     for package in packages()? {
@@ -171,7 +191,8 @@ fn gpu_test_targets() -> Result<BTreeSet<String>> {
                     "{name}: GPU tests in the target {target_name}; only those in `tests` are shipped"
                 ));
             }
-            targets.insert(target_name.to_string());
+            let manifest = Path::new(package["manifest_path"].as_str().unwrap_or_default());
+            targets.insert(artifact_name(manifest, target_name));
         }
     }
     Ok(targets)
@@ -226,7 +247,7 @@ fn build(tests: &BTreeSet<String>) -> Result<Vec<Artifact>> {
         .current_dir(workspace())
         .args(["build", "--quiet", "--workspace", "--features", "longkv-emulator/off"])
         .args(["--message-format=json-render-diagnostics", "--bin", "gpu-runner"]);
-    for test in tests {
+    for test in tests.iter().filter_map(|test| test.rsplit('/').next()).collect::<BTreeSet<_>>() {
         cargo.args(["--test", test]);
     }
     for (kind, target) in bench_targets()? {
@@ -253,10 +274,15 @@ fn artifacts(messages: &str) -> Vec<Artifact> {
             _ => return None,
         };
         let manifest = Path::new(message["manifest_path"].as_str()?);
-        let package = manifest.parent()?.file_name()?.to_string_lossy().into_owned();
-        Some(Artifact { name: format!("{package}/{target}"), target, kind, path })
+        Some(Artifact { name: artifact_name(manifest, &target), target, kind, path })
     };
     messages.lines().filter_map(artifact).collect()
+}
+
+/// The folder of a package and one of its targets: `package/target`.
+fn artifact_name(manifest: &Path, target: &str) -> String {
+    let package = manifest.parent().and_then(Path::file_name).unwrap_or_default();
+    format!("{}/{target}", package.to_string_lossy())
 }
 
 /// GPU tests of an executable: those whose name ends in `gpu`.
@@ -269,23 +295,29 @@ fn gpu_tests(executable: &Path) -> Result<Vec<String>> {
     Ok(results::gpu_tests(&list.lines().collect::<Vec<_>>(), false))
 }
 
-/// Copies `benches/peers`; its programs are the files without a leading underscore.
+/// Copies `benches/peers`; its programs are the files without a leading underscore, in the order of [`PEERS`].
 fn peers(bundle: &Path) -> Result<Vec<Executable>> {
     let to = bundle.join("peers");
     std::fs::create_dir_all(&to).map_err(|error| format!("{}: {error}", to.display()))?;
-    let mut peers = Vec::new();
+    let mut found = BTreeSet::new();
     let files = std::fs::read_dir(workspace().join("benches/peers")).into_iter().flatten().flatten();
     for path in files.map(|entry| entry.path()) {
         let name = path.file_name().expect("a file has a name").to_string_lossy().into_owned();
         if let Some(stem) = name.strip_suffix(".py") {
             std::fs::copy(&path, to.join(&name)).map_err(|error| format!("{}: {error}", path.display()))?;
             if !stem.starts_with('_') {
-                peers.push(Executable { name: format!("peers/{stem}"), file: format!("peers/{name}") });
+                found.insert(stem.to_string());
             }
         }
     }
-    peers.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(peers)
+    let ordered: BTreeSet<String> = PEERS.iter().map(ToString::to_string).collect();
+    if let Some(name) = found.symmetric_difference(&ordered).next() {
+        return Err(format!(
+            "peers: {name} is a program without a place in the order, or a place without a program"
+        ));
+    }
+    let peer = |stem: &&str| Executable { name: format!("peers/{stem}"), file: format!("peers/{stem}.py") };
+    Ok(PEERS.iter().map(peer).collect())
 }
 
 /// Copies what trains a model: the program and the text that is held out.
@@ -397,10 +429,20 @@ mod tests {
     #[test]
     fn targets_with_gpu_tests_are_found() {
         let targets = gpu_test_targets().expect("cargo metadata works");
-        assert!(targets.contains("conformance") && targets.contains("gpu"), "{targets:?}");
-        assert!(!targets.contains("oracle"), "{targets:?}");
+        assert!(targets.contains("cuda/conformance") && targets.contains("attention/gpu"), "{targets:?}");
+        assert!(!targets.contains("attention/oracle"), "{targets:?}");
         let benches = bench_targets().expect("cargo metadata works");
         assert!(benches.contains(&("bench".to_string(), "kernels".to_string())), "{benches:?}");
+    }
+
+    /// One that has no place in the order, or none behind its place, would be left out.
+    #[test]
+    fn every_peer_has_its_place() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let names: Vec<_> = peers(folder.path()).expect("every peer").into_iter().map(|p| p.name).collect();
+        assert_eq!(names.first().map(String::as_str), Some("peers/prefill"));
+        assert_eq!(names.last().map(String::as_str), Some("peers/with_flashinfer"));
+        assert!(names.iter().all(|name| folder.path().join(format!("{name}.py")).exists()), "{names:?}");
     }
 
     #[test]

@@ -97,21 +97,32 @@ impl Entry {
         }
     }
 
-    /// Adds what a later run says of the same row. Another cubin, launch code or device starts afresh.
-    fn merge(&mut self, later: Entry) {
-        if self.row != later.row || self.device != later.device {
-            *self = later;
-            return;
+    /// Adds what another run says of the same row: what the later one says counts. Another cubin, launch code or device starts afresh.
+    fn merge(&mut self, other: Entry) {
+        // Files of runs may be recorded in any order.
+        let (earlier, mut later) =
+            if other.date < self.date { (other, self.clone()) } else { (self.clone(), other) };
+        if earlier.row == later.row && earlier.device == later.device {
+            let Entry { tests, sanitizer, figures, .. } = earlier;
+            add(&mut later.tests, tests);
+            for (tool, tests) in sanitizer {
+                add(later.sanitizer.entry(tool).or_default(), tests);
+            }
+            let missing = figures.into_iter().filter(|old| !later.figures.iter().any(|new| new.same(old)));
+            let missing: Vec<Figure> = missing.collect();
+            later.figures.splice(0..0, missing);
         }
-        let Entry { schema, row: _, commit, date, device: _, driver, tests, sanitizer, figures } = later;
-        (self.schema, self.commit, self.date, self.driver) = (schema, commit, date, driver);
-        self.tests.extend(tests);
-        for (tool, tests) in sanitizer {
-            self.sanitizer.entry(tool).or_default().extend(tests);
+        *self = later;
+    }
+}
+
+/// Adds verdicts of an earlier run to those of a later one. What was left out or cut off then says nothing against what had ended.
+fn add(later: &mut BTreeMap<String, Verdict>, earlier: BTreeMap<String, Verdict>) {
+    let ended = |verdict: &Verdict| !matches!(verdict.outcome, Outcome::Skipped | Outcome::NotRun);
+    for (name, old) in earlier {
+        if later.get(&name).is_none_or(|new| ended(&old) && !ended(new)) {
+            later.insert(name, old);
         }
-        let measured = |old: &Figure, new: &Figure| old.bench == new.bench;
-        self.figures.retain(|old| !figures.iter().any(|new| measured(old, new)));
-        self.figures.extend(figures);
     }
 }
 
@@ -401,6 +412,34 @@ pub(crate) mod tests {
         let entry = add(&new, "tests", test("t", Outcome::Passed, 'b'));
         assert_eq!((entry.tests.len(), entry.figures.len()), (1, 0), "a new cubin starts afresh");
         assert_eq!(entry.status(&new), Status::Proven);
+    }
+
+    #[test]
+    fn runs_may_be_recorded_in_any_order_and_a_cut_takes_nothing_back() {
+        use Outcome::{Failed, NotRun, Passed};
+        let now = row("k", 'a');
+        let on = |date: &str, outcome| Part {
+            started: date.to_string(),
+            ..part(&[item("t", outcome, &[launch("k", 'a')])])
+        };
+        let (first, second) = ("2000-01-01", "2000-01-02");
+        // (recorded first, recorded second, state)
+        let cases = [
+            (on(first, Failed), on(second, Passed), Status::Proven),
+            (on(second, Passed), on(first, Failed), Status::Proven),
+            (on(first, Passed), on(second, Failed), Status::Failed),
+            (on(second, Failed), on(first, Passed), Status::Failed),
+            (on(first, Passed), on(second, NotRun), Status::Proven),
+            (on(second, NotRun), on(first, Failed), Status::Failed),
+        ];
+        for (one, two, expected) in cases {
+            let mut ledger = Ledger::default();
+            for part in [&one, &two] {
+                ledger.add(&run(std::slice::from_ref(&now), &[("tests", part.clone())])).expect("a GPU");
+            }
+            let entry = &ledger.entries["k"];
+            assert_eq!((entry.status(&now), entry.date.as_str()), (expected, second), "{one:?}, {two:?}");
+        }
     }
 
     #[test]

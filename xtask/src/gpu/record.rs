@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use xtask::results::{self, Ceiling, Figure, Results};
+use xtask::results::{self, Ceiling, Figure, Results, Source};
 
 use super::ledger::Ledger;
 use super::transports;
@@ -20,7 +20,9 @@ pub(crate) fn command(arguments: &[String]) -> Result {
 
 /// Adds one file of results to a ledger, its ceilings and figures to the device's folder in `results_folder`.
 pub(crate) fn record(file: &Path, ledger_folder: &Path, results_folder: &Path) -> Result {
-    let run: Results = results::read(file)?;
+    let mut run: Results = results::read(file)?;
+    // A runner that was stopped left them beside its results.
+    run.take_lines(file.parent().unwrap_or(Path::new(".")));
     if run.schema != results::SCHEMA {
         return Err(format!("{}: schema {}, expected {}", file.display(), run.schema, results::SCHEMA));
     }
@@ -33,52 +35,45 @@ pub(crate) fn record(file: &Path, ledger_folder: &Path, results_folder: &Path) -
     let device = results_folder.join(folder_of(run.machine.device.as_deref().unwrap_or("unknown")));
     let ceilings: Vec<Ceiling> = run.parts.values().flat_map(|part| part.ceilings.iter().cloned()).collect();
     let figures: Vec<Figure> = run.parts.values().flat_map(|part| part.figures.iter().cloned()).collect();
+    let source = run.source();
+    let later_than = |known: &Source| source.date >= known.date;
     if !ceilings.is_empty() {
-        write(&device.join("ceilings.json"), &Measured { run: Source::of(&run), values: ceilings })?;
+        let path = device.join("ceilings.json");
+        if known::<Ceiling>(&path)?.is_none_or(|known| later_than(&known.run)) {
+            write(&path, &Measured { run: source.clone(), values: ceilings })?;
+        }
     }
     if !figures.is_empty() {
         let path = device.join("figures.json");
-        let mut known =
-            if path.exists() { results::read::<Measured<Figure>>(&path)?.values } else { Vec::new() };
-        known.retain(|old| {
-            !figures.iter().any(|new| new.bench == old.bench && new.implementation == old.implementation)
+        let known = known::<Figure>(&path)?;
+        let run = known.as_ref().filter(|known| !later_than(&known.run)).map_or(&source, |known| &known.run);
+        let run = run.clone();
+        let figures = figures.into_iter().map(|figure| Figure {
+            source: figure.source.clone().or_else(|| Some(source.clone())),
+            ..figure
         });
-        known.extend(figures);
-        known.sort_by(|a, b| (&a.bench, &a.implementation).cmp(&(&b.bench, &b.implementation)));
-        write(&path, &Measured { run: Source::of(&run), values: known })?;
+        // In the order of their dates, so that a file may be recorded after a later one.
+        let date = |figure: &Figure| figure.source.as_ref().map(|source| source.date.clone());
+        let mut all: Vec<Figure> = known.into_iter().flat_map(|known| known.values).chain(figures).collect();
+        all.sort_by_key(date);
+        let mut values = Vec::new();
+        all.into_iter().for_each(|figure| Figure::put(&mut values, figure));
+        values.sort_by(|a, b| (&a.bench, &a.implementation).cmp(&(&b.bench, &b.implementation)));
+        write(&path, &Measured { run, values })?;
     }
     Ok(())
 }
 
-/// Values of one device with the latest run that they come from.
+/// What is recorded of a device.
+fn known<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<Measured<T>>> {
+    if path.exists() { results::read(path).map(Some) } else { Ok(None) }
+}
+
+/// Values of one device with the latest run that they come from. Figures say themselves where they come from.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Measured<T> {
     pub(crate) run: Source,
     pub(crate) values: Vec<T>,
-}
-
-/// Which run values come from.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub(crate) struct Source {
-    pub(crate) device: String,
-    pub(crate) sm_count: Option<u32>,
-    pub(crate) driver: String,
-    pub(crate) commit: String,
-    pub(crate) date: String,
-}
-
-impl Source {
-    fn of(run: &Results) -> Self {
-        let machine = &run.machine;
-        let unknown = || "unknown".to_string();
-        Source {
-            device: machine.device.clone().unwrap_or_else(unknown),
-            sm_count: machine.sm_count,
-            driver: machine.driver.clone().unwrap_or_else(unknown),
-            commit: run.bundle.commit.clone(),
-            date: run.parts.values().map(|part| part.started.clone()).max().unwrap_or_default(),
-        }
-    }
 }
 
 /// A device's name as a folder: `NVIDIA H200` becomes `nvidia-h200`.
@@ -137,6 +132,60 @@ mod tests {
             .map(|f| (f.bench.as_str(), f.implementation.as_str(), f.median_us))
             .collect();
         assert_eq!(found, [("a", "longkv", 1.0), ("b", "longkv", 4.0), ("b", "peer", 6.0)]);
+    }
+
+    /// A run of a date and commit with figures by name and time; 0 is a figure without one.
+    fn record_run(folder: &Path, (date, commit): (&str, &str), figures: &[(&str, f64)]) -> Measured<Figure> {
+        let figures = figures.iter().map(|(bench, median_us)| Figure {
+            bench: bench.to_string(),
+            median_us: *median_us,
+            skipped: (*median_us == 0.0).then(|| "no wheel".to_string()),
+            ..Figure::default()
+        });
+        let part = Part { started: date.to_string(), figures: figures.collect(), ..Part::default() };
+        let mut run = run(&[], &[("benches", part)]);
+        run.bundle.commit = commit.to_string();
+        let file = folder.join("results.json");
+        results::write(&file, &run).expect("a writable folder");
+        record(&file, &folder.join("ledger"), &folder.join("results")).expect("a run with a GPU");
+        results::read(&folder.join("results/made-up-gpu/figures.json")).expect("figures")
+    }
+
+    #[test]
+    fn every_figure_keeps_the_commit_it_is_of() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let of = |measured: &Measured<Figure>| {
+            let figures = measured.values.iter().map(|figure| {
+                let source = figure.source.as_ref().expect("it was recorded");
+                (figure.bench.clone(), figure.median_us, source.commit.clone())
+            });
+            (measured.run.commit.clone(), figures.collect::<Vec<_>>())
+        };
+        let figure = |bench: &str, time: f64, commit: &str| (bench.to_string(), time, commit.to_string());
+        record_run(folder.path(), ("2000-01-02", "old"), &[("a", 5.0), ("b", 6.0), ("c", 7.0)]);
+        // Later, `a` is measured anew and `b` cannot run: its time stands.
+        let later = record_run(folder.path(), ("2000-01-03", "new"), &[("a", 4.0), ("b", 0.0)]);
+        let expected = vec![figure("a", 4.0, "new"), figure("b", 6.0, "old"), figure("c", 7.0, "old")];
+        assert_eq!(of(&later), ("new".to_string(), expected));
+        // A run of before that is recorded after it replaces nothing later.
+        let earlier = record_run(folder.path(), ("2000-01-01", "older"), &[("a", 9.0), ("d", 8.0)]);
+        let expected = vec![
+            figure("a", 4.0, "new"),
+            figure("b", 6.0, "old"),
+            figure("c", 7.0, "old"),
+            figure("d", 8.0, "older"),
+        ];
+        assert_eq!(of(&earlier), ("new".to_string(), expected));
+    }
+
+    #[test]
+    fn lines_of_a_runner_that_was_stopped_are_recorded() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let line = "{\"bench\":\"b\",\"implementation\":\"longkv\",\"median_us\":2.5}\n";
+        std::fs::write(results::figures_file(folder.path(), "benches"), line).expect("writable");
+        let measured = record_run(folder.path(), ("2000-01-02", "c"), &[("a", 5.0)]);
+        let benches: Vec<_> = measured.values.iter().map(|figure| figure.bench.as_str()).collect();
+        assert_eq!(benches, ["a", "b"]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use xtask::results::{Ceiling, Figure};
+use xtask::results::{Ceiling, Figure, Source};
 
 use super::ratios::{Measurements, TARGETS, Target};
 use super::{Accuracy, Device, plots};
@@ -95,6 +95,9 @@ fn device(report: &mut Report, device: &Device) {
     for (name, figures) in families {
         write!(report.text, "\n#### {name}\n\n").expect("a String takes everything");
         table(&mut report.text, &figures, measured.link_gb_s());
+        if let Some(measured) = &device.figures {
+            failures_and_ages(&mut report.text, &figures, &measured.run);
+        }
         let svg = plots::family(name, &figures).draw();
         plot(report, &device.folder, &name.replace('/', "-"), name, svg);
     }
@@ -166,7 +169,7 @@ fn table(text: &mut String, figures: &[&Figure], link_gb_s: Option<f64>) {
     heading(text, &head);
     let mut remarks = Vec::new();
     for ((_, shape), implementations) in shapes {
-        let ours = implementations.get(OURS).filter(|figure| figure.skipped.is_none());
+        let ours = implementations.get(OURS).filter(|figure| figure.measured());
         let mut cells = vec![shape.to_string()];
         match ours {
             None => {
@@ -193,6 +196,7 @@ fn table(text: &mut String, figures: &[&Figure], link_gb_s: Option<f64>) {
         for peer in &peers {
             cells.push(match implementations.get(peer) {
                 None => String::new(),
+                Some(Figure { failed: Some(_), median_us, .. }) if *median_us == 0.0 => "failed".to_string(),
                 Some(Figure { skipped: Some(reason), .. }) => {
                     remarks.push(format!("{peer} on {shape}: {reason}"));
                     "did not run".to_string()
@@ -211,6 +215,35 @@ fn table(text: &mut String, figures: &[&Figure], link_gb_s: Option<f64>) {
         write!(text, "\n- {remark}").expect("a String takes everything");
     }
     text.push('\n');
+}
+
+/// What failed, and what is of another commit or driver than the latest run.
+fn failures_and_ages(text: &mut String, figures: &[&Figure], latest: &Source) {
+    let mut remarks = Vec::new();
+    let mut older: BTreeMap<(&str, &str, &str), Vec<String>> = BTreeMap::new();
+    for figure in figures {
+        let shape = family(&figure.bench).1;
+        let name = if figure.implementation == OURS { "ours" } else { &figure.implementation };
+        if let Some(reason) = &figure.failed {
+            let since = if figure.measured() { "failed after it was measured" } else { "failed" };
+            remarks.push(format!("{name} on {shape} {since}: {reason}"));
+        }
+        if let Some(source) = figure.source.as_ref().filter(|_| figure.measured())
+            && (&source.commit, &source.driver) != (&latest.commit, &latest.driver)
+        {
+            let key = (source.commit.as_str(), source.driver.as_str(), source.date.as_str());
+            older.entry(key).or_default().push(format!("{name} on {shape}"));
+        }
+    }
+    for ((commit, driver, date), figures) in older {
+        remarks.push(format!("Of commit {commit}, driver {driver}, {date}: {}", figures.join(", ")));
+    }
+    for remark in &remarks {
+        write!(text, "\n- {remark}").expect("a String takes everything");
+    }
+    if !remarks.is_empty() {
+        text.push('\n');
+    }
 }
 
 fn time(figure: &Figure) -> String {
@@ -269,7 +302,7 @@ fn accuracy(text: &mut String, list: &[Accuracy]) {
 
 #[cfg(test)]
 mod tests {
-    use crate::gpu::record::{Measured, Source};
+    use crate::gpu::record::Measured;
 
     use super::*;
 
@@ -382,6 +415,33 @@ mod tests {
         assert!(report.text.contains("| large | did not run |"), "{}", report.text);
         assert!(report.text.contains("- ours on large: row 3: NaN"), "{}", report.text);
         assert!(report.text.contains("- ours on small: no plan"), "{}", report.text);
+    }
+
+    #[test]
+    fn failures_and_older_figures_are_shown_as_such() {
+        let of = |commit: &str, figure: Figure| {
+            let run = device(Vec::new()).figures.expect("a made-up device has figures").run;
+            Figure { source: Some(Source { commit: commit.to_string(), ..run }), ..figure }
+        };
+        let wrong = |time, implementation| Figure {
+            failed: Some("row 3 is wrong".to_string()),
+            ..figure(implementation, "small", 1_000_000, time)
+        };
+        let figures = vec![
+            of("c0ffee", figure(OURS, "large", 4_000_000, 2.0)),
+            of("beef", figure("torch", "large", 4_000_000, 3.0)),
+            of("c0ffee", wrong(4.0, OURS)),
+            of("c0ffee", wrong(0.0, "torch")),
+        ];
+        let text = report(&[], &[device(figures)], &[]).text;
+        for line in [
+            "- Of commit beef, driver 1, 2000-01-02: torch on large\n",
+            "- ours on small failed after it was measured: row 3 is wrong\n",
+            "- torch on small failed: row 3 is wrong\n",
+        ] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
+        assert!(!text.contains("Of commit c0ffee"), "{text}");
     }
 
     #[test]

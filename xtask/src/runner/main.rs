@@ -1,22 +1,28 @@
 //! Runs a bundle: every GPU test in its own process, sanitizers, ceilings, benches and peers.
 //!
-//! Leaves `results.json`, which `cargo xtask gpu-record` reads, and `log.txt`. The results are written after every part, and
-//! parts that an earlier call left in the same folder are kept.
+//! Leaves `results.json`, which `cargo xtask gpu-record` reads, and `log.txt`. The results are written after every test and program, also
+//! to a folder beside the bundle, where `--rest` finds them; what a bench measures is there line by line until it has ended.
 
+mod background;
+mod log;
 mod machine;
 mod parts;
 mod process;
+mod queue;
+mod store;
 mod task;
 
 use std::collections::BTreeMap;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use background::Background;
+use log::Log;
 use parts::{Kind, PARTS, Run};
-use xtask::results::{self, Item, MANIFEST, Machine, Manifest, Outcome, Part, RESULTS, Results};
+use queue::Watch;
+use store::{Earlier, Store};
+use xtask::results::{self, MANIFEST, Manifest, Outcome, Part, RESULTS, Source};
 
 #[derive(Default)]
 struct Arguments {
@@ -25,16 +31,29 @@ struct Arguments {
     only: Vec<String>,
     within: Option<Duration>,
     spent: Duration,
-    rest: Option<PathBuf>,
+    rest: Option<Rest>,
     filter: String,
     jobs: Option<usize>,
     help: bool,
 }
 
+/// Which results are gone on with.
+#[derive(Debug, PartialEq)]
+enum Rest {
+    /// Those that were kept beside the bundle.
+    Kept,
+    File(PathBuf),
+}
+
 fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
     let mut parsed = Arguments::default();
-    let mut rest = arguments;
+    let mut rest = arguments.peekable();
     while let Some(argument) = rest.next() {
+        if argument == "--rest" {
+            let file = rest.next_if(|next| !next.starts_with("--"));
+            parsed.rest = Some(file.map_or(Rest::Kept, |file| Rest::File(file.into())));
+            continue;
+        }
         let mut value = || rest.next().ok_or_else(|| format!("{argument} needs a value"));
         match argument.as_str() {
             "--bundle" => parsed.bundle = Some(value()?.into()),
@@ -42,7 +61,6 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
             "--only" => parsed.only.extend(value()?.split(',').map(str::to_string)),
             "--within" => parsed.within = Some(Duration::from_secs(number(&argument, &value()?)?)),
             "--spent" => parsed.spent = Duration::from_secs(number(&argument, &value()?)?),
-            "--rest" => parsed.rest = Some(value()?.into()),
             "--filter" => parsed.filter = value()?,
             "--jobs" => parsed.jobs = Some(number(&argument, &value()?)?),
             "--help" | "-h" => parsed.help = true,
@@ -72,12 +90,13 @@ fn main() -> ExitCode {
 }
 
 const HELP: &str = "\
-run.sh [--only PART[,PART…]] [--out DIR] [--within SECONDS] [--rest FILE] [--filter TEXT] [--jobs N]
+run.sh [--only PART[,PART…]] [--out DIR] [--within SECONDS] [--rest [FILE]] [--filter TEXT] [--jobs N]
 
   --only PART     only these parts
-  --out DIR       where results.json and log.txt go; else $OUT, else ./gpu-results
+  --out DIR       where results.json and log.txt go; else $OUT, else gpu-results beside the bundle, where results.json is always kept too
   --within N      all parts together end within N seconds and share them; else each has its own limit
-  --rest FILE     results.json of an earlier run of this bundle: what passed there is kept and not run again
+  --rest [FILE]   goes on where an earlier run of this bundle stopped: what passed there is kept and not run again, what was measured is
+                  not measured again; FILE is its results.json, else the one that was kept beside the bundle
   --filter TEXT   only tests and programs whose names contain it
   --jobs N        tests at a time
 
@@ -97,35 +116,36 @@ fn command() -> Result<bool, String> {
     let bundle = arguments.bundle.ok_or("--bundle DIR is missing: start run.sh")?;
     let bundle = bundle.canonicalize().map_err(|error| format!("{}: {error}", bundle.display()))?;
     let manifest: Manifest = results::read(&bundle.join(MANIFEST))?;
+    let kept = bundle.with_file_name("gpu-results");
     let out = arguments.out.or_else(|| std::env::var_os("OUT").map(PathBuf::from));
-    let out = out.unwrap_or_else(|| PathBuf::from("gpu-results"));
-    std::fs::create_dir_all(&out).map_err(|error| format!("{}: {error}", out.display()))?;
+    let out = out.unwrap_or_else(|| kept.clone());
+    let folders = folders(&out, &kept)?;
     let scratch = std::env::temp_dir().join(format!("longkv-gpu-{}", std::process::id()));
     std::fs::create_dir_all(&scratch).map_err(|error| format!("{}: {error}", scratch.display()))?;
 
-    let log = Log::open(&out.join("log.txt"))?;
+    let log = Log::open(&folders[0].join("log.txt"))?;
     let machine = machine::describe();
-    let earlier = match &arguments.rest {
-        Some(file) => Some(rest(results::read(file)?, &manifest, &machine)?),
-        None => earlier(&out.join(RESULTS), &manifest, &machine),
-    };
-    let mut results = earlier.unwrap_or(Results {
-        schema: results::SCHEMA,
-        bundle: manifest.clone(),
-        machine: machine.clone(),
-        parts: BTreeMap::new(),
-    });
-    log.line(&match (&results.machine.device, &results.machine.no_device) {
+    log.line(&match (&machine.device, &machine.no_device) {
         (Some(device), _) => format!("{device}, commit {}", manifest.commit),
         (None, reason) => format!("no GPU: {}", reason.as_deref().unwrap_or("unknown reason")),
     });
+    let kept_file = kept.join(RESULTS);
+    let earlier = match &arguments.rest {
+        None => Earlier::Keep,
+        Some(Rest::Kept) => Earlier::GoOn(&kept_file),
+        Some(Rest::File(file)) => Earlier::GoOn(file),
+    };
+    let (store, words) = Store::open(folders.clone(), &earlier, &manifest, &machine)?;
+    words.iter().for_each(|words| log.line(words));
 
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     let mut run = Run {
         bundle,
+        source: Source::new(&machine, &manifest.commit, results::now()),
         manifest,
         scratch: scratch.clone(),
-        out: out.canonicalize().map_err(|error| format!("{}: {error}", out.display()))?,
+        out: folders[0].clone(),
+        kept: kept.canonicalize().map_err(|error| format!("{}: {error}", kept.display()))?.join("cache"),
         filter: arguments.filter,
         jobs: arguments.jobs.unwrap_or((cores / 2).clamp(1, 6)),
         durations: BTreeMap::new(),
@@ -135,55 +155,83 @@ fn command() -> Result<bool, String> {
         names => names.iter().any(|name| name == kind.name),
     };
     let kinds: Vec<_> = PARTS.iter().filter(wanted).collect();
+    let mut background = begin(&run, &kinds);
+    let mut prepared = Vec::new();
     for (index, kind) in kinds.iter().enumerate() {
-        if let Some(tests) = results.parts.get("tests") {
-            run.durations = tests.items.iter().map(|item| (item.name.clone(), item.seconds)).collect();
+        if let Some(background) = background.take_if(|_| kind.serial()) {
+            for (item, output) in background.end() {
+                log.item(&item, &output);
+                prepared.push(item);
+            }
         }
+        run.durations = store.with(|results| durations(results.parts.get("tests")));
         log.line(&format!("== {}: {}", kind.name, kind.what));
-        results
-            .machine
-            .clocks
-            .extend(machine::clocks().map(|clocks| format!("before {}: {clocks}", kind.name)));
+        let clocks = |when: &str| {
+            let clocks = machine::clocks().map(|clocks| format!("{when} {}: {clocks}", kind.name));
+            store.with(|results| results.machine.clocks.extend(clocks));
+        };
+        clocks("before");
         let spent = started.elapsed() + arguments.spent;
         let left = arguments.within.map(|within| within.saturating_sub(spent));
         let limit = parts::limit(&kinds[index..], left);
-        let before = arguments.rest.as_ref().and_then(|_| results.parts.remove(kind.name));
-        let part = run.part(kind, limit, before, &|item, output| log.item(item, output));
-        results
-            .machine
-            .clocks
-            .extend(machine::clocks().map(|clocks| format!("after {}: {clocks}", kind.name)));
-        results.parts.insert(kind.name.to_string(), part);
-        results::write(&out.join(RESULTS), &results)?;
+        let mut before = store.with(|results| results.parts.get(kind.name).cloned());
+        before = before.filter(|_| arguments.rest.is_some());
+        if kind.name == "peers" {
+            prepared.drain(..).for_each(|item| before.get_or_insert_default().put(item));
+        }
+        // A disk that is full is said when the part ends.
+        let watch = Watch {
+            item: &|item, output| log.item(item, output),
+            part: &|part| _ = store.put(kind.name, part),
+        };
+        let part = run.part(kind, limit, before, &watch);
+        clocks("after");
+        store.put(kind.name, &part)?;
+        store.forget_lines(kind.name);
     }
     let _ = std::fs::remove_dir_all(&scratch);
 
     log.line("== summary");
     let mut good = true;
     for kind in kinds {
-        let part = &results.parts[kind.name];
+        let part = store.with(|results| results.parts[kind.name].clone());
         good &= part.skipped.is_none() && part.items.iter().all(|item| item.outcome == Outcome::Passed);
-        log.line(&summary(kind.name, part));
+        log.line(&summary(kind.name, &part));
     }
     Ok(good)
 }
 
-/// Results that an earlier call left in its folder for the same bundle on the same kind of machine.
-fn earlier(path: &Path, manifest: &Manifest, machine: &Machine) -> Option<Results> {
-    rest(results::read(path).ok()?, manifest, machine).ok()
+/// The folders of the results, made if they are missing, each once.
+fn folders(out: &Path, kept: &Path) -> Result<Vec<PathBuf>, String> {
+    let mut folders = Vec::new();
+    for folder in [out, kept] {
+        std::fs::create_dir_all(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+        folders.push(folder.canonicalize().map_err(|error| format!("{}: {error}", folder.display()))?);
+    }
+    folders.dedup();
+    Ok(folders)
 }
 
-/// Results that can be gone on with: of the same bundle on the same kind of machine.
-fn rest(results: Results, manifest: &Manifest, machine: &Machine) -> Result<Results, String> {
-    let of = |machine: &Machine| format!("{:?} with driver {:?}", machine.device, machine.driver);
-    let built = |bundle: &Manifest| format!("a bundle of {}, built {}", bundle.commit, bundle.built);
-    if results.bundle != *manifest {
-        return Err(format!("--rest: expected {}, found {}", built(manifest), built(&results.bundle)));
+/// Seconds that tests took that passed.
+fn durations(tests: Option<&Part>) -> BTreeMap<String, f64> {
+    let items = tests.iter().flat_map(|part| &part.items);
+    let passed = items.filter(|item| item.outcome == Outcome::Passed);
+    passed.map(|item| (item.name.clone(), item.seconds)).collect()
+}
+
+/// Makes ready what peers need, if something else runs before them that leaves the GPU's rates alone.
+fn begin(run: &Run, kinds: &[&Kind]) -> Option<Background> {
+    let peers = kinds.iter().position(|kind| kind.name == "peers")?;
+    let first = kinds.iter().position(|kind| kind.serial())?;
+    if first == 0 || peers < first {
+        return None;
     }
-    if of(&results.machine) != of(machine) {
-        return Err(format!("--rest: expected {}, found {}", of(machine), of(&results.machine)));
-    }
-    Ok(results)
+    let steps = run
+        .preparations()
+        .into_iter()
+        .map(|task| (task.name.clone(), run.command("peers", &task), task.limit));
+    let steps: Vec<_> = steps.collect();
+    (!steps.is_empty()).then(|| Background::start(steps, run.scratch.clone()))
 }
 
 fn summary(name: &str, part: &Part) -> String {
@@ -206,50 +254,10 @@ fn summary(name: &str, part: &Part) -> String {
     format!("{name:20} {:6.1} s  {}", part.seconds, words.join(", "))
 }
 
-/// Most that the log may take.
-const LOG_BYTES: usize = 12 << 20;
-
-/// The log file; lines go to stdout too.
-struct Log {
-    file: Mutex<(std::fs::File, usize)>,
-}
-
-impl Log {
-    fn open(path: &Path) -> Result<Self, String> {
-        let file = std::fs::File::create(path).map_err(|error| format!("{}: {error}", path.display()))?;
-        Ok(Log { file: Mutex::new((file, 0)) })
-    }
-
-    fn line(&self, line: &str) {
-        println!("{line}");
-        self.write(line);
-    }
-
-    fn write(&self, text: &str) {
-        let mut file = self.file.lock().expect("no thread panicked");
-        if file.1 + text.len() < LOG_BYTES {
-            file.1 += text.len() + 1;
-            // The results matter more than a full disk.
-            let _ = writeln!(file.0, "{text}");
-        }
-    }
-
-    fn item(&self, item: &Item, output: &str) {
-        let outcome = match item.outcome {
-            Outcome::Passed => "passed",
-            Outcome::Failed => "FAILED",
-            Outcome::TimedOut => "TIMED OUT",
-            Outcome::Skipped => "skipped",
-            Outcome::NotRun => "not run",
-        };
-        let reason = item.reason.as_deref().map(|reason| format!(": {reason}")).unwrap_or_default();
-        self.line(&format!("{:6.1} s  {} {outcome}{reason}", item.seconds, item.name));
-        self.write(output.trim_end());
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use xtask::results::Item;
+
     use super::*;
 
     #[test]
@@ -260,8 +268,14 @@ mod tests {
         )
         .unwrap();
         assert_eq!(parsed.only, ["tests", "peers", "jit"]);
-        assert_eq!((parsed.within, parsed.rest), (Some(Duration::from_secs(90)), Some("r".into())));
+        assert_eq!(
+            (parsed.within, parsed.rest),
+            (Some(Duration::from_secs(90)), Some(Rest::File("r".into())))
+        );
         assert_eq!((parsed.filter.as_str(), parsed.jobs), ("decode", Some(3)));
+        let parsed = words("--rest --within 90").unwrap();
+        assert_eq!((parsed.within, parsed.rest), (Some(Duration::from_secs(90)), Some(Rest::Kept)));
+        assert_eq!(words("--only jit --rest").unwrap().rest, Some(Rest::Kept));
         for (text, expected) in [
             ("--only nothing", "there is no part nothing"),
             ("--jobs many", "--jobs many is no number"),
@@ -272,37 +286,6 @@ mod tests {
             let error = words(text).err().expect(text);
             assert!(error.contains(expected), "{error}");
         }
-    }
-
-    #[test]
-    fn only_the_same_bundle_on_the_same_machine_is_gone_on_with() {
-        let manifest = Manifest {
-            schema: results::SCHEMA,
-            commit: "c".to_string(),
-            built: "today".to_string(),
-            glibc: String::new(),
-            nvrtc: String::new(),
-            rows: Vec::new(),
-            tests: Vec::new(),
-            benches: Vec::new(),
-            ceilings: None,
-            peers: Vec::new(),
-            trainer: None,
-        };
-        let machine = Machine { device: Some("A".to_string()), ..Machine::default() };
-        let results = Results {
-            schema: results::SCHEMA,
-            bundle: manifest.clone(),
-            machine: machine.clone(),
-            parts: BTreeMap::new(),
-        };
-        assert!(rest(results.clone(), &manifest, &machine).is_ok());
-        let other = Manifest { built: "later".to_string(), ..manifest.clone() };
-        let error = rest(results.clone(), &other, &machine).expect_err("another bundle");
-        assert!(error.contains("built later, found a bundle of c, built today"), "{error}");
-        let other = Machine { device: Some("B".to_string()), ..Machine::default() };
-        let error = rest(results, &manifest, &other).expect_err("another machine");
-        assert!(error.contains("found Some(\"A\")"), "{error}");
     }
 
     #[test]

@@ -2,16 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use xtask::results::{self, Executable, Figure, Item, Manifest, Outcome, Part};
+use xtask::results::{self, Executable, Item, Manifest, Outcome, Part, Source};
 
 use crate::machine;
 use crate::process;
+use crate::queue::Watch;
 use crate::task::Task;
 
 /// A part: its name, its limit in seconds, and what it is.
@@ -21,6 +20,10 @@ pub(crate) struct Kind {
     pub(crate) what: &'static str,
     /// Its weight where the parts share a time.
     pub(crate) share: u32,
+    /// Most processes at a time, where it is not for the caller to say.
+    pub(crate) jobs: Option<usize>,
+    /// Whether a task that was stopped goes on where it was: it leaves out what it has measured.
+    pub(crate) resumes: bool,
     /// Whether it runs without being named.
     pub(crate) unasked: bool,
 }
@@ -28,21 +31,37 @@ pub(crate) struct Kind {
 /// All parts in the order in which they run: first whether kernels are right, then how fast.
 pub(crate) const PARTS: &[Kind] = &[
     kind("tests", 480, 10, "every GPU test but those of `stress`, with the bundle's cubins"),
-    kind("sanitizer-memcheck", 400, 4, "compute-sanitizer on the quickest GPU tests"),
-    kind("ceilings", 240, 5, "bandwidths, matrix rates, host link, launch overhead"),
-    kind("benches", 500, 10, "criterion benches"),
-    kind("peers", 500, 6, "other people's kernels on the same problems, from Python"),
-    kind("stress", 500, 4, "merge stress and graph replays"),
-    kind("jit", 240, 1, "the quickest GPU tests, with kernels compiled by this machine's NVRTC"),
-    kind("sanitizer-racecheck", 400, 2, "compute-sanitizer again, for races in shared memory"),
+    kind("sanitizer-memcheck", 400, 3, "compute-sanitizer on the quickest GPU tests"),
     Kind {
+        jobs: Some(1),
+        ..kind("ceilings", 240, 3, "bandwidths, matrix rates, host link, launch overhead")
+    },
+    Kind { jobs: Some(1), resumes: true, ..kind("benches", 500, 14, "criterion benches") },
+    Kind {
+        jobs: Some(1),
+        resumes: true,
+        ..kind("peers", 500, 10, "other people's kernels on the same problems, from Python")
+    },
+    // Blocks of one launch contend only while their process has the GPU.
+    Kind { jobs: Some(2), ..kind("stress", 500, 3, "merge stress and graph replays") },
+    kind("jit", 240, 1, "the quickest GPU tests, with kernels compiled by this machine's NVRTC"),
+    kind("sanitizer-racecheck", 400, 1, "compute-sanitizer again, for races in shared memory"),
+    Kind {
+        jobs: Some(1),
         unasked: false,
         ..kind("model", 530, 10, "trains a larger model for the engine; only where it is named")
     },
 ];
 
 const fn kind(name: &'static str, limit_s: u64, share: u32, what: &'static str) -> Kind {
-    Kind { name, limit_s, what, share, unasked: true }
+    Kind { name, limit_s, what, share, jobs: None, resumes: false, unasked: true }
+}
+
+impl Kind {
+    /// Whether it measures, so that nothing may run beside it.
+    pub(crate) fn serial(&self) -> bool {
+        self.jobs == Some(1)
+    }
 }
 
 /// The limit of the first of `kinds` where all of them have `left` together: what a part leaves over goes to those behind it.
@@ -53,16 +72,21 @@ pub(crate) fn limit(kinds: &[&Kind], left: Option<Duration>) -> Duration {
     own.min(left * kinds[0].share / shares)
 }
 
-/// Most of a part's time that one of its tasks gets.
-fn share_of_one(part: &str) -> f64 {
-    match part {
-        "ceilings" | "benches" | "model" => 1.0,
-        _ => 1.0 / 3.0,
-    }
-}
-
 /// Tests with one of these words in their names are many launches: they run in `stress`, and never under a sanitizer.
 const STRESS: &[&str] = &["many_", "stress", "replay", "graph"];
+
+/// What a task takes at least where nothing is known of it.
+const TEST: Duration = Duration::from_secs(2);
+/// A module of benches: its ceilings and a case.
+const MODULE: Duration = Duration::from_secs(4);
+/// A peer: PyTorch, compilers, a case.
+const PEER: Duration = Duration::from_secs(25);
+
+/// The task that installs wheels.
+const WHEELS: &str = "wheels";
+
+/// The peer that compiles for minutes: it can be told to do so beforehand.
+const COMPILES: &str = "peers/with_flashinfer";
 
 /// What every part needs.
 pub(crate) struct Run {
@@ -72,135 +96,82 @@ pub(crate) struct Run {
     pub(crate) scratch: PathBuf,
     /// For files that are kept.
     pub(crate) out: PathBuf,
+    /// For what a later call on this machine uses again.
+    pub(crate) kept: PathBuf,
     /// Only tests and programs whose name contains this.
     pub(crate) filter: String,
     /// Tests at a time.
     pub(crate) jobs: usize,
-    /// Seconds that each test took in the part `tests`, from this run or an earlier one.
+    /// Where and of what; its date is that of the start.
+    pub(crate) source: Source,
+    /// Seconds that each test took that passed in the part `tests`, in this run or an earlier one.
     pub(crate) durations: BTreeMap<String, f64>,
 }
 
 impl Run {
-    /// Runs a part for at most `limit` and hands each item to `log` with what it printed. What passed in `earlier` is kept and not run
-    /// again; so is what was measured there, unless it is measured anew.
+    /// Runs a part for at most `limit`. What passed in `earlier` is kept and not run again; so is what was measured there.
     pub(crate) fn part(
         &self,
         kind: &Kind,
         limit: Duration,
         earlier: Option<Part>,
-        log: &(dyn Fn(&Item, &str) + Sync),
+        watch: &Watch<'_>,
     ) -> Part {
         let started = Instant::now();
-        let mut part = Part { started: results::now(), limit_s: limit.as_secs(), ..Part::default() };
-        let mut before = Vec::new();
-        if let Some(earlier) = earlier {
-            before = earlier.items;
-            (part.figures, part.ceilings, part.seconds) =
-                (earlier.figures, earlier.ceilings, earlier.seconds);
-        }
-        let passed =
-            |name: &str| before.iter().any(|item| item.name == name && item.outcome == Outcome::Passed);
-        match self.tasks(kind.name, limit) {
-            Err(reason) => part.skipped = Some(reason),
-            Ok(mut tasks) => {
-                tasks.retain(|task| !passed(&task.name));
-                let serial = matches!(kind.name, "ceilings" | "benches" | "peers");
-                let jobs = if serial { 1 } else { self.jobs };
-                self.run_all(kind.name, &tasks, jobs, started + limit, &mut part, log);
+        let part = Part {
+            started: results::now(),
+            limit_s: limit.as_secs(),
+            skipped: None,
+            ..earlier.unwrap_or_default()
+        };
+        let tasks = self.tasks(kind.name);
+        let mut part = match tasks {
+            Err(reason) => Part { skipped: Some(reason), ..part },
+            Ok(tasks) => {
+                let tasks = left_of(tasks, &part.items);
+                self.run_all(kind, tasks, started + limit, part, watch)
             }
-        }
-        // An earlier outcome stands unless the same test has a new one: what failed and did not run again has still failed.
-        part.items.retain(|new| {
-            new.outcome != Outcome::NotRun
-                || before.iter().all(|old| old.name != new.name || old.outcome == Outcome::NotRun)
-        });
-        before.retain(|old| part.items.iter().all(|new| new.name != old.name));
-        part.items.splice(0..0, before);
+        };
         part.seconds += started.elapsed().as_secs_f64();
         part
     }
 
-    fn tasks(&self, part: &str, limit: Duration) -> Result<Vec<Task>, String> {
-        // No more than a third of a short part for one task: what hangs is stopped and named before the part's time is up.
-        let seconds = |seconds| Duration::from_secs(seconds).min(limit.mul_f64(share_of_one(part)));
+    fn tasks(&self, part: &str) -> Result<Vec<Task>, String> {
+        let seconds = Duration::from_secs;
         let mut tasks = match part {
             "tests" => self.tests(|stress, _| !stress, seconds(120))?,
             "stress" => self.tests(|stress, _| stress, seconds(300))?,
-            "jit" => self.quickest(seconds(60))?,
+            // Compiling takes about as long as a test.
+            "jit" => self.quickest(seconds(60), 2.0)?,
             "ceilings" => match &self.manifest.ceilings {
-                Some(program) => vec![self.program(program, &[], seconds(230))],
+                Some(program) => vec![self.program(program, &[], seconds(230), TEST)],
                 None => return Err("the bundle has no ceilings program".to_string()),
             },
-            "benches" => {
-                // Short, because cold medians settle fast; the filter leaves the CPU references out.
-                let options =
-                    ["--bench", "--noplot", "--warm-up-time", "0.3", "--measurement-time", "1", "/sm_"];
-                let mut tasks = Vec::new();
-                for bench in &self.manifest.benches {
-                    // A process for each module: what a module measured is kept when a later one fails or time is up.
-                    for module in self.lines(bench, &["--modules"])? {
-                        let mut task = self.program(bench, &options, seconds(490));
-                        task.name = format!("{} {module}", bench.name);
-                        task.variables.push(("LONGKV_BENCH", module));
-                        tasks.push(task);
-                    }
-                }
-                tasks
-            }
-            "peers" => {
-                let python = machine::find("python3").ok_or("there is no python3")?;
-                let peers = self.manifest.peers.iter();
-                // Packages that travelled as wheels first: a peer that finds none says so itself.
-                let install = self.wheels().into_iter().map(|wheels| {
-                    let options =
-                        ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-cache-dir"];
-                    let arguments = options.map(OsString::from).into_iter();
-                    let to = ["--target".into(), self.site().into_os_string()];
-                    Task {
-                        name: "wheels".to_string(),
-                        program: python.clone(),
-                        arguments: arguments
-                            .chain(to)
-                            .chain(wheels.into_iter().map(OsString::from))
-                            .collect(),
-                        limit: seconds(120),
-                        test: false,
-                        variables: Vec::new(),
-                    }
-                });
-                let peers = peers.map(|peer| Task {
-                    name: peer.name.clone(),
-                    program: python.clone(),
-                    arguments: vec![self.bundle.join(&peer.file).into()],
-                    limit: seconds(300),
-                    test: false,
-                    variables: Vec::new(),
-                });
-                install.chain(peers).collect()
-            }
+            "benches" => self.modules()?,
+            "peers" => self.peers()?,
             "model" => {
                 let python = machine::find("python3").ok_or("there is no python3")?;
                 let trainer = self.manifest.trainer.as_ref().ok_or("the bundle has no trainer")?;
-                let program = self.bundle.join(&trainer.file).into_os_string();
-                let options = [program, "--minutes".into(), "6.5".into(), "--out".into()];
-                vec![Task {
-                    name: trainer.name.clone(),
-                    program: python,
-                    arguments: options.into_iter().chain([self.out.join("model").into()]).collect(),
-                    limit: seconds(525),
-                    test: false,
-                    variables: Vec::new(),
-                }]
+                let mut task = self.python(&python, trainer, seconds(525), TEST);
+                let options =
+                    ["--minutes".into(), "6.5".into(), "--out".into(), self.out.join("model").into()];
+                task.arguments.extend::<[OsString; 4]>(options);
+                vec![task]
             }
             _ => {
                 let tool =
                     part.strip_prefix("sanitizer-").ok_or_else(|| format!("there is no part {part}"))?;
                 let sanitizer = machine::find("compute-sanitizer").ok_or("there is no compute-sanitizer")?;
-                let mut tasks = self.quickest(seconds(90))?;
+                let mut tasks = self.quickest(seconds(90), if tool == "memcheck" { 3.0 } else { 6.0 })?;
+                let mut options = vec!["--tool", tool, "--error-exitcode", "77", "--print-limit", "10"];
+                if tool == "memcheck" {
+                    // Every result of the driver is checked by its caller; asking for more parameters than a kernel has is how they
+                    // are counted.
+                    options.extend(["--report-api-errors", "no"]);
+                }
                 for task in &mut tasks {
-                    let options = ["--tool", tool, "--error-exitcode", "77", "--print-limit", "10"];
                     let program = std::mem::replace(&mut task.program, sanitizer.clone());
-                    let arguments = options.map(OsString::from).into_iter().chain([program.into()]);
+                    let arguments = options.iter().map(OsString::from).chain([program.into()]);
                     task.arguments = arguments.chain(std::mem::take(&mut task.arguments)).collect();
                 }
                 tasks
@@ -210,29 +181,100 @@ impl Run {
         if tasks.is_empty() { Err("nothing to run".to_string()) } else { Ok(tasks) }
     }
 
+    /// A process for each module of the benches: what a module measured is kept when a later one fails or time is up.
+    fn modules(&self) -> Result<Vec<Task>, String> {
+        // The filter leaves the CPU references out; how long a case takes is the benches' own choice.
+        const OPTIONS: [&str; 3] = ["--bench", "--noplot", "/sm_"];
+        let mut tasks = Vec::new();
+        for bench in &self.manifest.benches {
+            for module in self.lines(bench, &["--modules"])? {
+                let mut task = self.program(bench, &OPTIONS, Duration::from_secs(490), MODULE);
+                task.name = format!("{} {module}", bench.name);
+                task.variables.push(("LONGKV_BENCH", module));
+                tasks.push(task);
+            }
+        }
+        Ok(tasks)
+    }
+
+    /// Peers in the order of the bundle, behind the packages that travelled as wheels: one that finds none says so itself.
+    fn peers(&self) -> Result<Vec<Task>, String> {
+        let python = machine::find("python3").ok_or("there is no python3")?;
+        let peers = self.manifest.peers.iter();
+        let peers = peers.map(|peer| self.python(&python, peer, Duration::from_secs(300), PEER));
+        Ok(self.install(&python).into_iter().chain(peers).collect())
+    }
+
+    /// What can be made ready while the CPU alone would be busy: wheels, and what a peer compiles.
+    pub(crate) fn preparations(&self) -> Vec<Task> {
+        let Some(python) = machine::find("python3") else { return Vec::new() };
+        let peer = self.manifest.peers.iter().find(|peer| peer.name == COMPILES);
+        let (Some(peer), Some(_)) = (peer, self.wheels()) else { return Vec::new() };
+        let mut compile = self.python(&python, peer, Duration::from_secs(300), PEER);
+        compile.name += " --build";
+        compile.arguments.push("--build".into());
+        self.install(&python).into_iter().chain([compile]).collect()
+    }
+
+    /// Installs wheels for the peers alone, unless an earlier call has.
+    fn install(&self, python: &Path) -> Option<Task> {
+        let wheels = self.wheels()?;
+        let site = self.site();
+        let installed = |wheel: &PathBuf| {
+            let name = wheel.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let words: Vec<&str> = name.split('-').take(2).collect();
+            site.join(format!("{}.dist-info", words.join("-"))).is_dir()
+        };
+        if wheels.iter().all(installed) {
+            return None;
+        }
+        let options =
+            ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-cache-dir", "--upgrade"];
+        let arguments = options.map(OsString::from).into_iter();
+        let to = ["--target".into(), site.into_os_string()];
+        Some(Task {
+            name: WHEELS.to_string(),
+            program: python.to_path_buf(),
+            arguments: arguments.chain(to).chain(wheels.into_iter().map(OsString::from)).collect(),
+            limit: Duration::from_secs(120),
+            expected: TEST,
+            test: false,
+            variables: Vec::new(),
+            failed: None,
+        })
+    }
+
     /// Where Python finds packages that travelled as wheels.
     pub(crate) fn site(&self) -> PathBuf {
-        self.scratch.join("site")
+        self.kept.join("site")
     }
 
     /// The wheels of `gpu-wheels` beside the bundle, if there are any.
     fn wheels(&self) -> Option<Vec<PathBuf>> {
         let folder = self.bundle.with_file_name("gpu-wheels");
         let files = std::fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path());
-        let wheels: Vec<PathBuf> =
+        let mut wheels: Vec<PathBuf> =
             files.filter(|path| path.extension().is_some_and(|e| e == "whl")).collect();
+        wheels.sort();
         (!wheels.is_empty()).then_some(wheels)
     }
 
-    fn program(&self, program: &Executable, options: &[&str], limit: Duration) -> Task {
+    fn program(&self, program: &Executable, options: &[&str], limit: Duration, expected: Duration) -> Task {
         Task {
             name: program.name.clone(),
             program: self.bundle.join(&program.file),
             arguments: options.iter().map(OsString::from).collect(),
             limit,
+            expected,
             test: false,
             variables: Vec::new(),
+            failed: None,
         }
+    }
+
+    fn python(&self, python: &Path, program: &Executable, limit: Duration, expected: Duration) -> Task {
+        let task = self.program(program, &[], limit, expected);
+        Task { arguments: vec![task.program.into()], program: python.to_path_buf(), ..task }
     }
 
     /// What a program of the bundle prints when it is asked for a list.
@@ -246,87 +288,82 @@ impl Run {
         Ok(list.output.lines().map(str::to_string).collect())
     }
 
-    /// GPU tests that `wanted` picks by whether they stress and by name.
+    /// GPU tests that `wanted` picks by whether they stress and by name: the first of every executable, then the second of each, so that
+    /// little time proves something of everything.
     fn tests(&self, wanted: impl Fn(bool, &str) -> bool, limit: Duration) -> Result<Vec<Task>, String> {
-        let mut tasks = Vec::new();
+        let mut ranked = Vec::new();
         let several = machine::gpus() > 1;
         for executable in &self.manifest.tests {
             let program = self.bundle.join(&executable.file);
             let list = self.lines(executable, &["--list", "--format", "terse"])?;
+            let mut rank = 0;
             for test in results::gpu_tests(&list, several) {
                 let stress = STRESS.iter().any(|word| test.contains(word));
                 let name = format!("{} {test}", executable.name);
                 if wanted(stress, &name) {
                     let arguments = ["--exact", &test, "--nocapture", "--test-threads=1"].map(OsString::from);
-                    tasks.push(Task {
+                    let known = self.durations.get(&name).map(|known| Duration::from_secs_f64(*known));
+                    let task = Task {
                         name,
                         program: program.clone(),
                         arguments: arguments.into(),
                         limit,
+                        expected: known.unwrap_or(TEST),
                         test: true,
                         variables: Vec::new(),
-                    });
+                        failed: None,
+                    };
+                    ranked.push((rank, task));
+                    rank += 1;
                 }
             }
         }
-        Ok(tasks)
+        ranked.sort_by_key(|(rank, _)| *rank);
+        Ok(ranked.into_iter().map(|(_, task)| task).collect())
     }
 
-    /// Tests without stress, those first that took least time in `tests`.
-    fn quickest(&self, limit: Duration) -> Result<Vec<Task>, String> {
+    /// Tests without stress, those first that took least time in `tests`; here they take `slower` times that.
+    fn quickest(&self, limit: Duration, slower: f64) -> Result<Vec<Task>, String> {
         let mut tasks = self.tests(|stress, _| !stress, limit)?;
         let seconds = |task: &Task| self.durations.get(&task.name).copied().unwrap_or(f64::MAX);
         tasks.sort_by(|a, b| seconds(a).total_cmp(&seconds(b)));
+        for task in &mut tasks {
+            task.expected = (TEST + task.expected.mul_f64(slower)).min(limit);
+        }
         Ok(tasks)
     }
+}
 
-    fn run_all(
-        &self,
-        part_name: &str,
-        tasks: &[Task],
-        jobs: usize,
-        deadline: Instant,
-        part: &mut Part,
-        log: &(dyn Fn(&Item, &str) + Sync),
-    ) {
-        let next = AtomicUsize::new(0);
-        let done = Mutex::new(BTreeMap::new());
-        std::thread::scope(|scope| {
-            for _ in 0..jobs.max(1).min(tasks.len()) {
-                scope.spawn(|| {
-                    loop {
-                        let index = next.fetch_add(1, Ordering::Relaxed);
-                        let Some(task) = tasks.get(index) else { return };
-                        let finished = self.run_one(part_name, index, task, deadline);
-                        log(&finished.item, &finished.output);
-                        done.lock().expect("no thread panicked").insert(index, finished);
-                    }
-                });
+/// What is left to do: what has not passed, and behind that which was never begun what was cut off, which takes longer than it had.
+fn left_of(tasks: Vec<Task>, items: &[Item]) -> Vec<Task> {
+    let (mut fresh, mut begun) = (Vec::new(), Vec::new());
+    for mut task in tasks {
+        match items.iter().find(|item| item.name == task.name) {
+            // Whether wheels are needed is seen where they would lie.
+            Some(item) if item.outcome == Outcome::Passed && task.name != WHEELS => {}
+            Some(item) if item.seconds > 0.0 && task.name != WHEELS => {
+                if item.outcome == Outcome::NotRun && task.test {
+                    let longer = Duration::from_secs_f64(item.seconds * 1.25);
+                    task.expected = task.expected.max(longer).min(task.limit);
+                }
+                begun.push(task);
             }
-        });
-        for finished in done.into_inner().expect("no thread panicked").into_values() {
-            part.items.push(finished.item);
-            for figure in finished.figures {
-                let same = |old: &Figure| {
-                    (&old.bench, &old.implementation) == (&figure.bench, &figure.implementation)
-                };
-                part.figures.retain(|old| !same(old));
-                part.figures.push(figure);
-            }
-            for ceiling in finished.ceilings {
-                part.ceilings
-                    .retain(|old| (&old.name, &old.parameters) != (&ceiling.name, &ceiling.parameters));
-                part.ceilings.push(ceiling);
-            }
+            _ => fresh.push(task),
         }
     }
+    fresh.extend(begun);
+    fresh
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
+    use xtask::results::{Figure, Machine};
+
     use super::*;
+
+    const NOBODY: Watch<'static> = Watch { item: &|_, _| {}, part: &|_| {} };
 
     /// A bundle whose one "test executable" is a shell script.
     fn run_script(script: &str) -> (tempfile::TempDir, Run) {
@@ -353,8 +390,10 @@ mod tests {
             manifest,
             scratch: folder.path().to_path_buf(),
             out: folder.path().to_path_buf(),
+            kept: folder.path().to_path_buf(),
             filter: String::new(),
             jobs: 2,
+            source: Source::new(&Machine::default(), "c0ffee", String::new()),
             durations: BTreeMap::new(),
         };
         (folder, run)
@@ -362,7 +401,7 @@ mod tests {
 
     fn part(run: &Run, name: &str) -> Part {
         let kind = PARTS.iter().find(|kind| kind.name == name).expect("a part");
-        run.part(kind, Duration::from_secs(kind.limit_s), None, &|_, _| {})
+        run.part(kind, Duration::from_secs(kind.limit_s), None, &NOBODY)
     }
 
     const LIST: &str = "if [ \"$1\" = --list ]; then echo 'a::gpu: test'; echo 'a::emulator: test';\
@@ -424,7 +463,7 @@ mod tests {
     #[test]
     fn what_is_not_started_is_not_run() {
         let (_folder, run) = run_script(LIST);
-        let part = run.part(&PARTS[0], Duration::ZERO, None, &|_, _| {});
+        let part = run.part(&PARTS[0], Duration::ZERO, None, &NOBODY);
         assert_eq!(part.items.iter().map(|item| item.outcome).collect::<Vec<_>>(), [Outcome::NotRun]);
     }
 
@@ -449,14 +488,14 @@ mod tests {
             ..Part::default()
         };
         let kind = PARTS.iter().find(|kind| kind.name == "benches").expect("a part");
-        let part = run.part(kind, Duration::from_secs(60), Some(earlier), &|_, _| {});
+        let part = run.part(kind, Duration::from_secs(60), Some(earlier), &NOBODY);
         let items: Vec<_> = part.items.iter().map(|item| (item.name.as_str(), item.outcome)).collect();
         assert_eq!(items, [("p/t one", Outcome::Passed), ("p/t two", Outcome::Passed)]);
         let figures: Vec<_> = part.figures.iter().map(|f| (f.bench.as_str(), f.median_us)).collect();
-        assert_eq!(figures, [("one", 7.0), ("more", 7.0), ("two", 2.5)]);
+        assert_eq!(figures, [("one", 7.0), ("two", 2.5), ("more", 7.0)]);
         assert!(part.seconds > 100.0 && part.seconds < 160.0);
         // Nothing is left to do.
-        let again = run.part(kind, Duration::from_secs(60), Some(part.clone()), &|_, _| {});
+        let again = run.part(kind, Duration::from_secs(60), Some(part.clone()), &NOBODY);
         assert_eq!((again.items, again.figures, again.skipped), (part.items, part.figures, None));
     }
 
@@ -472,7 +511,7 @@ mod tests {
         };
         let earlier = Part { items: vec![failed("p/t a::gpu")], ..Part::default() };
         let outcomes = |run: &Run, limit| {
-            let part = run.part(&PARTS[0], Duration::from_secs(limit), Some(earlier.clone()), &|_, _| {});
+            let part = run.part(&PARTS[0], Duration::from_secs(limit), Some(earlier.clone()), &NOBODY);
             part.items.iter().map(|item| item.outcome).collect::<Vec<_>>()
         };
         assert_eq!(outcomes(&run, 60), [Outcome::Passed]);
@@ -482,21 +521,159 @@ mod tests {
     }
 
     #[test]
-    fn what_hangs_in_a_short_part_has_timed_out() {
+    fn only_its_own_limit_makes_a_hang() {
         let (_folder, run) = run_script(&format!("{LIST}sleep 30"));
-        let part = run.part(&PARTS[0], Duration::from_secs(9), None, &|_, _| {});
-        assert_eq!(part.items.iter().map(|item| item.outcome).collect::<Vec<_>>(), [Outcome::TimedOut]);
+        let outcome = |limit, seconds| {
+            let mut tasks = run.tests(|stress, _| !stress, Duration::from_secs(limit)).expect("a list");
+            let part = Part { limit_s: seconds, ..Part::default() };
+            let deadline = Instant::now() + Duration::from_secs(seconds);
+            tasks[0].expected = Duration::ZERO;
+            let [item] = &run.run_all(&PARTS[0], tasks, deadline, part, &NOBODY).items[..] else {
+                panic!("one test")
+            };
+            (item.outcome, item.reason.clone().unwrap_or_default())
+        };
+        let (ended, reason) = outcome(1, 60);
+        assert_eq!((ended, reason.as_str()), (Outcome::TimedOut, "stopped after 1 s"));
+        let (ended, reason) = outcome(120, 3);
+        assert_eq!((ended, reason.as_str()), (Outcome::NotRun, "stopped after 1 s of 120, for others"));
+    }
+
+    #[test]
+    fn what_takes_longer_than_is_left_is_not_begun() {
+        let (_folder, mut run) = run_script(&format!("{LIST}echo ' 1 passed;'"));
+        run.durations.insert("p/t a::gpu".to_string(), 40.0);
+        let item = |limit| {
+            let part = run.part(&PARTS[0], Duration::from_secs(limit), None, &NOBODY);
+            let [item] = &part.items[..] else { panic!("one test") };
+            item.clone()
+        };
+        assert_eq!(item(50).outcome, Outcome::Passed);
+        let short = item(30);
+        assert_eq!((short.outcome, short.seconds), (Outcome::NotRun, 0.0));
+        let reason = short.reason.expect("a reason");
+        assert!(reason.contains("s of the part were left, and it takes 40 or more"), "{reason}");
+    }
+
+    #[test]
+    fn what_was_cut_off_comes_last_and_takes_longer_than_it_had() {
+        let task = |name: &str| Task {
+            name: name.to_string(),
+            program: PathBuf::new(),
+            arguments: Vec::new(),
+            limit: Duration::from_secs(120),
+            expected: TEST,
+            test: true,
+            variables: Vec::new(),
+            failed: None,
+        };
+        let item = |name: &str, outcome, seconds| Item {
+            name: name.to_string(),
+            outcome,
+            seconds,
+            reason: None,
+            launched: Vec::new(),
+        };
+        let tasks = ["cut", "failed", "passed", "waiting", "new", WHEELS].map(task).into_iter().collect();
+        let items = [
+            item("cut", Outcome::NotRun, 40.0),
+            item("failed", Outcome::Failed, 1.0),
+            item("passed", Outcome::Passed, 1.0),
+            item("waiting", Outcome::NotRun, 0.0),
+            item(WHEELS, Outcome::Passed, 3.0),
+        ];
+        let left = left_of(tasks, &items);
+        let found: Vec<_> = left.iter().map(|task| (task.name.as_str(), task.expected.as_secs())).collect();
+        assert_eq!(found, [("waiting", 2), ("new", 2), (WHEELS, 2), ("cut", 50), ("failed", 2)]);
+    }
+
+    #[test]
+    fn every_executable_has_its_turn() {
+        let (_folder, mut run) = run_script(
+            "if [ \"$1\" = --list ]; then for n in 1 2 3; do echo \"t$n::gpu: test\"; done; exit; fi; echo ' 1 passed;'",
+        );
+        let other = Executable { name: "q/t".to_string(), ..run.manifest.tests[0].clone() };
+        run.manifest.tests.push(other);
+        let names: Vec<_> =
+            run.tests(|_, _| true, TEST).expect("a list").into_iter().map(|task| task.name).collect();
+        let expected =
+            ["p/t t1::gpu", "q/t t1::gpu", "p/t t2::gpu", "q/t t2::gpu", "p/t t3::gpu", "q/t t3::gpu"];
+        assert_eq!(names, expected);
+    }
+
+    #[test]
+    fn wheels_are_installed_once() {
+        let (folder, mut run) = run_script("exit 0");
+        run.bundle = folder.path().join("gpu-bundle");
+        let wheels = folder.path().join("gpu-wheels");
+        std::fs::create_dir(&wheels).expect("writable");
+        std::fs::write(wheels.join("some_package-1.2-py3-none-any.whl"), "").expect("writable");
+        let python = PathBuf::from("python3");
+        let task = run.install(&python).expect("a wheel that is not installed");
+        assert!(task.arguments.iter().any(|argument| argument.to_string_lossy().ends_with("none-any.whl")));
+        std::fs::create_dir_all(run.site().join("some_package-1.2.dist-info")).expect("writable");
+        assert!(run.install(&python).is_none());
     }
 
     #[test]
     fn what_a_bench_measured_before_its_end_is_kept() {
-        let (_folder, run) = run_script(&format!(
-            "{LIST}echo '{{\"bench\":\"b\",\"median_us\":2.5}}' >> \"$LONGKV_FIGURES\"\nsleep 30"
+        let (folder, run) = run_script(&format!(
+            "{LIST}echo \"{{\\\"bench\\\":\\\"$LONGKV_BENCH\\\",\\\"median_us\\\":2.5}}\" >> \"$LONGKV_FIGURES\"\nsleep 30"
         ));
         let kind = PARTS.iter().find(|kind| kind.name == "benches").expect("a part");
-        let part = run.part(kind, Duration::from_secs(4), None, &|_, _| {});
+        let part = run.part(kind, Duration::from_secs(9), None, &NOBODY);
         assert!(part.items.iter().all(|item| item.outcome == Outcome::NotRun), "{:?}", part.items);
-        assert_eq!(part.figures.len(), 1);
+        // Every module had a turn, and its line is where results go.
+        let benches: Vec<_> = part.figures.iter().map(|figure| figure.bench.as_str()).collect();
+        assert_eq!(benches, ["one", "two"]);
+        assert_eq!(part.figures[0].source.as_ref().map(|source| source.commit.as_str()), Some("c0ffee"));
+        let lines = std::fs::read_to_string(results::figures_file(folder.path(), "benches"));
+        assert!(lines.expect("a file").lines().count() >= 2);
+    }
+
+    /// A case that takes its process along costs itself alone: the module goes on behind the others.
+    #[test]
+    fn a_module_that_dies_goes_on_behind_the_others() {
+        let (_folder, run) = run_script(&format!(
+            "{LIST}for c in 1 2 3; do\n\
+             grep -q \"$LONGKV_BENCH-$c\" \"$LONGKV_FIGURES_HAD\" && continue\n\
+             if [ $LONGKV_BENCH-$c = one-2 ]; then\n\
+             echo \"{{\\\"bench\\\":\\\"one-2\\\",\\\"failed\\\":\\\"a bad address\\\"}}\" >> \"$LONGKV_FIGURES\"\n\
+             echo context lost; exit 3; fi\n\
+             echo \"{{\\\"bench\\\":\\\"$LONGKV_BENCH-$c\\\",\\\"median_us\\\":2.5}}\" >> \"$LONGKV_FIGURES\"\n\
+             done"
+        ));
+        let benches = part(&run, "benches");
+        let figures: Vec<_> = benches.figures.iter().map(|f| (f.bench.as_str(), f.measured())).collect();
+        let expected = [
+            ("one-1", true),
+            ("one-2", false),
+            ("two-1", true),
+            ("two-2", true),
+            ("two-3", true),
+            ("one-3", true),
+        ];
+        assert_eq!(figures, expected);
+        let items: Vec<_> = benches.items.iter().map(|item| (item.name.as_str(), item.outcome)).collect();
+        assert_eq!(items, [("p/t one", Outcome::Failed), ("p/t two", Outcome::Passed)]);
+        let reason = benches.items[0].reason.as_deref().expect("a reason");
+        assert!(reason.starts_with("context lost"), "{reason}");
+        // The next run tries again what failed, and nothing else.
+        let kind = PARTS.iter().find(|kind| kind.name == "benches").expect("a part");
+        let again = run.part(kind, Duration::from_secs(60), Some(benches.clone()), &NOBODY);
+        assert_eq!(again.items[0].outcome, Outcome::Failed);
+        assert_eq!(again.figures.len(), benches.figures.len());
+    }
+
+    #[test]
+    fn a_machine_that_refuses_the_sanitizer_ends_its_part() {
+        let (_folder, run) = run_script(&format!("{LIST}echo '========= Device not supported'; exit 1"));
+        let tasks = run.quickest(TEST, 1.0).expect("a list");
+        let kind = PARTS.iter().find(|kind| kind.name == "sanitizer-memcheck").expect("a part");
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let part = run.run_all(kind, tasks, deadline, Part::default(), &NOBODY);
+        assert_eq!(part.skipped.as_deref(), Some("compute-sanitizer: Device not supported"));
+        assert!(part.items.is_empty());
     }
 
     #[test]

@@ -3,7 +3,8 @@
 use std::fs::File;
 use std::io::{ErrorKind, Read as _, Seek as _, SeekFrom};
 use std::path::Path;
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How a child ended.
@@ -20,8 +21,8 @@ pub(crate) enum End {
     Exited(ExitStatus),
     /// It was killed, with all its children.
     TimedOut,
-    /// It did not start; the output says why.
-    NotStarted,
+    /// It did not start, or could not be waited for; the output says why.
+    Lost,
 }
 
 impl End {
@@ -36,14 +37,22 @@ const OUTPUT_BYTES: u64 = 64 << 10;
 /// How long a program that is open for writing is waited for.
 const BUSY: Duration = Duration::from_secs(5);
 
+/// How long a child that was killed is waited for: one that hangs in a driver may outlive its SIGKILL, and is left behind.
+const DYING: Duration = Duration::from_secs(5);
+
 /// Runs a command for at most `limit`; what it writes goes through the file `scratch`.
-pub(crate) fn run(mut command: Command, limit: Duration, scratch: &Path) -> Ended {
+pub(crate) fn run(command: Command, limit: Duration, scratch: &Path) -> Ended {
+    run_until(command, limit, &AtomicBool::new(false), scratch)
+}
+
+/// [`run`], but no longer than until `stop` is set.
+pub(crate) fn run_until(mut command: Command, limit: Duration, stop: &AtomicBool, scratch: &Path) -> Ended {
     let started = Instant::now();
     let ended = |end, output| Ended { end, seconds: started.elapsed().as_secs_f64(), output };
     let files = File::create(scratch).and_then(|file| Ok((file.try_clone()?, file)));
     let (out, err) = match files {
         Ok(files) => files,
-        Err(error) => return ended(End::NotStarted, format!("{}: {error}", scratch.display())),
+        Err(error) => return ended(End::Lost, format!("{}: {error}", scratch.display())),
     };
     command.stdin(Stdio::null()).stdout(out).stderr(err);
     // A group of its own, so that what it started dies with it.
@@ -57,25 +66,47 @@ pub(crate) fn run(mut command: Command, limit: Duration, scratch: &Path) -> Ende
                 std::thread::sleep(Duration::from_millis(5));
             }
             Err(error) => {
-                return ended(End::NotStarted, format!("{}: {error}", command.get_program().display()));
+                return ended(End::Lost, format!("{}: {error}", command.get_program().display()));
             }
         }
     };
-    let mut pause = Duration::from_millis(1);
-    let end = loop {
-        match child.try_wait() {
-            Ok(Some(status)) => break End::Exited(status),
-            Ok(None) if started.elapsed() >= limit => {
-                kill_group(child.id());
-                let _ = child.kill();
-                let _ = child.wait();
-                break End::TimedOut;
+    let end = match wait(&mut child, || started.elapsed() >= limit || stop.load(Ordering::Relaxed)) {
+        Ok(Some(status)) => End::Exited(status),
+        Ok(None) => {
+            kill_group(child.id());
+            let _ = child.kill();
+            let killed = Instant::now();
+            match wait(&mut child, || killed.elapsed() >= DYING) {
+                Ok(Some(_)) => End::TimedOut,
+                _ => {
+                    let output = read_ends(scratch);
+                    let left =
+                        format!("process {} was killed and did not end; it is left behind", child.id());
+                    return ended(End::TimedOut, format!("{output}\n{left}"));
+                }
             }
-            _ => std::thread::sleep(pause),
         }
-        pause = (pause * 2).min(Duration::from_millis(50));
+        Err(error) => {
+            kill_group(child.id());
+            return ended(End::Lost, format!("{}\nwaiting for it: {error}", read_ends(scratch)));
+        }
     };
     ended(end, read_ends(scratch))
+}
+
+/// Waits until a child ends, or until `enough`.
+fn wait(child: &mut Child, enough: impl Fn() -> bool) -> std::io::Result<Option<ExitStatus>> {
+    let mut pause = Duration::from_millis(1);
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if enough() {
+            return Ok(None);
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
 }
 
 fn kill_group(leader: u32) {
@@ -124,7 +155,7 @@ mod tests {
         assert!(!shell("exit 3", LONG).end.success());
         let folder = tempfile::tempdir().expect("a temporary folder");
         let missing = run(Command::new("/no/such/program"), LONG, &folder.path().join("output"));
-        assert_eq!(missing.end, End::NotStarted);
+        assert_eq!(missing.end, End::Lost);
         assert!(missing.output.contains("/no/such/program"), "{}", missing.output);
     }
 
@@ -154,6 +185,39 @@ mod tests {
         assert_eq!(ended.end, End::TimedOut);
         assert!(ended.output.contains("begun"), "{}", ended.output);
         assert!(started.elapsed() < Duration::from_secs(20));
+    }
+
+    #[test]
+    fn a_child_ends_when_it_is_told_to() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo begun; sleep 60"]);
+        let (started, stop) = (Instant::now(), AtomicBool::new(false));
+        let ended = std::thread::scope(|scope| {
+            let output = folder.path().join("output");
+            let running = scope.spawn(|| {
+                let output = output;
+                run_until(command, Duration::from_secs(50), &stop, &output)
+            });
+            std::thread::sleep(Duration::from_millis(300));
+            stop.store(true, Ordering::Relaxed);
+            running.join().expect("no panic")
+        });
+        assert_eq!(ended.end, End::TimedOut);
+        assert!(started.elapsed() < Duration::from_secs(20));
+    }
+
+    #[test]
+    fn a_child_that_nobody_can_wait_for_is_no_success() {
+        let mut child = Command::new("true").spawn().expect("a child");
+        assert!(wait(&mut child, || false).expect("a child of ours").expect("it ended").success());
+        let mut endless = Command::new("sleep").arg("60").spawn().expect("a child");
+        let started = Instant::now();
+        let waited = wait(&mut endless, || started.elapsed() > Duration::from_millis(100));
+        assert_eq!(waited.expect("a child of ours"), None);
+        endless.kill().expect("a child of ours");
+        assert!(!wait(&mut endless, || false).expect("a child of ours").expect("it ended").success());
+        assert!(!End::Lost.success());
     }
 
     #[test]
