@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use xtask::results::{self, Ceiling, Figure, Results, Source};
+pub(crate) use xtask::results::Source;
+use xtask::results::{self, Ceiling, Figure, Results};
 
 use super::ledger::Ledger;
 use super::transports;

@@ -223,7 +223,7 @@ fn failures_and_ages(text: &mut String, figures: &[&Figure], latest: &Source) {
     let mut older: BTreeMap<(&str, &str, &str), Vec<String>> = BTreeMap::new();
     for figure in figures {
         let shape = family(&figure.bench).1;
-        let name = if figure.implementation == OURS { "ours" } else { &figure.implementation };
+        let name = if figure.implementation == OURS { "ours" } else { figure.implementation.as_str() };
         if let Some(reason) = &figure.failed {
             let since = if figure.measured() { "failed after it was measured" } else { "failed" };
             remarks.push(format!("{name} on {shape} {since}: {reason}"));

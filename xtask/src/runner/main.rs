@@ -13,7 +13,7 @@ mod store;
 mod task;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -119,9 +119,11 @@ fn command() -> Result<bool, String> {
     let kept = bundle.with_file_name("gpu-results");
     let out = arguments.out.or_else(|| std::env::var_os("OUT").map(PathBuf::from));
     let out = out.unwrap_or_else(|| kept.clone());
-    let folders = folders(&out, &kept)?;
     let scratch = std::env::temp_dir().join(format!("longkv-gpu-{}", std::process::id()));
     std::fs::create_dir_all(&scratch).map_err(|error| format!("{}: {error}", scratch.display()))?;
+    // A bundle may lie where nothing can be written; then nothing is kept.
+    let keeps = std::fs::create_dir_all(&kept).is_ok();
+    let folders = folders([Some(&out), keeps.then_some(&kept)])?;
 
     let log = Log::open(&folders[0].join("log.txt"))?;
     let machine = machine::describe();
@@ -145,7 +147,7 @@ fn command() -> Result<bool, String> {
         manifest,
         scratch: scratch.clone(),
         out: folders[0].clone(),
-        kept: kept.canonicalize().map_err(|error| format!("{}: {error}", kept.display()))?.join("cache"),
+        kept: if keeps { kept.join("cache") } else { scratch.join("cache") },
         filter: arguments.filter,
         jobs: arguments.jobs.unwrap_or((cores / 2).clamp(1, 6)),
         durations: BTreeMap::new(),
@@ -202,11 +204,11 @@ fn command() -> Result<bool, String> {
 }
 
 /// The folders of the results, made if they are missing, each once.
-fn folders(out: &Path, kept: &Path) -> Result<Vec<PathBuf>, String> {
+fn folders(wanted: [Option<&PathBuf>; 2]) -> Result<Vec<PathBuf>, String> {
     let mut folders = Vec::new();
-    for folder in [out, kept] {
-        std::fs::create_dir_all(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-        folders.push(folder.canonicalize().map_err(|error| format!("{}: {error}", folder.display()))?);
+    for folder in wanted.into_iter().flatten() {
+        let made = std::fs::create_dir_all(folder).and_then(|()| folder.canonicalize());
+        folders.push(made.map_err(|error| format!("{}: {error}", folder.display()))?);
     }
     folders.dedup();
     Ok(folders)
