@@ -14,14 +14,14 @@ pub(crate) struct Store {
 
 /// What a call does with results of an earlier one.
 pub(crate) enum Earlier<'a> {
-    /// Keeps the parts of those in its own folder, if they are of the same bundle and GPU.
+    /// Keeps the parts of those in the first of its folders that has some of the same bundle and GPU.
     Keep,
     /// Goes on where the one stopped that left this file.
     GoOn(&'a Path),
 }
 
 impl Store {
-    /// Opens the folders, of which the first may have results of an earlier call; what there is to say of these.
+    /// Opens the folders, which may have results of an earlier call; what there is to say of these.
     pub(crate) fn open(
         folders: Vec<PathBuf>,
         earlier: &Earlier<'_>,
@@ -31,15 +31,18 @@ impl Store {
         for folder in &folders {
             std::fs::create_dir_all(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
         }
-        let path = match earlier {
-            Earlier::Keep => &folders[0].join(RESULTS),
-            Earlier::GoOn(path) => *path,
-        };
-        let loaded = results::read::<Results>(path).and_then(|mut found| {
+        let read = |path: &Path| {
+            let mut found: Results = results::read(path)?;
             // A runner that was stopped left them beside its results.
             found.take_lines(path.parent().unwrap_or(Path::new(".")));
             go_on(found, manifest, machine)
-        });
+        };
+        let loaded = match earlier {
+            Earlier::Keep => {
+                folders.iter().find_map(|folder| read(&folder.join(RESULTS)).ok()).ok_or_else(String::new)
+            }
+            Earlier::GoOn(path) => read(path),
+        };
         let (results, words) = match (loaded, earlier) {
             (Ok((results, words)), _) => (results, words),
             (Err(_), Earlier::Keep) => (fresh(manifest, machine), Vec::new()),
@@ -216,6 +219,10 @@ mod tests {
         }
         // The runner was stopped while a bench ran.
         let lines = results::figures_file(&folders[0], "benches");
+        std::fs::write(&lines, "{\"bench\":\"b\",\"median_us\":2.5}\n").expect("writable");
+        // The folder of this call may be a new one: what was kept beside the bundle has all but those lines.
+        std::fs::remove_file(folders[0].join(RESULTS)).expect("it was there");
+        assert_eq!(open().with(|results| results.parts["tests"].seconds), 7.0);
         std::fs::write(&lines, "{\"bench\":\"b\",\"median_us\":2.5}\n").expect("writable");
         let store = open();
         let figures = store.with(|results| results.parts["benches"].figures.clone());
