@@ -227,7 +227,9 @@ fn partial_sums_on_the_gpu() {
     let host: Weights = weights::<bf16>(104, tiling, Residency::Host);
     let operands = Operands::<bf16, f32>::new(105, tokens, host, EpilogueSpec::plain(DType::F32));
     let path = Path::Direct { alpha: 0.0 };
-    assert!(matrix::product(&rig, &operands, (tokens, tokens), (path, sms, sms)), "there is a plan");
+    let (w, host) = (operands.weights.dequantize(), rig.pin(operands.weights.host_bytes()));
+    let ran = matrix::product(&rig, &operands, (&w, &rig.view(&host)), (tokens, tokens), (path, sms, sms));
+    assert!(ran, "there is a plan");
 }
 
 /// Launches count chunks in 32 bits, and refuse what might not fit whoever made their parameters: just below the bound and at it.

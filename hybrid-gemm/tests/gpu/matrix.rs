@@ -2,17 +2,19 @@
 //!
 //! Rows of the table take their path, place and budget in turn, each at its own pace, so that every value of one meets most values
 //! of the others; and every path of every kernel and format runs at least once with several K tiles and weights on both sides. On a
-//! GPU the shapes are those of models; there a sample of the outputs is held against the oracle, and the receipt as always.
+//! GPU shapes are those of models, the largest with `EXHAUSTIVE=1`; there a sample of the outputs is held against the oracle, and the
+//! receipt as always.
 
+use cuda::memory::View;
 use cuda::storage::Storage;
 use emulator::Order;
-use emulator::rig::{EmulatorRig, Rig, gpu_or_skip};
+use emulator::rig::{EmulatorRig, GpuRig, Rig, gpu_or_skip};
 use half::{bf16, f16};
 use hybrid_gemm::gpu::Plan;
 use hybrid_gemm::{DType, Element, EpilogueSpec, Format, GemmConfig, Path, PathChoice, Residency, Tiling};
 
 use crate::common::{compare, device};
-use crate::product::{Operands, call_each, weights};
+use crate::product::{Operands, call_each_on, weights};
 
 /// Tokens and shapes of a run.
 struct Sizes {
@@ -28,6 +30,8 @@ const EMULATED: Sizes = Sizes {
     budgets: &[1, 2, 5],
     sms: 5,
 };
+/// Of the shapes of models, those that take seconds.
+const QUICK: usize = 7;
 const MODELS: Sizes = Sizes {
     tokens: &[0, 1, 2, 7, 8, 9, 16, 31, 33, 63, 64, 65, 127, 128, 255, 256, 257, 511, 513, 1000, 2048, 4097],
     shapes: &[
@@ -38,15 +42,17 @@ const MODELS: Sizes = Sizes {
         [4096, 4096],
         [6144, 4096],
         [4104, 4088],
-        [28672, 4096],
         [4096, 14336],
+        [28672, 4096],
     ],
     budgets: &[4, 16, 32, 60, 132],
     sms: 132,
 };
 
+/// Tokens of a panel of the kernel for many.
+const LARGE_PANEL: usize = 256;
+
 /// Whose turn it is.
-#[derive(Default)]
 struct Turns {
     products: usize,
     weights: usize,
@@ -55,10 +61,12 @@ struct Turns {
     dropped: usize,
 }
 
-/// Whether there is a plan for a product; the product is held against the oracle, all of it or a sample.
+/// Whether there is a plan for a product; the product is held against the oracle, all of it or a sample. `w` is the dequantized matrix,
+/// `host` its columns in memory of the host.
 pub(crate) fn product<R: Rig, X: Storage + Element>(
     rig: &R,
     operands: &Operands<X, f32>,
+    (w, host): (&[f32], &View<'_, u8>),
     (max_tokens, tokens): (usize, usize),
     (path, budget, sms): (Path, usize, usize),
 ) -> bool {
@@ -90,8 +98,8 @@ pub(crate) fn product<R: Rig, X: Storage + Element>(
         Err(error) => panic!("{case}: {error}"),
     };
     let schedules = plan.schedules(tokens).unwrap_or_else(|e| panic!("{case}: {e}"));
-    let outcome =
-        &call_each(rig, &plan, operands, &[schedules], false).unwrap_or_else(|e| panic!("{case}: {e}"))[0];
+    let outcome = &call_each_on(rig, &plan, operands, host, &[schedules], false)
+        .unwrap_or_else(|e| panic!("{case}: {e}"))[0];
     assert_eq!(outcome.fault, None, "{case}");
     assert_eq!(outcome.traffic, plan.predict(tokens).expect("a prediction").traffic, "{case}");
     let untouched = outcome.out[tokens * n..].iter().all(|value| value.to_bits() == u32::MAX);
@@ -99,7 +107,6 @@ pub(crate) fn product<R: Rig, X: Storage + Element>(
     // All outputs of small products, a sample of large ones.
     let outputs = tokens * n;
     let step = (outputs / 512).max(1);
-    let w = operands.weights.dequantize();
     let (mut found, mut exact, mut scale) = (Vec::new(), Vec::new(), 0.0f64);
     for index in (0..outputs).step_by(step) {
         let (token, feature) = (index / n, index % n);
@@ -118,14 +125,18 @@ pub(crate) fn product<R: Rig, X: Storage + Element>(
     true
 }
 
-/// Products of one kernel: its most tokens, and those of the list from `from` on that it takes.
+/// Products of one kernel: its most tokens, and those of the list from `from` on that it takes. Turns begin at a number of the kernel's
+/// own.
 fn kernel<R: Rig, X: Storage + Element>(
     rig: &R,
     sizes: &Sizes,
-    turns: &mut Turns,
+    name: &str,
     format: Format,
     (from, max_tokens): (usize, usize),
 ) {
+    let first = name.bytes().map(usize::from).sum();
+    let turns = &mut Turns { products: first, weights: first, ran: 0, dropped: 0 };
+    let max_tokens = max_tokens.min(sizes.tokens.iter().copied().max().unwrap_or(0));
     let direct = |alpha| Path::Direct { alpha };
     let paths = match max_tokens > 64 {
         true => vec![direct(1.0), direct(0.0), direct(0.5), direct(0.25), Path::Staged { slab_columns: 2 }],
@@ -140,11 +151,15 @@ fn kernel<R: Rig, X: Storage + Element>(
         let weights = weights::<X>(1, tiling, Residency::HbmFraction(fraction));
         let most = tokens.iter().copied().max().unwrap_or(0).max(from.max(1));
         let operands = Operands::<X, f32>::new(2, most, weights, EpilogueSpec::plain(DType::F32));
+        let (w, host) = (operands.weights.dequantize(), rig.pin(operands.weights.host_bytes()));
         for tokens in &tokens {
             turns.products += 1;
             let path = paths[turns.products % paths.len()];
             let budget = sizes.budgets[turns.products / paths.len() % sizes.budgets.len()];
-            match product(rig, &operands, (most, *tokens), (path, budget, sizes.sms)) {
+            // Outputs may be hundreds of megabytes, so rows past the tokens are few; up to a panel of them only one dataflow is planned.
+            let rows = most.min((tokens + turns.products % 2 * 3).max(LARGE_PANEL + 1));
+            match product(rig, &operands, (&w, &rig.view(&host)), (rows, *tokens), (path, budget, sizes.sms))
+            {
                 true => turns.ran += 1,
                 false => turns.dropped += 1,
             }
@@ -161,53 +176,73 @@ fn kernel<R: Rig, X: Storage + Element>(
     let tokens = max_tokens.min(257);
     let weights = weights::<X>(3, tiling, Residency::HbmFraction(0.4));
     let operands = Operands::<X, f32>::new(4, tokens, weights, EpilogueSpec::plain(DType::F32));
+    let (w, host) = (operands.weights.dequantize(), rig.pin(operands.weights.host_bytes()));
     for path in paths {
-        let ran = product(rig, &operands, (tokens, tokens), (path, sizes.sms, sizes.sms));
+        let ran =
+            product(rig, &operands, (&w, &rig.view(&host)), (tokens, tokens), (path, sizes.sms, sizes.sms));
         assert!(ran, "{tokens} tokens of {format}: {path} has no plan");
         turns.ran += 1;
     }
+    assert!(
+        turns.ran > 5 && turns.ran >= turns.dropped,
+        "{name}: {} ran, {} dropped",
+        turns.ran,
+        turns.dropped
+    );
 }
 
-fn all<R: Rig>(rig: &R, sizes: &Sizes) {
-    let turns = &mut Turns::default();
-    let most = sizes.tokens.iter().copied().max().unwrap_or(0);
-    let [bf16_format, f16_format] = [DType::BF16, DType::F16].map(Format::Float);
-    let int4 = |group| Format::Int4 { group };
-    let zero_points = |group| Format::Int4ZeroPoints { group };
-    kernel::<R, bf16>(rig, sizes, turns, bf16_format, (0, 8));
-    kernel::<R, f16>(rig, sizes, turns, f16_format, (9, 16));
-    kernel::<R, bf16>(rig, sizes, turns, bf16_format, (33, 64));
-    kernel::<R, f16>(rig, sizes, turns, Format::Int8, (0, 8));
-    kernel::<R, bf16>(rig, sizes, turns, Format::Int8, (9, 16));
-    kernel::<R, bf16>(rig, sizes, turns, int4(128), (9, 16));
-    kernel::<R, f16>(rig, sizes, turns, int4(32), (33, 64));
-    kernel::<R, bf16>(rig, sizes, turns, zero_points(128), (9, 16));
-    kernel::<R, f16>(rig, sizes, turns, zero_points(32), (33, 64));
-    kernel::<R, f16>(rig, sizes, turns, Format::Fp8Rows, (0, 8));
-    kernel::<R, bf16>(rig, sizes, turns, Format::Fp8Blocks, (9, 16));
-    kernel::<R, bf16>(rig, sizes, turns, Format::Fp8Blocks, (33, 64));
-    kernel::<R, bf16>(rig, sizes, turns, bf16_format, (65, most));
-    kernel::<R, f16>(rig, sizes, turns, f16_format, (65, most));
-    kernel::<R, bf16>(rig, sizes, turns, Format::Int8, (65, most));
-    kernel::<R, bf16>(rig, sizes, turns, int4(128), (65, most));
-    kernel::<R, f16>(rig, sizes, turns, int4(64), (65, most));
-    kernel::<R, bf16>(rig, sizes, turns, zero_points(128), (65, most));
-    kernel::<R, f16>(rig, sizes, turns, zero_points(64), (65, most));
-    kernel::<R, bf16>(rig, sizes, turns, Format::Fp8Blocks, (65, most));
-    assert!(turns.ran > 50 && turns.ran > turns.dropped, "{} ran, {} dropped", turns.ran, turns.dropped);
+/// A test of each kernel and format, so that each ends in seconds on a GPU too.
+macro_rules! kernels {
+    ($($name:ident: $x:ty, $format:expr, $tokens:expr;)+) => {$(
+        mod $name {
+            use super::*;
+
+            #[test]
+            fn emulator() {
+                emulator::emulator_or_skip!();
+                // One order: the tests of each kernel go through all of them.
+                let rig = EmulatorRig::new(Order::Random(5));
+                kernel::<_, $x>(&rig, &EMULATED, stringify!($name), $format, $tokens);
+            }
+
+            #[test]
+            fn gpu() {
+                if let Some(rig) = gpu_or_skip(concat!("matrix::", stringify!($name))) {
+                    kernel::<_, $x>(&rig, &of_models(&rig), stringify!($name), $format, $tokens);
+                }
+            }
+        }
+    )+};
 }
 
-#[test]
-fn emulator() {
-    emulator::emulator_or_skip!();
-    // One order: the tests of each kernel go through all of them.
-    all(&EmulatorRig::new(Order::Random(5)), &EMULATED);
+kernels! {
+    bf16_up_to_8: bf16, Format::Float(DType::BF16), (0, 8);
+    f16_up_to_16: f16, Format::Float(DType::F16), (9, 16);
+    bf16_up_to_64: bf16, Format::Float(DType::BF16), (33, 64);
+    int8_up_to_8: f16, Format::Int8, (0, 8);
+    int8_up_to_16: bf16, Format::Int8, (9, 16);
+    int4_128_up_to_16: bf16, Format::Int4 { group: 128 }, (9, 16);
+    int4_32_up_to_64: f16, Format::Int4 { group: 32 }, (33, 64);
+    zero_points_128_up_to_16: bf16, Format::Int4ZeroPoints { group: 128 }, (9, 16);
+    zero_points_32_up_to_64: f16, Format::Int4ZeroPoints { group: 32 }, (33, 64);
+    fp8_rows_up_to_8: f16, Format::Fp8Rows, (0, 8);
+    fp8_blocks_up_to_16: bf16, Format::Fp8Blocks, (9, 16);
+    fp8_blocks_up_to_64: bf16, Format::Fp8Blocks, (33, 64);
+    bf16_many: bf16, Format::Float(DType::BF16), (65, usize::MAX);
+    f16_many: f16, Format::Float(DType::F16), (65, usize::MAX);
+    int8_many: bf16, Format::Int8, (65, usize::MAX);
+    int4_128_many: bf16, Format::Int4 { group: 128 }, (65, usize::MAX);
+    int4_64_many: f16, Format::Int4 { group: 64 }, (65, usize::MAX);
+    zero_points_128_many: bf16, Format::Int4ZeroPoints { group: 128 }, (65, usize::MAX);
+    zero_points_64_many: f16, Format::Int4ZeroPoints { group: 64 }, (65, usize::MAX);
+    fp8_blocks_many: bf16, Format::Fp8Blocks, (65, usize::MAX);
 }
 
-#[test]
-fn gpu() {
-    let Some(rig) = gpu_or_skip("matrix") else { return };
+/// Shapes of models, with budgets that the GPU has.
+fn of_models(rig: &GpuRig) -> Sizes {
     let sms = cuda::launch::Device::sm_count(rig.device()).map_or(132, |count| count as usize);
     let budgets: Vec<usize> = MODELS.budgets.iter().map(|budget| (*budget).min(sms)).collect();
-    all(&rig, &Sizes { sms, budgets: Box::leak(budgets.into_boxed_slice()), ..MODELS });
+    let exhaustive = std::env::var("EXHAUSTIVE").is_ok_and(|value| value == "1");
+    let shapes = if exhaustive { MODELS.shapes } else { &MODELS.shapes[..QUICK] };
+    Sizes { sms, shapes, budgets: budgets.leak(), ..MODELS }
 }
