@@ -173,9 +173,14 @@ fn table(text: &mut String, figures: &[&Figure], link_gb_s: Option<f64>) {
         let mut cells = vec![shape.to_string()];
         match ours {
             None => {
-                let reason = implementations.get(OURS).and_then(|figure| figure.skipped.as_ref());
+                let ours = implementations.get(OURS);
+                let reason = ours.and_then(|figure| figure.skipped.as_ref());
                 remarks.extend(reason.map(|reason| format!("ours on {shape}: {reason}")));
-                let failed = if reason.is_some() { "did not run" } else { "not measured" };
+                let failed = match ours {
+                    Some(Figure { failed: Some(_), .. }) => "failed",
+                    Some(Figure { skipped: Some(_), .. }) => "did not run",
+                    _ => "not measured",
+                };
                 cells.push(failed.to_string());
                 cells.extend(vec![String::new(); 4 + usize::from(over_link)]);
             }
@@ -409,11 +414,11 @@ mod tests {
 
     #[test]
     fn what_has_no_time_says_why() {
-        let failed = Figure { skipped: Some("row 3: NaN".to_string()), ..figure(OURS, "large", 0, 0.0) };
+        let failed = Figure { failed: Some("row 3: NaN".to_string()), ..figure(OURS, "large", 0, 0.0) };
         let noted = Figure { note: Some("no plan".to_string()), ..figure(OURS, "small", 1_000_000, 4.0) };
         let report = report(&[], &[device(vec![failed, noted])], &[]);
-        assert!(report.text.contains("| large | did not run |"), "{}", report.text);
-        assert!(report.text.contains("- ours on large: row 3: NaN"), "{}", report.text);
+        assert!(report.text.contains("| large | failed |"), "{}", report.text);
+        assert!(report.text.contains("- ours on large failed: row 3: NaN"), "{}", report.text);
         assert!(report.text.contains("- ours on small: no plan"), "{}", report.text);
     }
 

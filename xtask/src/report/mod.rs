@@ -196,6 +196,6 @@ mod tests {
         ] {
             assert!(report.text.contains(row), "{row}\n{}", report.text);
         }
-        assert!(report.text.contains("- ours on 8x2048of12288: slots of row 0"), "{}", report.text);
+        assert!(report.text.contains("- ours on 8x2048of12288 failed: slots of row 0"), "{}", report.text);
     }
 }

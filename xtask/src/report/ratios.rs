@@ -550,7 +550,7 @@ pub(super) struct Measurements<'a> {
 
 impl<'a> Measurements<'a> {
     pub(super) fn new(figures: impl Iterator<Item = &'a Figure>, ceilings: &'a [Ceiling]) -> Self {
-        let timed = figures.filter(|figure| figure.skipped.is_none() && figure.median_us > 0.0);
+        let timed = figures.filter(|figure| figure.measured() && figure.failed.is_none());
         let figures: BTreeMap<_, _> =
             timed.map(|figure| ((figure.bench.as_str(), figure.implementation.as_str()), figure)).collect();
         let links = figures
@@ -669,7 +669,8 @@ mod tests {
             figure("b", "peer", 25.0, 0, 0),
             figure("hybrid-gemm/link/bf16/copy engine", OURS, 100.0, 5_000_000, 5_000_000),
             figure("hybrid-gemm/link/bf16/loads of 4 SMs", OURS, 100.0, 4_000_000, 4_000_000),
-            Figure { skipped: Some("a fault".to_string()), ..figure("c", OURS, 1.0, 1, 0) },
+            // It failed after it was measured.
+            Figure { failed: Some("a fault".to_string()), ..figure("c", OURS, 1.0, 1, 0) },
         ];
         let ceilings = [1000.0, 2000.0].map(|median| Ceiling {
             name: "write_bandwidth".to_string(),
