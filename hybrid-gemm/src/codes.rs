@@ -1,22 +1,34 @@
 //! Weights that are quantised already: codes, scales and zero points as a checkpoint has them.
 //!
 //! They are packed as they are, nothing is rounded: codes that are NaN stay NaN, and a scale may be anything. An output that a scale
-//! of infinity or NaN reaches is not finite; others know nothing of it.
+//! of infinity or NaN reaches is not finite, and may be NaN where exact arithmetic has an infinity; others know nothing of it.
+
+use std::fmt;
 
 use half::f16;
 
+use crate::epilogue::SWIGLU_GROUP;
 use crate::format::FP8_BLOCK;
 use crate::quantized::INT4_LAST;
 use crate::{Error, Format, e4m3};
 
 /// A quantised matrix `[n, k]`.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct Codes<'a> {
     kind: Kind<'a>,
     shape: [usize; 2],
 }
 
-#[derive(Debug, Clone, Copy)]
+impl fmt::Debug for Codes<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Codes")
+            .field("shape", &self.shape)
+            .field("format", &self.format())
+            .finish_non_exhaustive()
+    }
+}
+
+#[derive(Clone, Copy)]
 pub(crate) enum Kind<'a> {
     /// Codes `[n, k]`, one to a byte; scales and zero points `[n, groups]`.
     Int4 { codes: &'a [u8], scales: &'a [f16], zeros: &'a [u8], group: usize },
@@ -34,7 +46,9 @@ fn check_len(argument: &'static str, what: &str, expected: Option<usize>, found:
 
 impl<'a> Codes<'a> {
     /// Int4 with zero points, `w = (code - zero) · scale`: codes `[n, k]` of 0 to 15, one to a byte; scales and zero points of 0 to 15
-    /// `[n, ceil(k / group)]`. This is what AWQ and GPTQ checkpoints hold, unpacked and with output features as rows.
+    /// `[n, ceil(k / group)]`. This is what checkpoints of AWQ hold, and of GPTQ v2 without act-order, unpacked and with output features
+    /// as rows. GPTQ v1 stores zero points less 1: add 1 to them, modulo 16. Inputs in act-order are sorted by group first, those of X
+    /// alike. Scales that are not f16 are rounded to it.
     ///
     /// # Errors
     /// [`Error::Argument`] for groups that no kernel knows, other lengths, and codes or zero points past 15.
@@ -60,6 +74,9 @@ impl<'a> Codes<'a> {
 
     /// fp8 e4m3 in blocks of 128 × 128: codes `[n, k]`, scales `[ceil(n / 128), ceil(k / 128)]` (`weight_scale_inv` of DeepSeek-V3).
     ///
+    /// They cannot be [`interleaved`](Self::interleaved) for [`Activation::SwiGlu`](crate::Activation::SwiGlu): a block of 128 rows would
+    /// have rows of two scales. Gate and up are two products then.
+    ///
     /// # Errors
     /// [`Error::Argument`] for other lengths.
     pub fn fp8_blocks(codes: &'a [u8], scales: &'a [f32], shape: [usize; 2]) -> Result<Self, Error> {
@@ -78,6 +95,49 @@ impl<'a> Codes<'a> {
         check_len("codes", "codes", n.checked_mul(k), codes.len())?;
         check_len("scales", "scales", Some(format.scales(n, k)), scales.len())?;
         Ok(Codes { kind: Kind::Fp8 { codes, scales, format }, shape: [n, k] })
+    }
+
+    /// The rows of a gate and an up projection, both `[inner, k]`, as one matrix `[2 · inner, k]` for
+    /// [`Activation::SwiGlu`](crate::Activation::SwiGlu), as [`interleave_gate_up`](crate::epilogue::interleave_gate_up) has them: codes,
+    /// zero points, and scales of groups and rows.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for fp8 in blocks, two shapes or formats, and rows that are no multiple of eight.
+    pub fn interleaved(gate: Codes<'_>, up: Codes<'_>) -> Result<OwnedCodes, Error> {
+        let ([inner, k], format) = (gate.shape, gate.format());
+        if (up.shape, up.format()) != (gate.shape, format) {
+            return Err(Error::argument(
+                "up",
+                format!("[{inner}, {k}] of {format}, as the gate"),
+                format!("{:?} of {}", up.shape, up.format()),
+            ));
+        }
+        if !inner.is_multiple_of(SWIGLU_GROUP) {
+            return Err(Error::argument("gate", format!("a multiple of {SWIGLU_GROUP} rows"), inner));
+        }
+        let (codes, groups, zeros, rows) = match (gate.kind, up.kind) {
+            (Kind::Fp8 { format: Format::Fp8Blocks, .. }, _) => {
+                let expected = "scales of groups or rows (gate and up in blocks are two products)";
+                return Err(Error::argument("gate", expected, format));
+            }
+            (
+                Kind::Int4 { codes, scales, zeros, group },
+                Kind::Int4 { codes: up_codes, scales: up_scales, zeros: up_zeros, .. },
+            ) => {
+                let groups = k.div_ceil(group);
+                (
+                    interleave(codes, up_codes, k),
+                    interleave(scales, up_scales, groups),
+                    interleave(zeros, up_zeros, groups),
+                    Vec::new(),
+                )
+            }
+            (Kind::Fp8 { codes, scales, .. }, Kind::Fp8 { codes: up_codes, scales: up_scales, .. }) => {
+                (interleave(codes, up_codes, k), Vec::new(), Vec::new(), interleave(scales, up_scales, 1))
+            }
+            _ => unreachable!("both are of {format}"),
+        };
+        Ok(OwnedCodes { codes, groups, zeros, rows, shape: [2 * inner, k], format })
     }
 
     /// `[n, k]`
@@ -125,6 +185,43 @@ impl<'a> Codes<'a> {
     }
 }
 
+/// Eight rows of the gate, eight of the other, and so on; a row has `len` values.
+fn interleave<T: Copy>(gate: &[T], up: &[T], len: usize) -> Vec<T> {
+    // No row has values where k is 0.
+    let rows = (SWIGLU_GROUP * len).max(1);
+    gate.chunks(rows).zip(up.chunks(rows)).flat_map(|(gate, up)| [gate, up].concat()).collect()
+}
+
+/// A quantised matrix that [`Codes::interleaved`] has put together.
+#[derive(Clone)]
+pub struct OwnedCodes {
+    codes: Vec<u8>,
+    groups: Vec<f16>,
+    zeros: Vec<u8>,
+    /// Scales of rows.
+    rows: Vec<f32>,
+    shape: [usize; 2],
+    format: Format,
+}
+
+impl OwnedCodes {
+    /// The matrix.
+    pub fn codes(&self) -> Codes<'_> {
+        let OwnedCodes { codes, groups, zeros, rows, shape, format } = self;
+        let kind = match *format {
+            Format::Int4ZeroPoints { group } => Kind::Int4 { codes, scales: groups, zeros, group },
+            format => Kind::Fp8 { codes, scales: rows, format },
+        };
+        Codes { kind, shape: *shape }
+    }
+}
+
+impl fmt::Debug for OwnedCodes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("OwnedCodes").field(&self.codes()).finish()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -166,6 +263,32 @@ mod tests {
             assert!(error.contains(named), "{case}: {error}");
         }
         assert!(Codes::int4(&codes, &ones, &zeros, [6, 40], 32).is_ok());
+    }
+
+    #[test]
+    fn debug_is_short() {
+        let codes = [0x38u8; 6 * 40];
+        let rows = Codes::fp8_rows(&codes, &[1.0; 6], [6, 40]).unwrap();
+        assert_eq!(format!("{rows:?}"), "Codes { shape: [6, 40], format: Fp8Rows, .. }");
+    }
+
+    #[test]
+    fn what_cannot_be_interleaved() {
+        let (codes, ones, scales) = ([3u8; 16 * 40], [f16::ONE; 32], [1.0; 16]);
+        let rows = |n| Codes::fp8_rows(&codes[..n * 40], &scales[..n], [n, 40]).unwrap();
+        let blocks = Codes::fp8_blocks(&codes, &scales[..1], [16, 40]).unwrap();
+        let int4 = Codes::int4(&codes, &ones, &codes[..32], [16, 40], 32).unwrap();
+        for (case, gate, up, named) in [
+            ("blocks", blocks, blocks, "`gate`: expected scales of groups or rows"),
+            ("two formats", rows(16), int4, "`up`: expected [16, 40] of fp8 with scales of rows"),
+            ("two shapes", rows(16), rows(8), "found [8, 40]"),
+            ("rows", rows(12), rows(12), "`gate`: expected a multiple of 8 rows, found 12"),
+        ] {
+            let error = Codes::interleaved(gate, up).expect_err(case).to_string();
+            assert!(error.contains(named), "{case}: {error}");
+        }
+        let nothing = Codes::fp8_rows(&[], &scales, [16, 0]).unwrap();
+        assert_eq!(Codes::interleaved(nothing, nothing).unwrap().codes().shape(), [32, 0]);
     }
 
     #[test]

@@ -21,7 +21,9 @@ pub enum Activation {
     Silu,
     /// `x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))`, the tanh form of GELU.
     GeluTanh,
-    /// `silu(gate) · up` of W with interleaved rows ([`interleave_gate_up`]): half as many outputs as W has rows.
+    /// `silu(gate) · up` of W with interleaved rows: half as many outputs as W has rows. Values are interleaved by
+    /// [`interleave_gate_up`], codes by [`Codes::interleaved`](crate::Codes::interleaved), except those of fp8 in blocks, of whose rows
+    /// 128 share a scale.
     SwiGlu,
 }
 

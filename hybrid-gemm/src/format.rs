@@ -19,7 +19,8 @@ pub enum Format {
         group: usize,
     },
     /// Codes of 4 bits from 0, `w = (code - zero) · scale` with one f16 scale and one zero point of 4 bits per output feature and
-    /// group of inputs, as AWQ and GPTQ have them. Both lie behind the codes of their tile.
+    /// group of inputs, as AWQ and GPTQ v2 have them ([`Codes::int4`](crate::Codes::int4) tells what else must be done for GPTQ). Both lie
+    /// behind the codes of their tile.
     Int4ZeroPoints {
         /// Inputs that share a scale and a zero point: 32, 64 or 128.
         group: usize,
@@ -27,7 +28,8 @@ pub enum Format {
     /// fp8 e4m3, `w = code · scale[row]` with one f32 scale per output feature, applied in the epilogue.
     Fp8Rows,
     /// fp8 e4m3, `w = code · scale[row / 128, input / 128]` with one f32 scale per block of 128 × 128, as DeepSeek-V3 has them. The
-    /// scales `[ceil(n / 128), ceil(k / 128)]` lie beside the matrix, in HBM, whatever holds the codes.
+    /// scales `[ceil(n / 128), ceil(k / 128)]` lie beside the matrix, in HBM, whatever holds the codes. Rows that share
+    /// a block share its scale, which leaves a checkpoint's gate and up two products ([`Codes::fp8_blocks`](crate::Codes::fp8_blocks)).
     Fp8Blocks,
 }
 

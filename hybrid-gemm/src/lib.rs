@@ -95,7 +95,7 @@ pub mod traffic;
 pub mod tuner;
 pub mod weights;
 
-pub use codes::Codes;
+pub use codes::{Codes, OwnedCodes};
 pub use cost_model::{Bound, CostModel, Operands, Prediction};
 pub use device_profile::{DeviceProfile, MigSlice};
 pub use element::{DType, Element};

@@ -359,7 +359,8 @@ impl GemmPlan {
         }
     }
 
-    /// Which path a call of `tokens` takes, and what became of the others.
+    /// Which path a call of `tokens` takes, and what became of the others. The sizes in host memory and HBM leave out scales that lie
+    /// beside the matrix; traffic has those of blocks.
     pub fn explain(&self, tokens: usize) -> String {
         self.explain_as(tokens, self.choose(tokens).ok().map(|(path, _)| path))
     }

@@ -20,9 +20,9 @@ pub const INT4_LAST: u8 = 15;
 /// [`Error::Argument`] for a value that is not finite.
 pub fn quantize_int8(row: &[f32], codes: &mut [i8]) -> Result<f32, Error> {
     let scale = finite_max(row)? / INT8_MAX;
-    let inverse = inverse(scale);
+    let steps = steps(scale);
     for (code, value) in codes.iter_mut().zip(row) {
-        *code = (value * inverse).round_ties_even().clamp(-INT8_MAX, INT8_MAX) as i8;
+        *code = steps(*value).round_ties_even().clamp(-INT8_MAX, INT8_MAX) as i8;
     }
     Ok(scale)
 }
@@ -37,9 +37,9 @@ pub fn quantize_int4(group: &[f32], codes: &mut [i8]) -> Result<f16, Error> {
     if scale.is_infinite() {
         return Err(Error::argument("weights", "values whose int4 scale fits f16", max));
     }
-    let inverse = inverse(scale.to_f32());
+    let steps = steps(scale.to_f32());
     for (code, value) in codes.iter_mut().zip(group) {
-        *code = (value * inverse).round_ties_even().clamp(-INT4_MAX, INT4_MAX) as i8;
+        *code = steps(*value).round_ties_even().clamp(-INT4_MAX, INT4_MAX) as i8;
     }
     Ok(scale)
 }
@@ -62,10 +62,10 @@ pub fn quantize_int4_zero_point(group: &[f32], codes: &mut [u8]) -> Result<(f16,
             format!("{least} to {most}"),
         ));
     }
-    let inverse = inverse(scale.to_f32());
-    let zero = (-least * inverse).round_ties_even().clamp(0.0, last);
+    let steps = steps(scale.to_f32());
+    let zero = steps(-least).round_ties_even().clamp(0.0, last);
     for (code, value) in codes.iter_mut().zip(group) {
-        *code = ((value * inverse).round_ties_even() + zero).clamp(0.0, last) as u8;
+        *code = (steps(*value).round_ties_even() + zero).clamp(0.0, last) as u8;
     }
     Ok((scale, zero as u8))
 }
@@ -80,9 +80,9 @@ pub fn fp8_scale(values: &[f32]) -> Result<f32, Error> {
 
 /// Quantises values to fp8 e4m3 with a scale from [`fp8_scale`].
 pub fn quantize_fp8(values: &[f32], scale: f32, codes: &mut [u8]) {
-    let inverse = inverse(scale);
+    let steps = steps(scale);
     for (code, value) in codes.iter_mut().zip(values) {
-        *code = e4m3::from_f32(value * inverse);
+        *code = e4m3::from_f32(steps(*value));
     }
 }
 
@@ -133,9 +133,10 @@ fn finite_max(values: &[f32]) -> Result<f32, Error> {
     }
 }
 
-/// 1 / scale, and 0 for a scale of zeros alone.
-fn inverse(scale: f32) -> f32 {
-    if scale > 0.0 { scale.recip().min(f32::MAX) } else { 0.0 }
+/// Division by a scale: by its reciprocal where that is finite, by itself where it is too small for that; 0 for a scale of zeros alone.
+fn steps(scale: f32) -> impl Fn(f32) -> f32 {
+    let inverse = if scale > 0.0 { scale.recip() } else { 0.0 };
+    move |value| if inverse.is_finite() { value * inverse } else { value / scale }
 }
 
 #[cfg(test)]
@@ -162,7 +163,9 @@ mod tests {
     #[test]
     fn errors_are_at_most_half_a_step() {
         let mut rng = fastrand::Rng::with_seed(5);
-        for (case, size) in [("zeros", 0.0), ("tiny", 1e-7), ("usual", 0.02), ("large", 300.0)] {
+        for (case, size) in
+            [("zeros", 0.0), ("least", 2e-37), ("tiny", 1e-7), ("usual", 0.02), ("large", 300.0)]
+        {
             let row: Vec<f32> = (0..128).map(|_| (rng.f32() - 0.5) * size).collect();
             let mut codes = [0; 128];
             let scale = quantize_int8(&row, &mut codes).unwrap();
@@ -219,7 +222,9 @@ mod tests {
     #[test]
     fn fp8_keeps_four_bits() {
         let mut rng = fastrand::Rng::with_seed(8);
-        for (case, size) in [("zeros", 0.0), ("tiny", 1e-34), ("usual", 0.02), ("large", 3e38)] {
+        for (case, size) in
+            [("zeros", 0.0), ("least", 2e-37), ("tiny", 1e-34), ("usual", 0.02), ("large", 3e38)]
+        {
             let values: Vec<f32> = (0..512).map(|_| (rng.f32() - 0.5) * size).collect();
             let scale = fp8_scale(&values).unwrap();
             let mut codes = [0; 512];

@@ -5,12 +5,12 @@ mod common;
 use std::path::Path as FilePath;
 
 use common::{compare, device, random, run};
-use half::bf16;
+use half::{bf16, f16};
 use hybrid_gemm::cpu::Gemm;
 use hybrid_gemm::weights::Layout;
 use hybrid_gemm::{
-    DType, EpilogueSpec, Error, Format, GemmConfig, GemmPlan, MappedFile, MatrixView, Residency, RowMajor,
-    Weights, reference,
+    Activation, Codes, DType, EpilogueSpec, Error, Format, GemmConfig, GemmPlan, MappedFile, MatrixView,
+    Residency, RowMajor, Tiling, Weights, reference,
 };
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -178,5 +178,139 @@ fn fractions_become_whole_columns() {
             placement.tiling().packed_bytes() as u64,
             "{fraction}"
         );
+    }
+}
+
+/// A quantised matrix with its parts: random codes that are no NaN, random zero points and scales.
+struct Matrix {
+    codes: Vec<u8>,
+    groups: Vec<f16>,
+    zeros: Vec<u8>,
+    beside: Vec<f32>,
+    shape: [usize; 2],
+    format: Format,
+}
+
+impl Matrix {
+    fn new(seed: u64, [n, k]: [usize; 2], format: Format) -> Self {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let (last, groups) = match format {
+            Format::Int4ZeroPoints { group } => (15, n * k.div_ceil(group)),
+            _ => (0x7e, 0),
+        };
+        let sign = |rng: &mut fastrand::Rng| if last == 15 { 0 } else { u8::from(rng.bool()) << 7 };
+        Matrix {
+            codes: (0..n * k).map(|_| rng.u8(0..=last) | sign(&mut rng)).collect(),
+            groups: (0..groups).map(|_| f16::from_f32(rng.f32() - 0.5)).collect(),
+            zeros: (0..groups).map(|_| rng.u8(0..16)).collect(),
+            beside: (0..format.scales(n, k)).map(|_| (rng.f32() - 0.5) / 64.0).collect(),
+            shape: [n, k],
+            format,
+        }
+    }
+
+    fn codes(&self) -> Codes<'_> {
+        let Matrix { codes, groups, zeros, beside, shape, .. } = self;
+        match self.format {
+            Format::Int4ZeroPoints { group } => Codes::int4(codes, groups, zeros, *shape, group).unwrap(),
+            Format::Fp8Rows => Codes::fp8_rows(codes, beside, *shape).unwrap(),
+            _ => Codes::fp8_blocks(codes, beside, *shape).unwrap(),
+        }
+    }
+}
+
+/// The product of a row of X with an output feature in f64, and the sum of the absolute products.
+fn product(codes: Codes<'_>, x: &[f32], row: usize) -> (f64, f64) {
+    let terms = x.iter().enumerate().map(|(input, x)| f64::from(*x) * codes.weight(row, input));
+    terms.fold((0.0, 0.0), |(sum, absolute), term| (sum + term, absolute + term.abs()))
+}
+
+const QUANTISED: [Format; 4] = [
+    Format::Int4ZeroPoints { group: 32 },
+    Format::Int4ZeroPoints { group: 128 },
+    Format::Fp8Rows,
+    Format::Fp8Blocks,
+];
+
+/// The product of X `[3, k]` and packed codes, in f32.
+fn multiply(case: &str, codes: Codes<'_>, activation: Activation, x: &[f32]) -> Vec<f32> {
+    let weights = Weights::pack_codes(codes, Residency::HbmFraction(0.5)).unwrap();
+    let epilogue = EpilogueSpec { activation, ..EpilogueSpec::plain(DType::F32) };
+    let config = GemmConfig { epilogue, ..GemmConfig::new(3, DType::F32, device(8)) };
+    let gemm = Gemm::prepare(&GemmPlan::new(*weights.placement(), config).unwrap(), weights).unwrap();
+    let (out, receipt) = run::<f32, f32>(&gemm, x, None, None).unwrap();
+    assert_eq!(receipt.counted, receipt.predicted.traffic, "{case}");
+    out
+}
+
+/// Products are those of what the codes say, not of what packing makes of them.
+#[test]
+fn codes_of_a_checkpoint_are_weights() {
+    let [n, k] = [200, 300];
+    let x: Vec<f32> = random(25, 3 * k);
+    for format in QUANTISED {
+        let case = format!("{format}, seeds 24 and 25");
+        let matrix = Matrix::new(24, [n, k], format);
+        let codes = matrix.codes();
+        let out = multiply(&case, codes, Activation::Identity, &x);
+        assert_eq!(out.len(), 3 * n, "{case}");
+        for (index, found) in out.iter().enumerate() {
+            let (exact, absolute) = product(codes, &x[index / n * k..][..k], index % n);
+            let error = (f64::from(*found) - exact).abs();
+            assert!(error <= 2e-6 * absolute, "{case}: output {index} is {found}, not {exact}");
+        }
+    }
+}
+
+/// Interleaved codes give `silu(gate) · up` of the two matrices.
+#[test]
+fn interleaved_codes_are_gated() {
+    let [inner, k] = [104, 300];
+    let x: Vec<f32> = random(28, 3 * k);
+    for format in QUANTISED.into_iter().filter(|format| *format != Format::Fp8Blocks) {
+        let case = format!("{format}, seeds 26 to 28");
+        let [gate, up] = [26, 27].map(|seed| Matrix::new(seed, [inner, k], format));
+        let [gate, up] = [gate.codes(), up.codes()];
+        let both = Codes::interleaved(gate, up).unwrap();
+        assert_eq!((both.codes().shape(), both.codes().format()), ([2 * inner, k], format), "{case}");
+        let out = multiply(&case, both.codes(), Activation::SwiGlu, &x);
+        assert_eq!(out.len(), 3 * inner, "{case}");
+        for (index, found) in out.iter().enumerate() {
+            let x = &x[index / inner * k..][..k];
+            let [(gate, of_gate), (up, of_up)] = [gate, up].map(|codes| product(codes, x, index % inner));
+            let silu = gate / (1.0 + (-gate).exp());
+            // The slope of SiLU is at most 1.1.
+            let bound = 2e-6 * (1.1 * of_gate * (up.abs() + 2e-6 * of_up) + silu.abs() * of_up)
+                + 1e-6 * (silu * up).abs();
+            let error = (f64::from(*found) - silu * up).abs();
+            assert!(error <= bound, "{case}: output {index} is {found}, not {}", silu * up);
+        }
+    }
+}
+
+#[test]
+fn refusals_of_codes_name_the_argument() {
+    let matrix = Matrix::new(29, [16, 40], Format::Fp8Rows);
+    let tiled = |n, k, format| {
+        let tiling = Tiling::new(n, k, format).unwrap();
+        Weights::pack_codes_tiled(matrix.codes(), tiling, Residency::Host)
+    };
+    assert!(tiled(16, 40, Format::Fp8Rows).is_ok());
+    for (case, result, named) in [
+        (
+            "another format",
+            tiled(16, 40, Format::Fp8Blocks),
+            "`codes`: expected [16, 40] of fp8 in blocks of 128 × 128, as the tiling, found [16, 40] of fp8 with",
+        ),
+        ("another shape", tiled(17, 40, Format::Fp8Rows), "`codes`: expected [17, 40]"),
+        ("a fraction", Weights::pack_codes(matrix.codes(), Residency::HbmFraction(1.5)), "hbm_fraction"),
+        (
+            "nothing",
+            Weights::pack_codes(Codes::fp8_rows(&[], &[1.0], [1, 0]).unwrap(), Residency::Host),
+            "expected",
+        ),
+    ] {
+        let error = result.expect_err(case).to_string();
+        assert!(error.contains(named), "{case}: {error}");
     }
 }

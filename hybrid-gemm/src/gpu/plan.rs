@@ -226,7 +226,7 @@ impl Plan {
         Ok(prediction)
     }
 
-    /// Which path is taken, what became of the others, and why.
+    /// Which path is taken, what became of the others, and why, as [`GemmPlan::explain`].
     pub fn explain(&self, tokens: usize) -> String {
         let taken = self.gemm.choose(tokens).ok().map(|(path, _)| path);
         let mut text = self.considered.explain_as(tokens, taken);

@@ -101,7 +101,8 @@ impl Placement {
         self.column_bytes(0..self.host_columns)
     }
 
-    /// Bytes in HBM.
+    /// Bytes in HBM. Scales that lie beside the matrix, in HBM too, are not counted: [`Format::scales`](crate::Format::scales) tells how
+    /// many there are.
     pub fn hbm_bytes(&self) -> u64 {
         self.column_bytes(self.host_columns..self.tiling.column_tiles())
     }

@@ -88,7 +88,9 @@ fn slabs_give_the_same_bits<R: Rig>(rig: &R) {
         (70, 66, [150, 520], Format::Int4 { group: 128 }, host, 1),
         (70, 66, [150, 520], Format::Int4ZeroPoints { group: 128 }, host, 1),
         (16, 5, [330, 520], Format::Fp8Blocks, part, 2),
-        (130, 130, [330, 264], Format::Fp8Blocks, host, 2),
+        // Every other slab begins in the middle of a block.
+        (16, 5, [330, 520], Format::Fp8Blocks, part, 1),
+        (130, 130, [330, 264], Format::Fp8Blocks, host, 1),
     ] {
         let operands = operands(n, k, format, max_tokens, residency);
         same_bits(rig, (max_tokens, tokens), &operands, slab_columns);
