@@ -321,18 +321,19 @@ struct PrefillRows {
 
     // Makes the maximum the reference, as a state that is kept has it.
     DEVICE void settle() {
-        if (Slack == 0) return;
-        float shrink[RowTiles][2];
+        if constexpr (Slack != 0) {
+            float shrink[RowTiles][2];
 #pragma unroll
-        for (uint32_t r = 0; r < RowTiles; r++) {
+            for (uint32_t r = 0; r < RowTiles; r++) {
 #pragma unroll
-            for (uint32_t e = 0; e < 2; e++) {
-                shrink[r][e] = m[r][e] == NEGATIVE_INFINITY ? 1.0f : exp2_approx(m[r][e] - peak[r][e]);
-                m[r][e] = peak[r][e];
-                l[r][e] *= shrink[r][e];
+                for (uint32_t e = 0; e < 2; e++) {
+                    shrink[r][e] = m[r][e] == NEGATIVE_INFINITY ? 1.0f : exp2_approx(m[r][e] - peak[r][e]);
+                    m[r][e] = peak[r][e];
+                    l[r][e] *= shrink[r][e];
+                }
             }
+            rescale(shrink);
         }
-        rescale(shrink);
     }
 
     // Calls `visit(r, e, row)` for each of this lane's rows that exist, with the row's index in out and lse.
