@@ -6,8 +6,9 @@
 //! processes that run the same command know the same logits.
 //!
 //! Ranks say first what they hold and what the tokens are. Last, rank 0 decides that a step is kept, when it has heard that all have done it
-//! ([`commit`]): all ranks that have not failed keep it, or none. Only where rank 0 itself fails while it says so may some keep what others do not; their
-//! next step, over a transport made anew, names that and fails on all.
+//! ([`commit`]): wherever another rank fails, all that have not failed keep it, or none. Where rank 0 itself fails or is late by a deadline
+//! while it says so, or another rank gives up while it waits for that ([`seq_parallel::commit`] has the cases), some may keep what others
+//! do not; their next step, over a transport made anew, names that and fails on all.
 
 use ndarray::{Array1, Array2};
 use seq_parallel::commit::commit;
@@ -98,10 +99,11 @@ fn follow(
 /// Runs this process's part of the tokens that a sequence grows by: a prompt, its continuation or one token. Every rank calls it with the
 /// same arguments, and with a cache that has its own shard. Gives the last token's hidden state after the final norm `[hidden]`.
 ///
-/// After an error the cache is as it was. All ranks that have not failed return an error, or none does, wherever another rank than 0 fails; one that
-/// fails after rank 0 has decided to keep the step is named by the next call, on every rank, over this transport. Where rank 0 itself fails
-/// while it says what it has decided ([`seq_parallel::commit`]), those whom it has told keep the tokens and the others do not: over this
-/// transport the next call names rank 0 on every rank, over one made anew it names the ranks that differ, and changes nothing.
+/// After an error the cache is as it was. Where another rank than 0 dies, is silent or sends garbage, all ranks that have not failed return
+/// an error, or none does; one that fails after rank 0 has decided to keep the step is named by the next call, on every rank, over this
+/// transport. Where rank 0 itself fails or is late by a deadline while it says what it has decided, or another rank gives up while it waits
+/// for that ([`seq_parallel::commit`]), those who have heard it keep the tokens and the others do not: over this transport the next call
+/// names that rank on every rank, over one made anew it names the ranks that differ, and changes nothing.
 ///
 /// # Errors
 /// An empty prompt, tokens out of range or too many; heads that cannot be dealt; ranks that are set up differently or have failed; a cache

@@ -42,7 +42,7 @@ mod tests {
     use super::*;
     use seq_parallel::transport::Operation;
 
-    /// All exchanges of steps that are decoded over shards: what ranks compare, two layers, the gather, the meeting.
+    /// All exchanges of steps that are decoded over shards: what ranks compare, two layers, the gather, the commit.
     fn decode(rank: usize, ranks: usize, numbers: &mut Numbers) -> Vec<(Tag, u64)> {
         let mut given = Vec::new();
         let mut begin = |tag, to, from| given.push((tag, numbers.begin(tag, (to, from))));
@@ -60,10 +60,9 @@ mod tests {
             for step in 1..ranks {
                 begin(Tag::new(Operation::AllGather, step), ring.0, ring.1);
             }
-            for step in 0..ranks.ilog2() as usize {
-                let distance = 1 << step;
-                let ends = ((rank + distance) % ranks, (rank + ranks - distance) % ranks);
-                begin(Tag::new(Operation::Barrier, step), ends.0, ends.1);
+            for step in 0..4 {
+                let peers = if rank == 0 { 1..ranks } else { 0..1 };
+                peers.for_each(|peer| begin(Tag::new(Operation::Commit, step), peer, peer));
             }
         }
         given

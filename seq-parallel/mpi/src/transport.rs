@@ -163,6 +163,8 @@ impl Mpi {
     /// [`Error::Peer`] when a rank has failed; MPI is not ended then.
     pub fn close(mut self) -> Result<(), Error> {
         self.barrier()?;
+        // Messages that are here are given, whoever has failed since.
+        self.check()?;
         // It waits for a process that dies this late.
         let watch = self.watchdog.watch(Call::Finalize { rank: self.rank }, self.deadline);
         // SAFETY: this is the one place that drops it, and the end is forgotten next.
@@ -259,7 +261,7 @@ impl Mpi {
     }
 
     /// Says which fault this rank knows of, if it has not, and hears the same of all others that can say so. Who has heard all has heard
-    /// the same as everybody.
+    /// the same as everybody. What a rank has said before it ended may still be on its way.
     fn settle(&mut self, place: Place) {
         if let Some((finder, fault)) = first(&self.found).cloned()
             && !self.spoken[self.rank]
@@ -272,12 +274,16 @@ impl Mpi {
             self.listen_at(place);
             let accused = |rank| self.found.iter().any(|(_, fault)| fault.peer == rank);
             let is_awaited = |rank: usize| {
-                let patience = if accused(rank) { SETTLING_WITH_THE_ACCUSED.min(longest) } else { longest };
-                waited < patience
-                    && !(self.spoken[rank] || self.left[rank])
-                    && !self.identities[rank].is_gone(self.identities[self.rank])
+                let patience = match accused(rank) {
+                    _ if self.identities[rank].is_gone(self.identities[self.rank]) => LAST_WORDS.0,
+                    true => SETTLING_WITH_THE_ACCUSED,
+                    false => longest,
+                };
+                waited < patience.min(longest) && !(self.spoken[rank] || self.left[rank])
             };
             if self.deaf || !(0..self.ranks).any(is_awaited) {
+                // One that has ended while others were awaited.
+                self.listen_at(place);
                 return;
             }
             std::thread::sleep(Duration::from_millis(1));
@@ -527,10 +533,11 @@ impl Drop for Mpi {
     fn drop(&mut self) {
         if self.fault.is_none() {
             self.tell(&Notice::Leaves { from: self.rank });
-            let end = Instant::now() + LAST_WORDS.0;
-            while !self.outbox.is_empty() && Instant::now() < end && self.listen().is_ok() {
-                std::thread::yield_now();
-            }
+        }
+        // Or of which fault it knows.
+        let end = Instant::now() + LAST_WORDS.0;
+        while !self.outbox.is_empty() && Instant::now() < end && self.listen().is_ok() {
+            std::thread::yield_now();
         }
         // MPI may still write to what was not waited for.
         std::mem::forget(std::mem::take(&mut self.pending));

@@ -23,6 +23,9 @@ const RANKS: usize = 4;
 /// machine whose cores are busy with other things, too.
 const DEADLINE: Duration = Duration::from_secs(3);
 
+/// For what comes soon: a test that waits for it in vain fails after this.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Starts together; `deadline` is that of what comes next.
 fn start(deadline: Duration) -> Mpi {
     let mut end = Mpi::start_within(NEVER_PASSES).unwrap();
@@ -213,7 +216,9 @@ fn exchange(end: &mut Mpi, bytes: usize, to: usize, from: usize) -> Result<Buffe
 
 /// A look makes MPI see what has come; the next one finds it.
 fn hears(end: &mut Mpi) {
+    let start = Instant::now();
     while end.check().is_ok() {
+        assert!(start.elapsed() < PATIENCE, "nobody has failed");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -286,7 +291,9 @@ fn who_waits_by_other_means_is_not_silent() {
         let error = match rank {
             1 => {
                 end.waits_for(Some(2), at);
+                let start = Instant::now();
                 loop {
+                    assert!(start.elapsed() < PATIENCE, "nobody has failed");
                     match end.check() {
                         Ok(()) => std::thread::sleep(Duration::from_millis(1)),
                         Err(error) => break error,

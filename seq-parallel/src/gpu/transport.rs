@@ -70,7 +70,7 @@ pub trait DeviceTransport: Send {
     ///
     /// # Errors
     /// [`Error::Argument`] for a rank that is not there or is this one, for a block that is too short, or for one of another stream than
-    /// `after`; [`Error::Peer`] when a rank has failed; [`Error::Library`] when CUDA or NCCL refuses a call.
+    /// `after`, or of the stream that is each thread's own; [`Error::Peer`] when a rank has failed; [`Error::Library`] when CUDA or NCCL refuses a call.
     fn exchange(
         &mut self,
         tag: Tag,
@@ -119,6 +119,9 @@ pub(super) fn check_exchange<X: Transport>(
     check_stream("recv", &recv.space, after)
 }
 
+/// The handle of the calling thread's own default stream, `CU_STREAM_PER_THREAD`.
+const PER_THREAD: usize = 2;
+
 /// Checks that a block was allocated on the stream of the kernels that use it. A slice has one event for its readers, which a copy records
 /// anew, so only the order of that stream keeps the memory until the kernels are done.
 pub(super) fn check_stream(
@@ -126,10 +129,15 @@ pub(super) fn check_stream(
     block: &CudaSlice<u8>,
     kernels: &CudaStream,
 ) -> Result<(), Error> {
-    let (own, theirs) = (block.stream().cu_stream(), kernels.cu_stream());
-    if own != theirs {
-        let expected = format!("memory of the kernels' stream {theirs:?}");
-        return Err(Error::argument(argument, expected, format!("that of {own:?}")));
+    let own = block.stream().as_ref();
+    // Every thread means another stream by that handle.
+    let is_per_thread = own.cu_stream().addr() == PER_THREAD;
+    if own != kernels || is_per_thread {
+        let name = |stream: &CudaStream| {
+            format!("{:?} of device {}", stream.cu_stream(), stream.context().ordinal())
+        };
+        let expected = format!("memory of the kernels' stream {}, not one of each thread", name(kernels));
+        return Err(Error::argument(argument, expected, format!("that of {}", name(own))));
     }
     Ok(())
 }

@@ -136,7 +136,7 @@ impl<D: DeviceTransport> Transport for Staged<D> {
     }
 
     transport::forward!(
-        (inner.control_ref()) (inner.control()): rank, ranks, abort, check, is_gone, waits_for, accuse, gather_words_among, deadline,
+        (inner.control_ref()) (inner.control()): rank, ranks, name_of, abort, check, is_gone, waits_for, accuse, gather_words_among, deadline,
         set_deadline,
     );
 }

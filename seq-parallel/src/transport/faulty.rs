@@ -101,7 +101,7 @@ impl<X: Transport> Transport for Faulty<X> {
     }
 
     super::forward!(
-        (inner) (inner): rank, ranks, seal, abort, check, is_gone, waits_for, accuse, gather_words_among, traffic, deadline,
+        (inner) (inner): rank, ranks, name_of, seal, abort, check, is_gone, waits_for, accuse, gather_words_among, traffic, deadline,
         set_deadline, computed,
     );
 }

@@ -46,6 +46,11 @@ macro_rules! forward {
             self.$($read)+.ranks()
         }
     };
+    (@name_of ($($read:tt)+) $write:tt) => {
+        fn name_of(&self, rank: usize) -> usize {
+            self.$($read)+.name_of(rank)
+        }
+    };
     (@wait $read:tt ($($write:tt)+)) => {
         fn wait(&mut self, ticket: $crate::transport::Ticket) -> Result<$crate::transport::Buffer, $crate::Error> {
             self.$($write)+.wait(ticket)
@@ -129,7 +134,7 @@ pub enum Operation {
     DecodeQuery,
     /// Partial outputs of shards on their way back; steps are layers.
     DecodePartial,
-    /// All have done their part (step 0); it is kept (step 1); all have been told (step 2).
+    /// All have done their part (step 0) and wait (step 1); it is kept (step 2); all have been told (step 3).
     Commit,
 }
 
@@ -222,8 +227,14 @@ pub trait Transport: Send {
     /// How many ranks.
     fn ranks(&self) -> usize;
 
+    /// The rank that errors name when they speak of `rank`: that of the transport inside, for a [`Subgroup`].
+    fn name_of(&self, rank: usize) -> usize {
+        rank
+    }
+
     /// Starts sending `send`, which was [sealed](Self::seal) with this tag, to rank `to`, and receiving a message of the same tag
-    /// from rank `from` into `recv`, whose length says how much is expected. Never blocks.
+    /// from rank `from` into `recv`, whose length says how much is expected. Waits for nobody; where a rank has failed, it may take as long
+    /// as [`check`](Self::check) to say so.
     ///
     /// # Errors
     /// [`Error::Argument`] for a rank that is not there or is this one; [`Error::Peer`] when a rank has failed.
@@ -252,7 +263,8 @@ pub trait Transport: Send {
     /// Tells every other rank that this one gives up, and why. The transport is spent afterwards.
     fn abort(&mut self, at: Tag, reason: &str);
 
-    /// Hears whether a rank has failed, without waiting: for whoever waits for something else meanwhile.
+    /// Hears whether a rank has failed: for whoever waits for something else meanwhile. Returns at once unless one has; then ranks that are
+    /// processes first agree on which, for 2 s or a fourth of the deadline at most.
     ///
     /// # Errors
     /// [`Error::Peer`] when one has.

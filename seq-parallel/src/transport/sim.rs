@@ -132,6 +132,6 @@ impl<X: Transport> Transport for Sim<X> {
     }
 
     super::forward!(
-        (inner) (inner): rank, ranks, abort, check, is_gone, waits_for, accuse, gather_words_among, traffic, deadline, set_deadline,
+        (inner) (inner): rank, ranks, name_of, abort, check, is_gone, waits_for, accuse, gather_words_among, traffic, deadline, set_deadline,
     );
 }

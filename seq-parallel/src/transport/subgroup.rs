@@ -49,6 +49,11 @@ impl<X: Transport + ?Sized> Transport for Subgroup<'_, X> {
         self.members.len()
     }
 
+    /// What the transport inside calls it.
+    fn name_of(&self, rank: usize) -> usize {
+        self.members.get(rank).map_or(rank, |&member| self.inner.name_of(member))
+    }
+
     fn exchange(
         &mut self,
         tag: Tag,
