@@ -24,7 +24,7 @@
 //!
 //! Ranks with equal deadlines would accuse each other as the one that they wait for decides. So home waits for all others one deadline in
 //! all, and whoever has heard that home is here waits two for each of its words, which begin after home's one: unless somebody is late by
-//! the difference, nobody gives up while home may decide. Whoever gives up before it has heard of home says not that it waits, and home
+//! the difference, nobody gives up while home may decide. Whoever gives up before it has heard of home never says that it waits, and home
 //! cannot decide: on a transport, too, where home hears of a fault later than it is found. By the same it does not matter that faults of
 //! the commit before have the same tags: a rank that hears home's second message knows that all ranks have left that one.
 
