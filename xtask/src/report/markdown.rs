@@ -5,7 +5,8 @@ use std::fmt::Write as _;
 
 use xtask::results::{Ceiling, Figure, Source};
 
-use super::ratios::{Measurements, TARGETS, Target};
+use super::ratios::{Measurements, Target};
+use super::targets::TARGETS;
 use super::{Accuracy, Device, plots};
 use crate::gpu::ledger::Status;
 use crate::gpu::status::{self, RowStatus};

@@ -7,6 +7,7 @@ mod plots;
 mod ratios;
 mod readme;
 mod svg;
+mod targets;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

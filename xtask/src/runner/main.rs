@@ -8,6 +8,7 @@ mod log;
 mod machine;
 mod parts;
 mod process;
+mod programs;
 mod queue;
 mod store;
 mod task;
