@@ -34,6 +34,22 @@ pub enum Format {
 }
 
 impl Format {
+    /// Every format, with every storage type and size of groups.
+    pub const ALL: [Format; 12] = [
+        Format::Float(DType::F32),
+        Format::Float(DType::F16),
+        Format::Float(DType::BF16),
+        Format::Int8,
+        Format::Int4 { group: 32 },
+        Format::Int4 { group: 64 },
+        Format::Int4 { group: 128 },
+        Format::Int4ZeroPoints { group: 32 },
+        Format::Int4ZeroPoints { group: 64 },
+        Format::Int4ZeroPoints { group: 128 },
+        Format::Fp8Rows,
+        Format::Fp8Blocks,
+    ];
+
     /// Bits of one element, scales left out.
     pub const fn bits(self) -> usize {
         match self {

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{FORMATS, compare, device, prepare, random, run};
+use common::{compare, device, prepare, random, run};
 use half::{bf16, f16};
 use hybrid_gemm::cpu::{Gemm, GemmArgs};
 use hybrid_gemm::epilogue::Activation;
@@ -52,7 +52,7 @@ fn every_shape_and_format() {
         ("a panel", 64, 130, 96),
         ("two panels", 257, 70, 72),
     ] {
-        for format in FORMATS {
+        for format in Format::ALL {
             let (x, w): (Vec<f32>, Vec<bf16>) = (random(1, tokens * k), random(2, n * k));
             for residency in [Residency::Host, Residency::Hbm, Residency::HbmFraction(0.5)] {
                 let case = format!("{case}: {tokens} × [{n}, {k}], {format}, {residency:?}, seeds 1 and 2");

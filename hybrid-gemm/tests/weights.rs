@@ -4,8 +4,9 @@ mod common;
 
 use std::path::Path as FilePath;
 
+use common::quantised::QuantisedMatrix;
 use common::{compare, device, random, run};
-use half::{bf16, f16};
+use half::bf16;
 use hybrid_gemm::cpu::Gemm;
 use hybrid_gemm::weights::Layout;
 use hybrid_gemm::{
@@ -181,42 +182,15 @@ fn fractions_become_whole_columns() {
     }
 }
 
-/// A quantised matrix with its parts: random codes that are no NaN, random zero points and scales.
-struct Matrix {
-    codes: Vec<u8>,
-    groups: Vec<f16>,
-    zeros: Vec<u8>,
-    beside: Vec<f32>,
-    shape: [usize; 2],
-    format: Format,
-}
-
-impl Matrix {
-    fn new(seed: u64, [n, k]: [usize; 2], format: Format) -> Self {
-        let mut rng = fastrand::Rng::with_seed(seed);
-        let (last, groups) = match format {
-            Format::Int4ZeroPoints { group } => (15, n * k.div_ceil(group)),
-            _ => (0x7e, 0),
-        };
-        let sign = |rng: &mut fastrand::Rng| if last == 15 { 0 } else { u8::from(rng.bool()) << 7 };
-        Matrix {
-            codes: (0..n * k).map(|_| rng.u8(0..=last) | sign(&mut rng)).collect(),
-            groups: (0..groups).map(|_| f16::from_f32(rng.f32() - 0.5)).collect(),
-            zeros: (0..groups).map(|_| rng.u8(0..16)).collect(),
-            beside: (0..format.scales(n, k)).map(|_| (rng.f32() - 0.5) / 64.0).collect(),
-            shape: [n, k],
-            format,
-        }
-    }
-
-    fn codes(&self) -> Codes<'_> {
-        let Matrix { codes, groups, zeros, beside, shape, .. } = self;
-        match self.format {
-            Format::Int4ZeroPoints { group } => Codes::int4(codes, groups, zeros, *shape, group).unwrap(),
-            Format::Fp8Rows => Codes::fp8_rows(codes, beside, *shape).unwrap(),
-            _ => Codes::fp8_blocks(codes, beside, *shape).unwrap(),
-        }
-    }
+/// Random codes that are no NaN, random zero points and scales.
+fn quantised(seed: u64, shape: [usize; 2], format: Format) -> QuantisedMatrix {
+    let int4 = matches!(format, Format::Int4ZeroPoints { .. });
+    let code = |rng: &mut fastrand::Rng, _| match int4 {
+        true => rng.u8(0..16),
+        false => rng.u8(0..=0x7e) | u8::from(rng.bool()) << 7,
+    };
+    let mut rng = fastrand::Rng::with_seed(seed);
+    QuantisedMatrix::new(&mut rng, shape, format, code, |rng, _| rng.u8(0..16))
 }
 
 /// The product of a row of X with an output feature in f64, and the sum of the absolute products.
@@ -250,7 +224,7 @@ fn codes_of_a_checkpoint_are_weights() {
     let x: Vec<f32> = random(25, 3 * k);
     for format in QUANTISED {
         let case = format!("{format}, seeds 24 and 25");
-        let matrix = Matrix::new(24, [n, k], format);
+        let matrix = quantised(24, [n, k], format);
         let codes = matrix.codes();
         let out = multiply(&case, codes, Activation::Identity, &x);
         assert_eq!(out.len(), 3 * n, "{case}");
@@ -269,7 +243,7 @@ fn interleaved_codes_are_gated() {
     let x: Vec<f32> = random(28, 3 * k);
     for format in QUANTISED.into_iter().filter(|format| *format != Format::Fp8Blocks) {
         let case = format!("{format}, seeds 26 to 28");
-        let [gate, up] = [26, 27].map(|seed| Matrix::new(seed, [inner, k], format));
+        let [gate, up] = [26, 27].map(|seed| quantised(seed, [inner, k], format));
         let [gate, up] = [gate.codes(), up.codes()];
         let both = Codes::interleaved(gate, up).unwrap();
         assert_eq!((both.codes().shape(), both.codes().format()), ([2 * inner, k], format), "{case}");
@@ -290,7 +264,7 @@ fn interleaved_codes_are_gated() {
 
 #[test]
 fn refusals_of_codes_name_the_argument() {
-    let matrix = Matrix::new(29, [16, 40], Format::Fp8Rows);
+    let matrix = quantised(29, [16, 40], Format::Fp8Rows);
     let tiled = |n, k, format| {
         let tiling = Tiling::new(n, k, format).unwrap();
         Weights::pack_codes_tiled(matrix.codes(), tiling, Residency::Host)

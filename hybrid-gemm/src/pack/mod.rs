@@ -289,21 +289,6 @@ mod tests {
     use super::*;
     use half::bf16;
 
-    const FORMATS: [Format; 12] = [
-        Format::Float(DType::F32),
-        Format::Float(DType::F16),
-        Format::Float(DType::BF16),
-        Format::Int8,
-        Format::Int4 { group: 32 },
-        Format::Int4 { group: 64 },
-        Format::Int4 { group: 128 },
-        Format::Int4ZeroPoints { group: 32 },
-        Format::Int4ZeroPoints { group: 64 },
-        Format::Int4ZeroPoints { group: 128 },
-        Format::Fp8Rows,
-        Format::Fp8Blocks,
-    ];
-
     /// Packs a whole matrix and decodes it again, `[64 · column tiles, k]`; scales are multiplied in f64.
     fn round_trip(tiling: &Tiling, source: &Source<'_>) -> Vec<f64> {
         let (n, k, format) = (tiling.n(), tiling.k(), tiling.format());
@@ -345,7 +330,7 @@ mod tests {
 
     #[test]
     fn every_format_comes_back() {
-        for format in FORMATS {
+        for format in Format::ALL {
             let slab = slab_elements(format);
             for (n, k, tile_k) in [
                 (1, 1, slab),
@@ -398,7 +383,7 @@ mod tests {
     /// Codes of checkpoints are packed as they are, whatever their scales: what is decoded is what they say, bit by bit.
     #[test]
     fn codes_come_back_exactly() {
-        for format in FORMATS {
+        for format in Format::ALL {
             let slab = slab_elements(format);
             for (n, k, tile_k) in [
                 (1, 1, slab),

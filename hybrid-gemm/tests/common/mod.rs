@@ -1,11 +1,12 @@
 //! What the integration tests share. Each test binary uses some of it.
 #![allow(dead_code)]
 
+pub(crate) mod quantised;
+
 use half::{bf16, f16};
 use hybrid_gemm::cpu::{Gemm, GemmArgs};
 use hybrid_gemm::{
-    DType, DeviceProfile, Element, Error, Format, GemmConfig, MatrixView, MatrixViewMut, Receipt, RowMajor,
-    Tiling,
+    DType, DeviceProfile, Element, Error, GemmConfig, MatrixView, MatrixViewMut, Receipt, RowMajor, Tiling,
 };
 
 /// A device of few SMs, so that small products use several roles and several blocks of each.
@@ -22,21 +23,6 @@ pub(crate) fn random<E: Element>(seed: u64, len: usize) -> Vec<E> {
     };
     (0..len).map(|_| E::from_f32(value())).collect()
 }
-
-pub(crate) const FORMATS: [Format; 12] = [
-    Format::Float(DType::F32),
-    Format::Float(DType::F16),
-    Format::Float(DType::BF16),
-    Format::Int8,
-    Format::Int4 { group: 32 },
-    Format::Int4 { group: 64 },
-    Format::Int4 { group: 128 },
-    Format::Int4ZeroPoints { group: 32 },
-    Format::Int4ZeroPoints { group: 64 },
-    Format::Int4ZeroPoints { group: 128 },
-    Format::Fp8Rows,
-    Format::Fp8Blocks,
-];
 
 /// Runs one product on poisoned memory.
 pub(crate) fn run<X: Element, O: Element>(

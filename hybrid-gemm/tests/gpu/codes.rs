@@ -9,57 +9,23 @@ use hybrid_gemm::{
     reference,
 };
 
+use crate::common::quantised::QuantisedMatrix;
 use crate::common::{device, random};
 use crate::product::{Operands, call_each, fit};
 
 emulator::device_test!(every_code, what_is_not_finite, a_zero_point_of_eight_is_symmetric);
 
-/// A quantised matrix with its parts.
-struct Matrix {
-    codes: Vec<u8>,
-    groups: Vec<f16>,
-    zeros: Vec<u8>,
-    beside: Vec<f32>,
-    shape: [usize; 2],
-    format: Format,
+/// Codes in turn, so that each occurs in each place of a fragment; `skipped` says which do not occur.
+fn matrix(seed: u64, [n, k]: [usize; 2], format: Format, skipped: fn(u8) -> bool) -> QuantisedMatrix {
+    let last = if matches!(format, Format::Int4ZeroPoints { .. }) { 15 } else { 255 };
+    let known: Vec<u8> = (0..=last).filter(|code| !skipped(*code)).collect();
+    let code = |_: &mut _, i| known[(i + i / k * 7) % known.len()];
+    let mut rng = fastrand::Rng::with_seed(seed);
+    QuantisedMatrix::new(&mut rng, [n, k], format, code, |_, i| (i % 16) as u8)
 }
 
-impl Matrix {
-    /// Codes in turn, so that each occurs in each place of a fragment; `skipped` says which do not occur.
-    fn new(seed: u64, shape: [usize; 2], format: Format, skipped: fn(u8) -> bool) -> Self {
-        let [n, k] = shape;
-        let mut rng = fastrand::Rng::with_seed(seed);
-        let (all, group) = match format {
-            Format::Int4ZeroPoints { group } => (16, group),
-            _ => (256, k),
-        };
-        let known: Vec<u8> = (0..all).map(|code| code as u8).filter(|code| !skipped(*code)).collect();
-        let codes = (0..n * k).map(|i| known[(i + i / k * 7) % known.len()]).collect();
-        let groups = n * k.div_ceil(group);
-        Matrix {
-            codes,
-            groups: (0..groups).map(|_| f16::from_f32(rng.f32() - 0.5)).collect(),
-            zeros: (0..groups).map(|i| (i % 16) as u8).collect(),
-            beside: (0..format.scales(n, k)).map(|_| (rng.f32() - 0.5) / 64.0).collect(),
-            shape,
-            format,
-        }
-    }
-
-    fn given(&self) -> Codes<'_> {
-        let codes = match self.format {
-            Format::Int4ZeroPoints { group } => {
-                Codes::int4(&self.codes, &self.groups, &self.zeros, self.shape, group)
-            }
-            Format::Fp8Rows => Codes::fp8_rows(&self.codes, &self.beside, self.shape),
-            _ => Codes::fp8_blocks(&self.codes, &self.beside, self.shape),
-        };
-        codes.expect("codes")
-    }
-
-    fn pack(&self) -> Weights {
-        Weights::pack_codes(self.given(), Residency::HbmFraction(0.5)).expect("packed weights")
-    }
+fn pack(matrix: &QuantisedMatrix) -> Weights {
+    Weights::pack_codes(matrix.codes(), Residency::HbmFraction(0.5)).expect("packed weights")
 }
 
 /// Runs a product and gives O `[tokens, n]` beside the oracle's, with the sums of the absolute products.
@@ -113,11 +79,11 @@ fn kernels<R: Rig>(rig: &R, check: impl Fn(&R, Format, usize, bool)) {
 fn every_code<R: Rig>(rig: &R) {
     fn check<R: Rig, X: Storage + Element>(rig: &R, format: Format, tokens: usize) {
         let case = &format!("{tokens} tokens of {format} on {}, seeds 1 and 2", rig.name());
-        let matrix = Matrix::new(1, [136, 296], format, |code| code & 0x7f == 0x7f);
-        let weights = matrix.pack();
+        let matrix = matrix(1, [136, 296], format, |code| code & 0x7f == 0x7f);
+        let weights = pack(&matrix);
         let found = weights.dequantize();
         for (index, found) in found.iter().enumerate() {
-            let exact = matrix.given().weight(index / 296, index % 296);
+            let exact = matrix.codes().weight(index / 296, index % 296);
             assert!((f64::from(*found) - exact).abs() <= 1e-7 * exact.abs(), "{case}: weight {index}");
         }
         let (found, exact, terms) = outputs::<R, X>(rig, case, weights, random(2, tokens * 296), tokens);
@@ -139,8 +105,7 @@ fn what_is_not_finite<R: Rig>(rig: &R) {
         let case = &format!("{tokens} tokens of {format} on {}, seeds 3 and 4", rig.name());
         // Codes above every zero point, positive ones of fp8: products with an infinite scale have one sign.
         let [n, k] = [136, 296];
-        let mut matrix =
-            Matrix::new(3, [n, k], format, |code| code == 0 || code & 0x7f == 0x7f || code >= 0x80);
+        let mut matrix = matrix(3, [n, k], format, |code| code == 0 || code & 0x7f == 0x7f || code >= 0x80);
         matrix.zeros.fill(0);
         let groups = matrix.groups.len() / n;
         match format {
@@ -168,7 +133,7 @@ fn what_is_not_finite<R: Rig>(rig: &R) {
         }
         let x: Vec<X> =
             random::<f32>(4, tokens * k).into_iter().map(|x| X::from_f32(x.abs() + 0.25)).collect();
-        let (found, exact, terms) = outputs::<R, X>(rig, case, matrix.pack(), x, tokens);
+        let (found, exact, terms) = outputs::<R, X>(rig, case, pack(&matrix), x, tokens);
         let mut seen = [0; 4];
         for (index, ((found, exact), terms)) in found.iter().zip(&exact).zip(&terms).enumerate() {
             let right = match exact {
